@@ -1,0 +1,74 @@
+#include "csrc/core/layout.h"
+
+#include "csrc/core/check.h"
+
+namespace svdq {
+namespace {
+
+ValueLayout parse_value(int64_t bits, int64_t group_size, int64_t head_dim) {
+  SVDQ_CHECK(bits == 2 || bits == 4 || bits == 16 || bits == 32,
+             "layout: v_bits must be 2, 4, 16 or 32, got ", bits);
+  SVDQ_CHECK(group_size > 0 && group_size % kLanes == 0 && head_dim % group_size == 0,
+             "layout: v_group_size must be a multiple of ", kLanes, " that divides head_dim ",
+             head_dim, ", got ", group_size);
+  return {static_cast<int>(bits), static_cast<int>(group_size), static_cast<int>(head_dim)};
+}
+
+Bands parse_bands(const int64_t* counts, int64_t head) {
+  Bands bands{};
+  for (int w = 0; w < kNumWidths; ++w) {
+    const int granularity = band_granularity(kWidths[w]);
+    SVDQ_CHECK(counts[w] >= 0 && counts[w] <= kMaxHeadDim && counts[w] % granularity == 0,
+               "layout: head ", head, " must have a multiple of ", granularity, " channels of ",
+               kWidths[w], " bits, got ", counts[w]);
+    bands.count[w] = static_cast<int>(counts[w]);
+  }
+  return bands;
+}
+
+}  // namespace
+
+void check_head_dim(int64_t head_dim) {
+  SVDQ_CHECK(head_dim > 0 && head_dim % kLanes == 0 && head_dim <= kMaxHeadDim,
+             "head_dim must be a multiple of ", kLanes, " up to ", kMaxHeadDim, ", got ", head_dim);
+}
+
+Layout::Layout(const std::vector<int64_t>& ints) {
+  SVDQ_CHECK(ints.size() >= kLayoutHeader, "layout: expected at least ", kLayoutHeader,
+             " integers, got ", ints.size());
+  SVDQ_CHECK(ints[0] == kFormatVersion, "layout: these pages have format version ", ints[0],
+             ", this build reads version ", kFormatVersion);
+  const int64_t num_heads = ints[1];
+  SVDQ_CHECK(num_heads > 0 && num_heads <= 4096, "layout: num_kv_heads must be 1 to 4096, got ",
+             num_heads);
+  SVDQ_CHECK(static_cast<int64_t>(ints.size()) == kLayoutHeader + num_heads * kLayoutPerHead,
+             "layout: expected ", kLayoutHeader + num_heads * kLayoutPerHead, " integers for ",
+             num_heads, " heads, got ", ints.size());
+  check_head_dim(ints[2]);
+  SVDQ_CHECK(ints[3] == 0 || ints[3] == 1, "layout: rope mode must be 0 (pre) or 1 (post), got ",
+             ints[3]);
+  rope_ = static_cast<RopeMode>(ints[3]);
+  value_ = parse_value(ints[4], ints[5], ints[2]);
+
+  for (int64_t h = 0; h < num_heads; ++h) {
+    const int64_t* counts = ints.data() + kLayoutHeader + h * kLayoutPerHead;
+    HeadPlan head{parse_bands(counts, h), parse_bands(counts + kNumWidths, h), rank_,
+                  k_page_bytes_};
+    const Bands& unused = rope_ == RopeMode::kPre ? head.tail : head.core;
+    SVDQ_CHECK(unused.rank() == 0, "layout: head ", h,
+               " has channels that its rope mode does not use");
+    SVDQ_CHECK(head.rank() <= ints[2], "layout: head ", h, " codes ", head.rank(),
+               " channels of head_dim ", ints[2]);
+    rank_ += head.rank();
+    k_page_bytes_ += head.core.page_bytes() + head.tail.page_bytes();
+    heads_.push_back(head);
+  }
+  SVDQ_CHECK(rank_ > 0, "layout: no head has a coded channel");
+}
+
+LayoutView Layout::view() const {
+  return {num_heads(), head_dim(),    rope_,          value_,
+          rank_,       k_page_bytes_, v_page_bytes(), heads_.data()};
+}
+
+}  // namespace svdq

@@ -1,0 +1,38 @@
+// The layout integers (kernels/format.h, kLayoutHeader), checked and turned into offsets.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels/params.h"
+
+namespace svdq {
+
+class Layout {
+ public:
+  // Parses and checks the integers; throws Error naming the one that is wrong.
+  explicit Layout(const std::vector<int64_t>& ints);
+
+  // Valid as long as this object.
+  LayoutView view() const;
+
+  int num_heads() const { return static_cast<int>(heads_.size()); }
+  int head_dim() const { return value_.head_dim; }
+  int rank() const { return rank_; }
+  RopeMode rope() const { return rope_; }
+  const ValueLayout& value() const { return value_; }
+  int64_t k_page_bytes() const { return k_page_bytes_; }
+  int64_t v_page_bytes() const { return value_.page_bytes() * num_heads(); }
+
+ private:
+  RopeMode rope_;
+  ValueLayout value_;
+  int rank_ = 0;
+  int64_t k_page_bytes_ = 0;
+  std::vector<HeadPlan> heads_;
+};
+
+// Throws Error unless head_dim is one that the kernels take: a multiple of 16 up to kMaxHeadDim.
+void check_head_dim(int64_t head_dim);
+
+}  // namespace svdq

@@ -1,0 +1,194 @@
+// Vectors of one target. Included once per target file, inside the target's namespace and target
+// region, so that nothing here can leak into code that must run elsewhere. SVDQ_TARGET is 512, 256
+// or 128.
+//
+// A line of the packed format is 64 bytes; a vector holds 1/kParts of it. Arithmetic uses the
+// compiler's vector extensions; only what they cannot say is an intrinsic.
+
+inline constexpr int kVecBytes = SVDQ_TARGET / 8;
+inline constexpr int kVecLanes = kVecBytes / 4;
+inline constexpr int kParts = kLineBytes / kVecBytes;
+// Query rows that share an unpacked page: as many as the accumulators leave registers for.
+inline constexpr int kMaxRows = SVDQ_TARGET == 512 ? 4 : 2;
+
+typedef float F32 __attribute__((vector_size(kVecBytes)));
+typedef int32_t I32 __attribute__((vector_size(kVecBytes)));
+typedef uint32_t U32 __attribute__((vector_size(kVecBytes)));
+
+template <typename V, typename T>
+inline V load(const T* from) {
+  V v;
+  __builtin_memcpy(&v, from, sizeof(V));
+  return v;
+}
+template <typename V, typename T>
+inline void store(T* to, V v) {
+  __builtin_memcpy(to, &v, sizeof(V));
+}
+inline F32 splat(float x) { return F32{} + x; }
+inline U32 splat_u32(uint32_t x) { return U32{} + x; }
+// Four codes, wherever they lie, in every lane.
+template <typename T>
+inline U32 splat_quad(const T* from) {
+  uint32_t x;
+  __builtin_memcpy(&x, from, 4);
+  return splat_u32(x);
+}
+inline F32 to_float(I32 v) { return __builtin_convertvector(v, F32); }
+
+#if SVDQ_TARGET == 512
+
+inline F32 max(F32 a, F32 b) { return (F32)_mm512_max_ps((__m512)a, (__m512)b); }
+inline F32 min(F32 a, F32 b) { return (F32)_mm512_min_ps((__m512)a, (__m512)b); }
+inline I32 round_to_int(F32 v) { return (I32)_mm512_cvtps_epi32((__m512)v); }
+inline float reduce_max(F32 v) { return _mm512_reduce_max_ps((__m512)v); }
+inline float reduce_add(F32 v) { return _mm512_reduce_add_ps((__m512)v); }
+// v * 2^n for whole n.
+inline F32 scale_by_power(F32 v, F32 n) { return (F32)_mm512_scalef_ps((__m512)v, (__m512)n); }
+inline F32 round_even(F32 v) {
+  return (F32)_mm512_roundscale_ps((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+inline F32 load_half(const uint16_t* from) {
+  return (F32)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+inline F32 load_bfloat16(const uint16_t* from) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return (F32)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+}
+// Lowest byte of each lane.
+inline void store_low_bytes(uint8_t* to, I32 v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)v));
+}
+// acc + sum of the four products of unsigned bytes of a and signed bytes of b, per lane.
+inline I32 dot(I32 acc, U32 a, U32 b) {
+  return (I32)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
+}
+// As dot; on other targets dot needs a's bytes or b's small (15 * 255), this one does not.
+inline I32 dot_wide(I32 acc, U32 a, U32 b) { return dot(acc, a, b); }
+// Lanes whose bit of `bits` is set keep v, others become `other`.
+inline F32 select_lanes(uint32_t bits, F32 v, F32 other) {
+  return (F32)_mm512_mask_blend_ps(static_cast<__mmask16>(bits), (__m512)other, (__m512)v);
+}
+
+#else  // 256 and 128
+
+#if SVDQ_TARGET == 256
+inline F32 round_even(F32 v) {
+  return (F32)_mm256_round_ps((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#else
+inline F32 round_even(F32 v) {
+  // Adding and taking away 1.5 * 2^23 rounds to a whole number, ties to even, for |v| < 2^22. (With
+  // fused multiply-add the sum could swallow the rounding of a product in v: not on this target.)
+  const F32 magic = splat(12582912.0f);
+  return (v + magic) - magic;
+}
+#endif
+inline I32 round_to_int(F32 v) { return __builtin_convertvector(round_even(v), I32); }
+inline F32 scale_by_power(F32 v, F32 n) {
+  const I32 bits = (__builtin_convertvector(n, I32) + 127) << 23;
+  return v * (F32)bits;
+}
+inline void store_low_bytes(uint8_t* to, I32 v) {
+  for (int i = 0; i < kVecLanes; ++i) to[i] = static_cast<uint8_t>(v[i]);
+}
+inline F32 select_lanes(uint32_t bits, F32 v, F32 other) {
+  I32 lane_bit;
+  for (int i = 0; i < kVecLanes; ++i) lane_bit[i] = 1 << i;
+  return (static_cast<int32_t>(bits) & lane_bit) != 0 ? v : other;
+}
+
+#if SVDQ_TARGET == 256
+
+inline F32 max(F32 a, F32 b) { return (F32)_mm256_max_ps((__m256)a, (__m256)b); }
+inline F32 min(F32 a, F32 b) { return (F32)_mm256_min_ps((__m256)a, (__m256)b); }
+inline F32 load_half(const uint16_t* from) {
+  return (F32)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+inline F32 load_bfloat16(const uint16_t* from) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return (F32)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+}
+inline I32 dot(I32 acc, U32 a, U32 b) {
+  const __m256i pairs = _mm256_maddubs_epi16((__m256i)a, (__m256i)b);
+  return acc + (I32)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+inline I32 dot_wide(I32 acc, U32 a, U32 b) {
+  // Even and odd bytes apart, so that no 16-bit sum can saturate.
+  const __m256i a_even = _mm256_and_si256((__m256i)a, _mm256_set1_epi16(0xff));
+  const __m256i a_odd = _mm256_srli_epi16((__m256i)a, 8);
+  const __m256i b_even = _mm256_srai_epi16(_mm256_slli_epi16((__m256i)b, 8), 8);
+  const __m256i b_odd = _mm256_srai_epi16((__m256i)b, 8);
+  return acc + (I32)_mm256_madd_epi16(a_even, b_even) + (I32)_mm256_madd_epi16(a_odd, b_odd);
+}
+
+#else  // 128: portable C++
+
+inline F32 max(F32 a, F32 b) { return a > b ? a : b; }
+inline F32 min(F32 a, F32 b) { return a < b ? a : b; }
+inline F32 load_half(const uint16_t* from) {
+  F32 v;
+  for (int i = 0; i < kVecLanes; ++i) v[i] = half_to_float(from[i]);
+  return v;
+}
+inline F32 load_bfloat16(const uint16_t* from) {
+  U32 v;
+  for (int i = 0; i < kVecLanes; ++i) v[i] = uint32_t{from[i]} << 16;
+  return (F32)v;
+}
+inline I32 dot(I32 acc, U32 a, U32 b) {
+  for (int byte = 0; byte < kQuad; ++byte) {
+    const I32 code = (I32)((a >> (8 * byte)) & 0xff);
+    acc += code * ((I32)(b << (24 - 8 * byte)) >> 24);
+  }
+  return acc;
+}
+inline I32 dot_wide(I32 acc, U32 a, U32 b) { return dot(acc, a, b); }
+
+#endif
+
+inline float reduce_max(F32 v) {
+  float result = v[0];
+  for (int i = 1; i < kVecLanes; ++i) result = v[i] > result ? v[i] : result;
+  return result;
+}
+inline float reduce_add(F32 v) {
+  float result = v[0];
+  for (int i = 1; i < kVecLanes; ++i) result += v[i];
+  return result;
+}
+
+#endif
+
+// 2^v for v <= 0 or small; relative error below 3e-7; below 2^-126 the result stays 2^-126.
+inline F32 exp2(F32 v) {
+  v = max(v, splat(-126.0f));
+  const F32 whole = round_even(v);
+  const F32 x = v - whole;  // |x| <= 1/2
+  // Taylor coefficients ln(2)^n / n!; the first one left out is below 3e-7 at |x| = 1/2.
+  F32 sum = splat(1.5403530e-4f);
+  sum = sum * x + 1.3333558e-3f;
+  sum = sum * x + 9.6181291e-3f;
+  sum = sum * x + 5.5504109e-2f;
+  sum = sum * x + 2.4022651e-1f;
+  sum = sum * x + 6.9314718e-1f;
+  sum = sum * x + 1.0f;
+  return scale_by_power(sum, whole);
+}
+
+inline F32 load_as_float(const void* data, DataType dtype, int64_t index) {
+  if (dtype == DataType::kFloat32) return load<F32>(static_cast<const float*>(data) + index);
+  const uint16_t* from = static_cast<const uint16_t*>(data) + index;
+  return dtype == DataType::kBFloat16 ? load_bfloat16(from) : load_half(from);
+}
+
+// Calls fn(task, worker) for each task on the executor's workers.
+template <typename Fn>
+inline void for_each_task(const Executor& executor, int64_t num_tasks, const Fn& fn) {
+  executor.run(
+      num_tasks,
+      [](void* context, int64_t task, int worker) {
+        (*static_cast<const Fn*>(context))(task, worker);
+      },
+      const_cast<Fn*>(&fn));
+}

@@ -1,0 +1,35 @@
+// The portable backend: compiler vectors of 16 bytes, no instruction beyond the platform's
+// baseline.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#include <limits>
+
+#include "csrc/core/backend.h"
+#include "csrc/core/rope_table.h"
+#include "csrc/core/scalar.h"
+#include "csrc/cpu/isa.h"
+
+#define SVDQ_TARGET 128
+
+namespace svdq::portable {
+
+#include "csrc/cpu/simd-inl.h"
+// Each builds on the one before.
+#include "csrc/cpu/project-inl.h"
+#include "csrc/cpu/basis-inl.h"
+#include "csrc/cpu/pack-inl.h"
+#include "csrc/cpu/scores-inl.h"
+#include "csrc/cpu/accumulate-inl.h"
+#include "csrc/cpu/plan-inl.h"
+#include "csrc/cpu/merge-inl.h"
+#include "csrc/cpu/attend-inl.h"
+
+extern const Backend kBackend;
+const Backend kBackend = {"portable", [] { return true; }, all_within, covariance, fit_quantizer,
+                          pack_keys,  pack_values,         attend,     merge};
+
+}  // namespace svdq::portable

@@ -1,0 +1,158 @@
+// The packed format, version 1. This header is the only place that knows where a code, a scale or
+// a page lies; CPU kernels, CUDA kernels, bindings, tests and Python read it from here.
+//
+// A page holds 64 consecutive tokens ("slots") of one sequence, for all KV heads of one layer. Keys
+// and values live in two pools of pages, [num_pages, k_page_bytes] and [num_pages, v_page_bytes]; a
+// page table maps the n-th 64 tokens of a sequence to a row of the pools. Slot s of a sequence
+// holds the token at position s + first_position.
+//
+//   key page   | head 0: 8-bit band | 4-bit band | 2-bit band | 1-bit band | head 1: ... |
+//   value page | head 0: scales, zero points, codes | head 1: ... |    (2- and 4-bit values)
+//              | head 0: 64 x head_dim numbers      | head 1: ... |    (16- and 32-bit values)
+//
+// Codes are stored in lines of 64 bytes ("quad layout"): 16 lanes of 4 bytes. One unit is 16 lanes
+// x 4 codes of one width; a width below 8 puts 8 / width units into a line, unit k in the bits
+// k * width and up.
+//
+//   keys    unit u = quad * 4 + group    lane = token of the 16-token group, byte = channel
+//   values  unit u = block * 16 + quad   lane = channel of the 16-channel block, byte = token
+//
+//   byte       0     1     2     3   |  4     5     6     7   | ... 63
+//   keys      t0c0  t0c1  t0c2  t0c3 | t1c0  t1c1  t1c2  t1c3 | ... t15c3   (a quad, a group)
+//   values    c0t0  c0t1  c0t2  c0t3 | c1t0  c1t1  c1t2  c1t3 | ... c15t3   (a block, a quad)
+//
+// So one 32-bit lane holds what an integer dot product of four (vpdpbusd, dp4a) or a thread of an
+// m16n8k16 fragment consumes, and narrower widths unpack with a shift and a mask, never a shuffle.
+// A band of 8-, 4- or 2-bit channels is a multiple of 4 channels and a band of 1-bit channels a
+// multiple of 8, so every band ends on a line: b bits a channel take 64 * b / 8 bytes a channel and
+// page, without padding.
+//
+// A key is decoded as   k = mean + sum_j (code_j - mid(width_j)) * scale_j * basis_j,
+// mid(b) = (2^b - 1) / 2, in the space the layout's RoPE mode names; a value as
+// v = zero + code * scale   per (token, group).
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define SVDQ_HOST_DEVICE __host__ __device__
+#else
+#define SVDQ_HOST_DEVICE
+#endif
+
+namespace svdq {
+
+inline constexpr int kFormatVersion = 1;
+inline constexpr int kPageTokens = 64;
+inline constexpr int kLineBytes = 64;
+inline constexpr int kLanes = 16;                        // 32-bit lanes of a line
+inline constexpr int kQuad = 4;                          // codes of a lane
+inline constexpr int kGroups = kPageTokens / kLanes;     // token groups of a page (keys)
+inline constexpr int kTokenQuads = kPageTokens / kQuad;  // token quads of a page (values)
+inline constexpr int kNumWidths = 4;
+inline constexpr int kWidths[kNumWidths] = {8, 4, 2, 1};  // band order inside a page
+inline constexpr int kMaxHeadDim = 512;
+
+static_assert(kLanes * kQuad == kLineBytes, "a line is 16 lanes of 4 codes");
+
+// Number of channels that a band of this width must be a multiple of, so that it ends on a line.
+SVDQ_HOST_DEVICE constexpr int band_granularity(int width) { return width == 1 ? 8 : 4; }
+static_assert(8 * kPageTokens * 1 / 8 == kLineBytes, "eight 1-bit channels fill one line");
+static_assert(4 * kPageTokens * 2 / 8 == kLineBytes, "four 2-bit channels fill one line");
+
+// Where the keys of a layer are coded. The numbers are part of the format.
+enum class RopeMode : int {
+  kPre = 0,   // un-rotated keys: core channels, rotated back while attending (the paper)
+  kPost = 1,  // rotated keys: tail channels, absorbed into the query
+};
+
+// Channels of one head by width, widest first. Core channels live before RoPE, tail channels after.
+struct Bands {
+  int count[kNumWidths];
+
+  SVDQ_HOST_DEVICE constexpr int rank() const { return count[0] + count[1] + count[2] + count[3]; }
+  // Width of channel j of these, 0 past the last one.
+  SVDQ_HOST_DEVICE constexpr int width(int j) const {
+    for (int w = 0; w < kNumWidths; ++w) {
+      if (j < count[w]) return kWidths[w];
+      j -= count[w];
+    }
+    return 0;
+  }
+  SVDQ_HOST_DEVICE constexpr int bits() const {
+    return count[0] * 8 + count[1] * 4 + count[2] * 2 + count[3];
+  }
+  SVDQ_HOST_DEVICE constexpr int page_bytes() const { return bits() * kPageTokens / 8; }
+};
+static_assert(Bands{{0, 4, 8, 8}}.page_bytes() == 320, "4*4 + 8*2 + 8*1 bits = 5 bytes a token");
+
+// Position of a code: a byte and a shift inside it.
+struct CodePlace {
+  int64_t byte;
+  int shift;
+};
+
+// Place of unit `unit`, lane `lane`, element `element` (0..3) in a run of lines of one width.
+SVDQ_HOST_DEVICE constexpr CodePlace unit_place(int width, int unit, int lane, int element) {
+  const int units_per_line = 8 / width;
+  return {int64_t{unit / units_per_line} * kLineBytes + lane * kQuad + element,
+          unit % units_per_line * width};
+}
+
+// Key code of channel `channel` of a band (counted inside the band) and slot `token` of the page.
+SVDQ_HOST_DEVICE constexpr CodePlace key_code_place(int width, int channel, int token) {
+  return unit_place(width, channel / kQuad * kGroups + token / kLanes, token % kLanes,
+                    channel % kQuad);
+}
+
+// Value code of channel `channel` of a head and slot `token` of the page (0..63).
+SVDQ_HOST_DEVICE constexpr CodePlace value_code_place(int width, int channel, int token) {
+  return unit_place(width, channel / kLanes * kTokenQuads + token / kQuad, channel % kLanes,
+                    token % kQuad);
+}
+
+static_assert(key_code_place(4, 5, 17).byte == 128 + 1 * 4 + 1 &&
+              key_code_place(4, 5, 17).shift == 4);
+static_assert(key_code_place(1, 7, 63).byte == 15 * 4 + 3 && key_code_place(1, 7, 63).shift == 7);
+static_assert(value_code_place(4, 17, 6).byte == 8 * 64 + 1 * 4 + 2 &&
+              value_code_place(4, 17, 6).shift == 4);
+
+SVDQ_HOST_DEVICE constexpr int get_code(const uint8_t* codes, CodePlace place, int width) {
+  return (codes[place.byte] >> place.shift) & ((1 << width) - 1);
+}
+
+SVDQ_HOST_DEVICE constexpr void put_code(uint8_t* codes, CodePlace place, int width, int code) {
+  const int mask = ((1 << width) - 1) << place.shift;
+  codes[place.byte] = static_cast<uint8_t>((codes[place.byte] & ~mask) | (code << place.shift));
+}
+
+// Offsets inside the value page of one head. Scales and zero points are IEEE half, [v_groups, 64]
+// each; exact values (bits 16 or 32) are [64, head_dim] in the model's dtype and have neither.
+struct ValueLayout {
+  int bits;        // 2, 4: packed; 16, 32: exact
+  int group_size;  // channels that share a scale and zero point, a multiple of 16 dividing head_dim
+  int head_dim;
+
+  SVDQ_HOST_DEVICE constexpr bool packed() const { return bits <= 4; }
+  SVDQ_HOST_DEVICE constexpr int groups() const { return packed() ? head_dim / group_size : 0; }
+  SVDQ_HOST_DEVICE constexpr int64_t scale_offset() const { return 0; }
+  SVDQ_HOST_DEVICE constexpr int64_t zero_offset() const {
+    return int64_t{groups()} * kPageTokens * 2;
+  }
+  SVDQ_HOST_DEVICE constexpr int64_t code_offset() const {
+    return int64_t{groups()} * kPageTokens * 4;
+  }
+  SVDQ_HOST_DEVICE constexpr int64_t page_bytes() const {
+    return code_offset() + int64_t{head_dim} * kPageTokens * bits / 8;
+  }
+};
+static_assert(ValueLayout{4, 64, 128}.page_bytes() == 2 * 64 * 4 + 128 * 64 / 2);
+static_assert(ValueLayout{16, 128, 128}.page_bytes() == 64 * 128 * 2);
+
+// The integers that describe a layer's pages wherever they are passed or saved ("layout"):
+// [version, num_kv_heads, head_dim, rope_mode, v_bits, v_group_size,
+//  then per head: core counts of kWidths, tail counts of kWidths].
+inline constexpr int kLayoutHeader = 6;
+inline constexpr int kLayoutPerHead = 2 * kNumWidths;
+
+}  // namespace svdq

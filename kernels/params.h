@@ -1,0 +1,144 @@
+// One plain struct per stage: what a backend needs to run it. Pointers carry [shape] and dtype; the
+// caller has checked everything and owns all memory. H KV heads, Hq query heads, D head_dim, R rank
+// of all heads together.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/format.h"
+
+namespace svdq {
+
+enum class DataType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// Channels of one head and where they lie. Core and tail channels follow each other in the basis
+// and in the page.
+struct HeadPlan {
+  Bands core;
+  Bands tail;
+  int first_channel;  // row of this head's first channel in basis and scale
+  int64_t k_offset;   // byte of this head's codes inside a key page
+
+  SVDQ_HOST_DEVICE constexpr int rank() const { return core.rank() + tail.rank(); }
+};
+
+// Width of the head's channel j, counted in basis order.
+SVDQ_HOST_DEVICE constexpr int channel_width(const HeadPlan& head, int j) {
+  return j < head.core.rank() ? head.core.width(j) : head.tail.width(j - head.core.rank());
+}
+
+struct LayoutView {
+  int num_heads;
+  int head_dim;
+  RopeMode rope;
+  ValueLayout value;
+  int rank;  // R
+  int64_t k_page_bytes;
+  int64_t v_page_bytes;
+  const HeadPlan* heads;  // [H]
+};
+
+// Rotation of pair i (channels i and i + half) at position p: angle p * inv_freq[i]. half == 0:
+// none.
+struct Rope {
+  const float* inv_freq;  // [half]
+  int half;
+};
+
+// Keys or values of one sequence, [H, T, D]; the last dimension is contiguous.
+struct TokenSource {
+  const void* data;
+  DataType dtype;
+  int64_t head_stride;   // elements
+  int64_t token_stride;  // elements
+  int64_t num_tokens;
+};
+
+struct CovarianceParams {
+  TokenSource keys;
+  int num_heads;
+  int head_dim;
+  Rope rope;
+  int64_t position;   // of the first token
+  float* mean;        // [H, D]
+  float* covariance;  // [H, D, D], divided by T
+};
+
+struct QuantizerParams {
+  TokenSource keys;
+  LayoutView layout;
+  Rope rope;
+  int64_t position;
+  bool clip;
+  const float* mean;        // [H, D]
+  const float* components;  // [H, D, D], rows by falling variance
+  uint16_t* basis;          // [R, D] bfloat16
+  float* scale;             // [R]
+  float* centred_mean;      // [H, D]
+};
+
+struct PackKeysParams {
+  TokenSource keys;
+  LayoutView layout;
+  Rope rope;
+  int64_t position;
+  const uint16_t* basis;      // [R, D] bfloat16
+  const float* scale;         // [R]
+  const float* mean;          // [H, D]
+  uint8_t* pages;             // [P, k_page_bytes]
+  const int32_t* page_table;  // page of each 64 slots
+  int64_t slot;               // of the first token
+};
+
+struct PackValuesParams {
+  TokenSource values;
+  LayoutView layout;
+  uint8_t* pages;  // [P, v_page_bytes]
+  const int32_t* page_table;
+  int64_t slot;
+};
+
+struct AttendParams {
+  LayoutView layout;
+  Rope rope;
+  int batch;
+  int num_qo_heads;   // Hq
+  int64_t q_len;      // L
+  const void* query;  // [B, Hq, L, D] contiguous
+  DataType query_dtype;
+  const uint8_t* k_pages;
+  const uint8_t* v_pages;
+  DataType v_dtype;           // of exact values in v_pages
+  const int32_t* page_table;  // [B, table_stride]
+  int64_t table_stride;
+  const int32_t* cache_seqlens;   // [B]
+  const uint16_t* basis;          // [B, R, D] bfloat16
+  const float* scale;             // [B, R]
+  const float* mean;              // [B, H, D]
+  const int32_t* first_position;  // [B], may be null: zeros
+  const void* exact_keys;         // [B, H, E, D]; strides in elements
+  const void* exact_values;
+  DataType exact_dtype;
+  int64_t exact_batch_stride;
+  int64_t exact_head_stride;
+  const int32_t* exact_lens;  // [B]
+  int sink_tokens;
+  float sm_scale;
+  bool causal;
+  void* out;   // [B, Hq, L, D] in query_dtype
+  float* lse;  // [B, Hq, L], natural logarithm
+};
+
+struct MergeParams {
+  int64_t rows;
+  int head_dim;
+  DataType dtype;
+  const void* out_a;   // [rows, D]
+  const float* lse_a;  // [rows]
+  const void* out_b;
+  const float* lse_b;
+  void* out;
+  float* lse;
+};
+
+}  // namespace svdq

@@ -1,0 +1,331 @@
+#include "tests/cpp/attend_problem.h"
+
+namespace svdq::testing {
+
+using reference::Channel;
+using reference::Row;
+
+AttendProblem::AttendProblem(const AttendCase& c, uint64_t stream)
+    : c_(c),
+      layout_(layout_ints(c.rope, c.head_dim, c.bands, c.v_bits, c.v_group_size)),
+      frequencies_(inverse_frequencies(c.rope == RopeMode::kPre ? c.rotary_half : 0)),
+      rope_{frequencies_.data(), static_cast<int>(frequencies_.size())},
+      cache_seqlens_(c.cache_seqlens.begin(), c.cache_seqlens.end()),
+      exact_lens_(c.exact_lens.begin(), c.exact_lens.end()),
+      first_positions_(c.first_positions.begin(), c.first_positions.end()),
+      sm_scale_(static_cast<float>(1 / std::sqrt(c.head_dim))) {
+  Random random(stream);
+  for (int h = 0; h < num_heads(); ++h)
+    channels_.push_back(reference::channels_of(layout_.view().heads[h]));
+
+  const int64_t rows = int64_t{batch()} * num_qo_heads() * c.q_len;
+  query_.resize(rows * c.head_dim * size_of(c.dtype));
+  for (int64_t r = 0; r < rows; ++r) {
+    const int one_hot = random.integer(0, c.head_dim - 1);
+    for (int d = 0; d < c.head_dim; ++d) {
+      // After RoPE weights are query . basis: one channel alone keeps their magnitudes equal.
+      double x = random.normal();
+      if (c.exact_weights && c.rope == RopeMode::kPost) x = d == one_hot ? 4.0 : 0.0;
+      write_number(&query_[(r * c.head_dim + d) * size_of(c.dtype)], c.dtype, x);
+    }
+  }
+
+  // Rows after exact_len, and the gaps between heads, are NaN: nothing may read them.
+  const int64_t capacity = *std::max_element(c.exact_lens.begin(), c.exact_lens.end()) + 2;
+  exact_head_stride_ = capacity * c.head_dim + 16;
+  exact_batch_stride_ = exact_head_stride_ * num_heads() + 32;
+  const int64_t size = size_of(c.exact_dtype);
+  exact_keys_.assign(exact_batch_stride_ * batch() * size, 0xff);
+  exact_values_.assign(exact_batch_stride_ * batch() * size, 0xff);
+  for (int b = 0; b < batch(); ++b) {
+    for (int h = 0; h < num_heads(); ++h) {
+      for (int e = 0; e < exact_lens_[b]; ++e) {
+        for (int d = 0; d < c.head_dim; ++d) {
+          write_number(&exact_keys_[(exact_at(b, h, e) + d) * size], c.exact_dtype,
+                       random.normal());
+          write_number(&exact_values_[(exact_at(b, h, e) + d) * size], c.exact_dtype,
+                       random.normal());
+        }
+      }
+    }
+  }
+  make_basis(random);
+  make_pages(random);
+}
+
+void AttendProblem::make_basis(Random& random) {
+  const int dim = c_.head_dim;
+  basis_.resize(int64_t{batch()} * layout_.rank() * dim);
+  scale_.resize(batch() * layout_.rank());
+  mean_.resize(batch() * num_heads() * dim);
+  for (float& x : mean_) x = static_cast<float>(random.normal());
+  for (uint16_t& x : basis_) {
+    const double sign = random.integer(0, 1) ? 1.0 : -1.0;
+    x = float_to_bfloat16(static_cast<float>((c_.exact_weights ? sign : random.normal()) / 8.0));
+  }
+  for (int b = 0; b < batch(); ++b) {
+    for (const auto& channels : channels_) {
+      for (const Channel& channel : channels) {
+        // The codes of a channel are spread evenly over their range: about the same variance for
+        // each width.
+        const double factor = c_.exact_weights ? 1.0 : 0.5 + 0.1 * random.integer(0, 10);
+        scale_[b * layout_.rank() + channel.row] =
+            static_cast<float>(4 * factor / (1 << channel.width));
+      }
+    }
+  }
+}
+
+void AttendProblem::make_pages(Random& random) {
+  // Pages lie scattered in a pool; entries after a sequence's last page point nowhere.
+  table_stride_ = *std::max_element(cache_seqlens_.begin(), cache_seqlens_.end()) / kPageTokens + 3;
+  table_.assign(batch() * table_stride_, std::numeric_limits<int32_t>::max());
+  int32_t pages = 0;
+  for (int b = 0; b < batch(); ++b) {
+    for (int64_t n = 0; n * kPageTokens < cache_seqlens_[b]; ++n)
+      table_[b * table_stride_ + n] = pages++;
+  }
+  for (int32_t& page : table_) {
+    if (page < pages) page = 2 * (pages - 1 - page) + 1;
+  }
+  // Any byte is a code. Scales, zero points and exact values must be numbers where they are read
+  // and may be anything, NaN included, elsewhere: in slots that hold no token, and in those of the
+  // sinks.
+  k_pages_.resize((2 * pages + 1) * layout_.k_page_bytes());
+  v_pages_.resize((2 * pages + 1) * layout_.v_page_bytes(), 0xff);
+  random.fill(k_pages_);
+  const ValueLayout& value = layout_.value();
+  for (int b = 0; b < batch(); ++b) {
+    for (int slot = c_.sink_tokens; slot < cache_seqlens_[b]; ++slot) {
+      for (int h = 0; h < num_heads(); ++h) {
+        uint8_t* page =
+            &v_pages_[table_[b * table_stride_ + slot / kPageTokens] * layout_.v_page_bytes() +
+                      h * value.page_bytes()];
+        const int at = slot % kPageTokens;
+        for (int g = 0; g < value.groups(); ++g) {
+          write_number(page + value.scale_offset() + (g * kPageTokens + at) * 2, DataType::kFloat16,
+                       random.integer(0, 20) * 0.02);
+          write_number(page + value.zero_offset() + (g * kPageTokens + at) * 2, DataType::kFloat16,
+                       random.normal());
+        }
+        for (int d = 0; d < c_.head_dim; ++d) {
+          if (value.packed()) {
+            put_code(page + value.code_offset(), value_code_place(value.bits, d, at), value.bits,
+                     random.integer(0, (1 << value.bits) - 1));
+          } else {
+            write_number(page + (at * c_.head_dim + d) * value.bits / 8, c_.exact_dtype,
+                         random.normal());
+          }
+        }
+      }
+    }
+  }
+}
+
+void AttendProblem::run(const Backend& backend, const Executor& executor) {
+  const int64_t rows = int64_t{batch()} * num_qo_heads() * c_.q_len;
+  out_.assign(rows * c_.head_dim * size_of(c_.dtype), 0xff);
+  lse_.assign(rows, std::numeric_limits<float>::quiet_NaN());
+  AttendParams p{};
+  p.layout = layout_.view();
+  p.rope = rope_;
+  p.batch = batch();
+  p.num_qo_heads = num_qo_heads();
+  p.q_len = c_.q_len;
+  p.query = query_.data();
+  p.query_dtype = c_.dtype;
+  p.k_pages = k_pages_.data();
+  p.v_pages = v_pages_.data();
+  p.v_dtype = c_.exact_dtype;
+  p.page_table = table_.data();
+  p.table_stride = table_stride_;
+  p.cache_seqlens = cache_seqlens_.data();
+  p.basis = basis_.data();
+  p.scale = scale_.data();
+  p.mean = mean_.data();
+  p.first_position = first_positions_.empty() ? nullptr : first_positions_.data();
+  p.exact_keys = exact_keys_.data();
+  p.exact_values = exact_values_.data();
+  p.exact_dtype = c_.exact_dtype;
+  p.exact_batch_stride = exact_batch_stride_;
+  p.exact_head_stride = exact_head_stride_;
+  p.exact_lens = exact_lens_.data();
+  p.sink_tokens = c_.sink_tokens;
+  p.sm_scale = sm_scale_;
+  p.causal = c_.causal;
+  p.out = out_.data();
+  p.lse = lse_.data();
+  backend.attend(p, executor);
+}
+
+// What a score may be off because the weights that multiply codes are held in 8 bits (a band of
+// 8-bit codes: in two terms of 8 bits). A weight is off by at most half a step, and the step is the
+// largest weight of the band over 127.
+double AttendProblem::weight_error(int b, int h, int slot, const Row& query) const {
+  if (c_.exact_weights) return 0;
+  const uint16_t* basis = &basis_[int64_t{b} * layout_.rank() * c_.head_dim];
+  const uint8_t* page =
+      &k_pages_[table_[b * table_stride_ + slot / kPageTokens] * layout_.k_page_bytes()];
+  // sum_j |code_j - mid_j| * step / 2, where weight(channel) gives the weights of one row.
+  const auto row_error = [&](const auto& weight) {
+    double largest[9] = {}, distance[9] = {};  // by width
+    for (const Channel& channel : channels_[h]) {
+      const int code = get_code(page, channel.place(slot % kPageTokens), channel.width);
+      largest[channel.width] = std::max(largest[channel.width], std::fabs(weight(channel)));
+      distance[channel.width] += std::fabs(code - channel.mid());
+    }
+    double sum = 0;
+    for (int width : kWidths)
+      sum += distance[width] * largest[width] / 127 / 2 / (width == 8 ? 254 : 1);
+    return 1.02 *
+           sum;  // rounding of the weights themselves, seen against the second term's small step
+  };
+  const auto basis_number = [&](const Channel& channel, int d) {
+    return static_cast<double>(bfloat16_to_float(basis[int64_t{channel.row} * c_.head_dim + d])) *
+           static_cast<double>(scale_[b * layout_.rank() + channel.row]);
+  };
+  const auto sm_scale = static_cast<double>(sm_scale_);
+  if (c_.rope == RopeMode::kPost) {  // weights are query . basis
+    return sm_scale * row_error([&](const Channel& channel) {
+             double sum = 0;
+             for (int d = 0; d < c_.head_dim; ++d) sum += query[d] * basis_number(channel, d);
+             return sum;
+           });
+  }
+  Row errors(c_.head_dim);  // weights are rows of the basis, one for each channel of the key
+  for (int d = 0; d < c_.head_dim; ++d) {
+    errors[d] = row_error([&](const Channel& channel) { return basis_number(channel, d); });
+  }
+  double sum = 0;
+  for (int d = 2 * rope_.half; d < c_.head_dim; ++d) sum += std::fabs(query[d]) * errors[d];
+  for (int i = 0; i < rope_.half; ++i) {  // RoPE turns a pair and keeps its length
+    sum +=
+        std::hypot(query[i], query[i + rope_.half]) * std::hypot(errors[i], errors[i + rope_.half]);
+  }
+  return sm_scale * sum;
+}
+
+AttendProblem::Seen AttendProblem::packed(int b, int h, int slot, const Row& query) const {
+  const int32_t id = table_[b * table_stride_ + slot / kPageTokens];
+  const uint8_t* k_page = &k_pages_[id * layout_.k_page_bytes()];
+  const uint8_t* v_page = &v_pages_[id * layout_.v_page_bytes() + h * layout_.value().page_bytes()];
+  const int at = slot % kPageTokens;
+  const uint16_t* basis = &basis_[int64_t{b} * layout_.rank() * c_.head_dim];
+  Row key =
+      reference::decode_key(channels_[h], k_page, at, basis, &scale_[b * layout_.rank()],
+                            &mean_[(int64_t{b} * num_heads() + h) * c_.head_dim], c_.head_dim);
+  reference::rotate(
+      key, rope_, (first_positions_.empty() ? 0 : first_positions_[b]) + static_cast<double>(slot));
+
+  const ValueLayout& value = layout_.value();
+  Seen seen{0,
+            weight_error(b, h, slot, query),
+            Row(c_.head_dim),
+            slot / kPageTokens,
+            Row(c_.head_dim),
+            Row(c_.head_dim)};
+  double query_norm = 0, key_norm = 0;
+  for (int d = 0; d < c_.head_dim; ++d) {
+    seen.score += static_cast<double>(sm_scale_) * query[d] * key[d];
+    query_norm += query[d] * query[d];
+    key_norm += key[d] * key[d];
+    seen.value[d] = reference::decode_value(value, v_page, d, at, c_.exact_dtype);
+    if (value.packed()) {
+      seen.code[d] =
+          get_code(v_page + value.code_offset(), value_code_place(value.bits, d, at), value.bits);
+      seen.scale[d] = reference::value_scale(value, v_page, d, at);
+    }
+  }
+  // Codes are multiplied as they are and their middle is taken off afterwards, so twice their range
+  // passes through.
+  double magnitude = std::sqrt(key_norm);
+  for (const Channel& channel : channels_[h]) {
+    double norm = 0;
+    for (int d = 0; d < c_.head_dim; ++d) {
+      norm += std::pow(bfloat16_to_float(basis[int64_t{channel.row} * c_.head_dim + d]), 2);
+    }
+    magnitude += 2 * channel.mid() * static_cast<double>(scale_[b * layout_.rank() + channel.row]) *
+                 std::sqrt(norm);
+  }
+  seen.error += static_cast<double>(sm_scale_) * std::sqrt(query_norm) * magnitude *
+                (20 * kFloatRounding + sum_rounding(c_.head_dim));
+  return seen;
+}
+
+AttendProblem::Seen AttendProblem::exact(int b, int h, int e, const Row& query) const {
+  Seen seen{0, 0, Row(c_.head_dim), -1, {}, {}};
+  double magnitude = 0;
+  for (int d = 0; d < c_.head_dim; ++d) {
+    const int64_t at = (exact_at(b, h, e) + d) * size_of(c_.exact_dtype);
+    const double product =
+        static_cast<double>(sm_scale_) * query[d] * read_number(&exact_keys_[at], c_.exact_dtype);
+    seen.score += product;
+    magnitude += std::fabs(product);
+    seen.value[d] = read_number(&exact_values_[at], c_.exact_dtype);
+  }
+  seen.error = magnitude * (4 * kFloatRounding + sum_rounding(c_.head_dim));
+  return seen;
+}
+
+Attended AttendProblem::expected(int b, int query_head, int i) const {
+  const int h = query_head / c_.group;
+  Row query(c_.head_dim);
+  for (int d = 0; d < c_.head_dim; ++d) {
+    query[d] = read_number(&query_[(query_at(b, query_head, i) + d) * size_of(c_.dtype)], c_.dtype);
+  }
+  std::vector<Seen> seen;
+  for (int slot = c_.sink_tokens; slot < cache_seqlens_[b]; ++slot)
+    seen.push_back(packed(b, h, slot, query));
+  const int visible = c_.causal ? exact_lens_[b] - (c_.q_len - 1 - i) : exact_lens_[b];
+  for (int e = 0; e < visible; ++e) seen.push_back(exact(b, h, e, query));
+
+  Attended result{Row(c_.head_dim), Row(c_.head_dim), -std::numeric_limits<double>::infinity(), 0};
+  if (seen.empty()) return result;
+  double most = seen[0].score, sum = 0, largest_error = 0;
+  for (const Seen& token : seen) most = std::max(most, token.score);
+  for (Seen& token : seen) {
+    // 2^x has a relative error of 3e-7, and x itself is rounded.
+    token.error += 3e-7 + 4 * kFloatRounding * (std::fabs(token.score) + std::fabs(most));
+    largest_error = std::max(largest_error, token.error);
+    sum += std::exp(token.score - most);
+  }
+  result.lse = most + std::log(sum);
+  const double summing = sum_rounding(static_cast<int64_t>(seen.size())) + 8 * kFloatRounding;
+  result.lse_tolerance = largest_error + summing + 4 * kFloatRounding * std::fabs(result.lse);
+
+  for (int d = 0; d < c_.head_dim; ++d) {
+    double& out = result.out[d];
+    for (const Seen& token : seen) out += std::exp(token.score - result.lse) * token.value[d];
+    // A probability whose score is off by e is off by the factor exp(e), and so, in the other
+    // direction, is their sum.
+    double softmax = 0, largest = 0;
+    for (const Seen& token : seen) {
+      softmax += std::exp(token.score - result.lse) * std::expm1(token.error) *
+                 std::fabs(token.value[d] - out);
+      const double packed = token.page < 0 ? 0 : token.code[d] * token.scale[d];
+      largest = std::max(largest, std::fabs(token.value[d] - packed) + packed);
+    }
+    result.out_tolerance[d] = softmax * std::exp(largest_error) + summing * largest +
+                              product_error(seen, result.lse, d) +
+                              rounding(c_.dtype) * std::fabs(out) + 0x1p-25;
+  }
+  return result;
+}
+
+// Probability times scale is rounded to a 65535th of the largest of its page, and multiplies a
+// code.
+double AttendProblem::product_error(const std::vector<Seen>& seen, double lse, int d) {
+  double sum = 0;
+  for (size_t first = 0, last; first < seen.size() && seen[first].page >= 0; first = last) {
+    double probability = 0, scale = 0, codes = 0;
+    for (last = first; last < seen.size() && seen[last].page == seen[first].page; ++last) {
+      probability = std::max(probability, std::exp(seen[last].score - lse));
+      scale = std::max(scale, seen[last].scale[d]);
+      codes += seen[last].code[d];
+    }
+    sum += probability * scale / 65535 / 2 * codes;
+  }
+  return sum;
+}
+
+}  // namespace svdq::testing

@@ -1,0 +1,96 @@
+// An attend problem made of random pages and rows, and its answer from the formula with the
+// tolerance due to each row.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "tests/cpp/reference.h"
+
+namespace svdq::testing {
+
+struct AttendCase {
+  RopeMode rope = RopeMode::kPre;
+  int head_dim = 64;
+  int rotary_half = 32;
+  HeadBands bands = {{{4, 8, 4, 8}}, {{0, 12, 4, 16}}};
+  int v_bits = 4;
+  int v_group_size = 32;
+  int group = 2;  // query heads of a KV head
+  int q_len = 1;
+  DataType dtype = DataType::kFloat32;        // of queries and outputs
+  DataType exact_dtype = DataType::kFloat32;  // of exact rows and exact values
+  std::vector<int> cache_seqlens = {130, 70};
+  std::vector<int> exact_lens = {9, 3};
+  std::vector<int> first_positions = {};  // empty: null
+  int sink_tokens = 0;
+  bool causal = true;
+  // Weights that int8 holds exactly, so that scores are exact up to float rounding.
+  bool exact_weights = false;
+};
+
+// One query row's answer.
+struct Attended {
+  reference::Row out, out_tolerance;
+  double lse, lse_tolerance;
+};
+
+class AttendProblem {
+ public:
+  AttendProblem(const AttendCase& c, uint64_t stream);
+
+  // Runs a backend; outputs start as NaN.
+  void run(const Backend& backend, const Executor& executor);
+  Attended expected(int b, int query_head, int i) const;
+
+  double out(int b, int query_head, int i, int d) const {
+    return read_number(&out_[size_of(c_.dtype) * (row(b, query_head, i) * c_.head_dim + d)],
+                       c_.dtype);
+  }
+  double lse(int b, int query_head, int i) const { return lse_[row(b, query_head, i)]; }
+  const std::vector<uint8_t>& out_bytes() const { return out_; }
+
+  int batch() const { return static_cast<int>(c_.cache_seqlens.size()); }
+  int num_heads() const { return static_cast<int>(c_.bands.size()); }
+  int num_qo_heads() const { return num_heads() * c_.group; }
+
+ private:
+  // A key that a query sees, and what its score may be off.
+  struct Seen {
+    double score, error;
+    reference::Row value;
+    int page;                    // -1: an exact row
+    reference::Row code, scale;  // of packed values, by channel
+  };
+
+  int64_t row(int b, int query_head, int i) const {
+    return (int64_t{b} * num_qo_heads() + query_head) * c_.q_len + i;
+  }
+  int64_t query_at(int b, int query_head, int i) const {
+    return row(b, query_head, i) * c_.head_dim;
+  }
+  int64_t exact_at(int b, int h, int e) const {
+    return b * exact_batch_stride_ + h * exact_head_stride_ + int64_t{e} * c_.head_dim;
+  }
+  void make_pages(Random& random);
+  void make_basis(Random& random);
+  Seen packed(int b, int h, int slot, const reference::Row& query) const;
+  Seen exact(int b, int h, int e, const reference::Row& query) const;
+  double weight_error(int b, int h, int slot, const reference::Row& query) const;
+  static double product_error(const std::vector<Seen>& seen, double lse, int d);
+
+  AttendCase c_;
+  Layout layout_;
+  std::vector<float> frequencies_;
+  Rope rope_;
+  std::vector<std::vector<reference::Channel>> channels_;  // per head
+  std::vector<uint8_t> query_, exact_keys_, exact_values_, k_pages_, v_pages_, out_;
+  std::vector<int32_t> table_, cache_seqlens_, exact_lens_, first_positions_;
+  int64_t table_stride_ = 0, exact_batch_stride_ = 0, exact_head_stride_ = 0;
+  std::vector<uint16_t> basis_;
+  std::vector<float> scale_, mean_, lse_;
+  float sm_scale_;
+};
+
+}  // namespace svdq::testing
