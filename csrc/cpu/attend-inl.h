@@ -232,8 +232,13 @@ inline void attend(const AttendParams& p, const Executor& executor) {
   carve_plan(plan, memory.as());
   prepare_rotations(plan);
 
-  const int64_t heads = plan.sequence_heads();
-  for_each_task(executor, heads,
+  // Waking threads costs more than preparing or merging one decode step: that is left to this one.
+  const SerialExecutor this_thread;
+  const auto executor_for = [&](int64_t products) -> const Executor& {
+    return products < kSerialProducts ? this_thread : executor;
+  };
+  const int64_t heads = plan.sequence_heads(), dim = p.layout.head_dim;
+  for_each_task(executor_for(plan.batch_rank() * plan.weight_rows * dim), heads,
                 [&](int64_t sequence_head, int) { prepare_head(plan, sequence_head); });
   for_each_task(executor, heads * plan.row_chunks * plan.splits, [&](int64_t index, int worker) {
     AttendScratch own;
@@ -246,8 +251,9 @@ inline void attend(const AttendParams& p, const Executor& executor) {
   });
   constexpr int64_t kRowsPerTask = 16;
   const int64_t rows = heads * plan.rows;
-  for_each_task(executor, (rows + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task, int) {
-    const int64_t last = std::min((task + 1) * kRowsPerTask, rows);
-    for (int64_t row = task * kRowsPerTask; row < last; ++row) finish_row(plan, row);
-  });
+  for_each_task(executor_for(rows * plan.splits * dim), (rows + kRowsPerTask - 1) / kRowsPerTask,
+                [&](int64_t task, int) {
+                  const int64_t last = std::min((task + 1) * kRowsPerTask, rows);
+                  for (int64_t row = task * kRowsPerTask; row < last; ++row) finish_row(plan, row);
+                });
 }

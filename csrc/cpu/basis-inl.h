@@ -96,18 +96,27 @@ struct Range {
   float scale;  // distance between codes
 };
 
-// Sum of squared errors of n latents (a multiple of a vector) coded in `range` with the highest
-// code `top`.
+// Calls fn(vector, lanes) for n latents, whose memory ends on a whole vector; `lanes` has a bit for
+// each one that counts.
+template <typename Fn>
+inline void for_each_vector(const float* latent, int64_t n, const Fn& fn) {
+  constexpr uint32_t kAllLanes = (1u << kVecLanes) - 1;
+  int64_t i = 0;
+  for (; i + kVecLanes <= n; i += kVecLanes) fn(load<F32>(latent + i), kAllLanes);
+  if (i < n) fn(load<F32>(latent + i), (1u << (n - i)) - 1);
+}
+
+// Sum of squared errors of n latents coded in `range` with the highest code `top`.
 inline float coding_error(const float* latent, int64_t n, Range range, float top) {
   const F32 inverse = splat(range.scale > 0 ? 1.0f / range.scale : 0.0f);
   const F32 mid = splat(top / 2);
   F32 error{};
-  for (int64_t i = 0; i < n; i += kVecLanes) {
-    const F32 x = load<F32>(latent + i) - range.centre;
+  for_each_vector(latent, n, [&](F32 v, uint32_t lanes) {
+    const F32 x = v - range.centre;
     const F32 code = min(max(round_even(x * inverse + mid), F32{}), splat(top));
-    const F32 miss = x - (code - mid) * range.scale;
+    const F32 miss = select_lanes(lanes, x - (code - mid) * range.scale, F32{});
     error += miss * miss;
-  }
+  });
   return reduce_add(error);
 }
 
@@ -116,19 +125,18 @@ inline float coding_error(const float* latent, int64_t n, Range range, float top
 inline Range search_range(const float* latent, int64_t n, int width) {
   const float top = static_cast<float>((1 << width) - 1);
   F32 sum{}, low = splat(latent[0]), high = low;
-  for (int64_t i = 0; i < n; i += kVecLanes) {
-    const F32 x = load<F32>(latent + i);
-    sum += x;
-    low = min(low, x);
-    high = max(high, x);
-  }
+  for_each_vector(latent, n, [&](F32 v, uint32_t lanes) {
+    sum += select_lanes(lanes, v, F32{});
+    low = min(low, select_lanes(lanes, v, low));
+    high = max(high, select_lanes(lanes, v, high));
+  });
   const float mean = reduce_add(sum) / static_cast<float>(n);
   const float least = -reduce_max(-low), most = reduce_max(high);
   F32 squares{};
-  for (int64_t i = 0; i < n; i += kVecLanes) {
-    const F32 x = load<F32>(latent + i) - mean;
+  for_each_vector(latent, n, [&](F32 v, uint32_t lanes) {
+    const F32 x = select_lanes(lanes, v - mean, F32{});
     squares += x * x;
-  }
+  });
   const float deviation = std::sqrt(reduce_add(squares) / static_cast<float>(n));
 
   Range best{(least + most) / 2, (most - least) / top};
@@ -193,12 +201,7 @@ inline void fit_head_quantizer(const QuantizerParams& p, const RopeTable& table,
     const int width = channel_width(head, j);
     Range range{(low[j] + high[j]) / 2, (high[j] - low[j]) / static_cast<float>((1 << width) - 1)};
     if (p.clip) {
-      // Repeat the last latent up to a whole vector; it weighs a little more, which no range
-      // notices.
-      float* channel = channels + j * capacity;
-      const int64_t whole = round_up(n, kVecLanes);
-      for (int64_t i = n; i < whole; ++i) channel[i] = channel[n - 1];
-      range = search_range(channel, whole, width);
+      range = search_range(channels + j * capacity, n, width);
     }
     p.scale[head.first_channel + j] = range.scale;
     for (int d = 0; d < dim; ++d) centred[d] += range.centre * columns[d * padded + j];
@@ -229,7 +232,8 @@ inline void fit_quantizer(const QuantizerParams& p, const Executor& executor) {
 inline bool all_within(const TokenSource& source, int num_heads, int head_dim, float limit,
                        const Executor& executor) {
   constexpr int64_t kTokens = 1024;
-  const float to_largest = std::numeric_limits<float>::max() / limit;
+  // A little less, so that rounding does not send the limit itself to infinity.
+  const float to_largest = std::numeric_limits<float>::max() / limit * (1 - 0x1p-22f);
   const int64_t chunks = (source.num_tokens + kTokens - 1) / kTokens;
   std::atomic<bool> finite{true};
   for_each_task(executor, num_heads * chunks, [&](int64_t task, int) {

@@ -10,6 +10,9 @@ inline constexpr int64_t kMinSplitBlocks = 16;
 // Splits stop when there are this many tasks.
 inline constexpr int64_t kTargetTasks = 256;
 
+// Multiply-adds below which a step of the plan is not worth other threads: some 50 microseconds.
+inline constexpr int64_t kSerialProducts = 1 << 19;
+
 // Scores are kept in units of log2, so that the softmax needs 2^x alone.
 inline constexpr float kLog2E = 1.44269504088896340736f;
 inline constexpr float kLn2 = 0.69314718055994530942f;
@@ -33,6 +36,7 @@ struct AttendPlan {
   float* partial_sum = nullptr;      // [B, H, rows, splits]
 
   const HeadPlan& head(int64_t h) const { return p.layout.heads[h]; }
+  int64_t batch_rank() const { return int64_t{p.batch} * p.layout.rank; }
   int64_t sequence_heads() const { return int64_t{p.batch} * p.layout.num_heads; }
   int64_t exact_len(int64_t b) const { return p.exact_lens[b]; }
   int64_t pages(int64_t b) const {

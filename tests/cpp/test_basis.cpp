@@ -293,23 +293,27 @@ TEST_P(Basis, ClippingFindsTheRangeOfLeastError) {
           const double found =
               coding_error(latents, q.centre(h, channel), q.scale[channel.row], channel.width);
           const auto [low, high] = std::minmax_element(latents.begin(), latents.end());
+          // Rows of the basis are orthogonal up to bfloat16 only, so the centre read back is off by a
+          // fraction of a step and the rounding errors are others. The squares of T errors that are
+          // spread evenly over a step have a mean that is off by 0.9 / sqrt(T) of itself; allow four
+          // times that.
+          const double noise = 1 + 4 * 0.9 / std::sqrt(count);
           if (num_tokens <= 4096) {  // more are sampled, and a sample may miss the largest
-            // The basis is orthogonal up to bfloat16 only, which shifts the centre a little: hence
-            // a twentieth more.
-            EXPECT_LE(found, 1.05 * coding_error(latents, (*low + *high) / 2, (*high - *low) / top,
-                                                 channel.width));
+            EXPECT_LE(found, noise * coding_error(latents, (*low + *high) / 2, (*high - *low) / top,
+                                                  channel.width));
           }
-          // The errors of few tokens are not smooth in the range, and keys that were turned back
-          // are not normal.
+          // Keys that were turned back are not normal.
           if (num_tokens < 1000 || channel.width == 8 || mode == RopeMode::kPre) continue;
           for (double multiple = 0.4; multiple < 7.5; multiple *= 1.25) {
             const double scale = 2 * multiple * std::sqrt(squares) / top;
-            EXPECT_LE(found, 1.05 * coding_error(latents, mean, scale, channel.width))
+            EXPECT_LE(found, noise * coding_error(latents, mean, scale, channel.width))
                 << multiple << " deviations";
           }
-          // A fifth more: at 4 bits that much of the error comes from the few numbers that are cut
-          // off.
-          EXPECT_LE(found / count, 1.2 * least_error(channel.width) * squares);
+          // At 4 bits a fifth of the error comes from the 0.7 % that are cut off: some thirty numbers
+          // of 4096, whose share varies by tens of per cent.
+          if (num_tokens >= 4096) {
+            EXPECT_LE(found / count, 1.3 * least_error(channel.width) * squares);
+          }
         }
       }
     }

@@ -1,0 +1,105 @@
+// The extension module svdq._C: constants of the format and the choice of backend. Operators on
+// tensors are registered with torch when this library is loaded (ops_*.cpp).
+#include <ATen/Parallel.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <atomic>
+
+#include "csrc/core/backend.h"
+#include "csrc/core/check.h"
+#include "csrc/core/layout.h"
+
+namespace py = pybind11;
+
+namespace svdq {
+namespace {
+
+std::pair<int64_t, int> place(const CodePlace& at) { return {at.byte, at.shift}; }
+
+void check_place(int width, int channel, int token) {
+  bool known = false;
+  for (const int w : kWidths) known |= w == width;
+  SVDQ_CHECK(known && channel >= 0 && channel < kMaxHeadDim && token >= 0 && token < kPageTokens,
+             "no code of width ", width, ", channel ", channel, ", token ", token);
+}
+
+// Reads every byte of a contiguous CPU tensor with all threads; returns the sum of its 64-bit
+// words.
+uint64_t read_pass(const at::Tensor& tensor) {
+  SVDQ_CHECK(tensor.device().is_cpu() && tensor.is_contiguous(),
+             "read_pass: needs a contiguous CPU tensor");
+  const auto* words = static_cast<const uint64_t*>(tensor.const_data_ptr());
+  const int64_t count = static_cast<int64_t>(tensor.nbytes() / sizeof(uint64_t));
+  std::atomic<uint64_t> total{0};
+  at::parallel_for(0, count, 1 << 15, [&](int64_t begin, int64_t end) {
+    uint64_t sums[16] = {};
+    int64_t i = begin;
+    for (; i + 16 <= end; i += 16) {
+      for (int k = 0; k < 16; ++k) sums[k] += words[i + k];
+    }
+    for (; i < end; ++i) sums[0] += words[i];
+    for (const uint64_t sum : sums) total.fetch_add(sum, std::memory_order_relaxed);
+  });
+  return total.load();
+}
+
+}  // namespace
+}  // namespace svdq
+
+PYBIND11_MODULE(_C, m) {
+  using namespace svdq;
+  m.doc() =
+      "Constants of the packed format and the choice of backend; operators are torch.ops.svdq.*";
+
+  py::module_ format = m.def_submodule("format", "Constants of kernels/format.h");
+  format.attr("VERSION") = kFormatVersion;
+  format.attr("PAGE_TOKENS") = kPageTokens;
+  format.attr("LINE_BYTES") = kLineBytes;
+  format.attr("MAX_HEAD_DIM") = kMaxHeadDim;
+  format.attr("WIDTHS") = std::vector<int>(std::begin(kWidths), std::end(kWidths));
+
+  m.def(
+      "check_layout", [](const std::vector<int64_t>& ints) { Layout{ints}; }, py::arg("layout"),
+      "Raises ValueError unless the integers are a valid layout.");
+  m.def(
+      "k_page_bytes", [](const std::vector<int64_t>& ints) { return Layout(ints).k_page_bytes(); },
+      py::arg("layout"), "Bytes of a key page.");
+  m.def(
+      "v_page_bytes", [](const std::vector<int64_t>& ints) { return Layout(ints).v_page_bytes(); },
+      py::arg("layout"), "Bytes of a value page.");
+  m.def(
+      "key_code_place",
+      [](int width, int channel, int token) {
+        check_place(width, channel, token);
+        return place(key_code_place(width, channel, token));
+      },
+      py::arg("width"), py::arg("channel"), py::arg("token"),
+      "Byte and shift of a key code inside its band.");
+  m.def(
+      "value_code_place",
+      [](int width, int channel, int token) {
+        check_place(width, channel, token);
+        return place(value_code_place(width, channel, token));
+      },
+      py::arg("width"), py::arg("channel"), py::arg("token"),
+      "Byte and shift of a value code inside its codes.");
+
+  m.def(
+      "backends",
+      [] {
+        std::vector<std::string> names;
+        for (const Backend* backend : available_backends()) names.emplace_back(backend->name);
+        return names;
+      },
+      "CPU backends that run on this machine, best first.");
+  m.def(
+      "backend", [] { return std::string(current_backend().name); },
+      "Name of the CPU backend in use.");
+  m.def("set_backend", &set_backend, py::arg("name"), "Use another CPU backend from now on.");
+  m.def("read_pass", &read_pass, py::arg("tensor"),
+        "Reads every byte of a contiguous CPU tensor with torch's threads, as a bandwidth measure; "
+        "returns a checksum.");
+  current_backend();  // a wrong SVDQ_BACKEND fails at import, not in the middle of a model
+}

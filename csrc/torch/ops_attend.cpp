@@ -1,0 +1,168 @@
+// Operators that attend and merge. Shapes, dtypes and meaning are documented in python/svdq/ops.py.
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "csrc/core/backend.h"
+#include "csrc/torch/executor.h"
+#include "csrc/torch/tensor_checks.h"
+
+namespace svdq::torch_binding {
+namespace {
+
+void check_lengths(const Checker& check, const at::Tensor& lens, const char* name, int64_t batch,
+                   int64_t most) {
+  check.tensor(lens, name, at::kInt, {batch});
+  for (int64_t b = 0; b < batch; ++b) {
+    const int32_t len = lens.const_data_ptr<int32_t>()[b];
+    check.require(len >= 0 && len <= most, std::string(name) + "[" + std::to_string(b) +
+                                               "] must be 0 to " + std::to_string(most) + ", got " +
+                                               std::to_string(len));
+  }
+}
+
+// Exact rows [B, H, E, D] whose rows lie one after another; both tensors share strides.
+void check_exact_rows(const Checker& check, const at::Tensor& keys, const at::Tensor& values,
+                      int64_t batch, int64_t heads, int64_t dim) {
+  for (const auto& [tensor, name] : {std::pair{&keys, "exact_keys"}, {&values, "exact_values"}}) {
+    check.on_cpu(*tensor, name);
+    check.shape(*tensor, name, {batch, heads, -1, dim});
+    check.float_type(*tensor, name);
+    TORCH_CHECK_VALUE(
+        tensor->size(2) == 0 ||
+            (tensor->stride(3) == 1 && (tensor->size(2) == 1 || tensor->stride(2) == dim)),
+        "svdq::attend: ", name, " must have contiguous rows, got strides ", tensor->strides());
+  }
+  check.dtype(values, "exact_values", keys.scalar_type());
+  check.require(
+      keys.sizes() == values.sizes() && (keys.numel() == 0 || keys.strides() == values.strides()),
+      "exact_keys and exact_values must have the same shape and strides");
+}
+
+std::tuple<at::Tensor, at::Tensor> attend(
+    const at::Tensor& query, const at::Tensor& k_pages, const at::Tensor& v_pages,
+    const at::Tensor& page_table, const at::Tensor& cache_seqlens, const at::Tensor& basis,
+    const at::Tensor& scale, const at::Tensor& mean, at::IntArrayRef layout_ints,
+    const std::optional<at::Tensor>& inv_freq, const std::optional<at::Tensor>& first_position,
+    const at::Tensor& exact_keys, const at::Tensor& exact_values, const at::Tensor& exact_lens,
+    int64_t sink_tokens, double sm_scale, bool causal) {
+  const Checker check("svdq::attend");
+  const Layout layout = check.layout(layout_ints);
+  const int64_t heads = layout.num_heads(), dim = layout.head_dim(), rank = layout.rank();
+  check.on_cpu(query, "query");
+  check.shape(query, "query", {-1, -1, -1, dim});
+  const DataType query_dtype = check.float_type(query, "query");
+  const int64_t batch = query.size(0), num_qo_heads = query.size(1), q_len = query.size(2);
+  check.require(num_qo_heads > 0 && num_qo_heads % heads == 0,
+                "query must have a multiple of " + std::to_string(heads) + " heads, got " +
+                    std::to_string(num_qo_heads));
+  check.tensor(k_pages, "k_pages", at::kByte, {-1, layout.k_page_bytes()});
+  const DataType v_dtype = check.value_pool(v_pages, layout);
+  check.tensor(page_table, "page_table", at::kInt, {batch, -1});
+  check_lengths(check, cache_seqlens, "cache_seqlens", batch, page_table.size(1) * kPageTokens);
+  const int64_t num_pages = std::min(k_pages.size(0), v_pages.size(0));
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t used =
+        (int64_t{cache_seqlens.const_data_ptr<int32_t>()[b]} + kPageTokens - 1) / kPageTokens;
+    check.page_ids(page_table.const_data_ptr<int32_t>() + b * page_table.size(1), 0, used,
+                   num_pages);
+  }
+  check.tensor(basis, "basis", at::kBFloat16, {batch, rank, dim});
+  check.tensor(scale, "scale", at::kFloat, {batch, rank});
+  check.tensor(mean, "mean", at::kFloat, {batch, heads, dim});
+  check_exact_rows(check, exact_keys, exact_values, batch, heads, dim);
+  check_lengths(check, exact_lens, "exact_lens", batch, exact_keys.size(2));
+  if (first_position) check.tensor(*first_position, "first_position", at::kInt, {batch});
+  check.require(sink_tokens >= 0 && sink_tokens <= INT32_MAX,
+                "sink_tokens must not be negative, got " + std::to_string(sink_tokens));
+  check.require(std::isfinite(sm_scale),
+                "sm_scale must be finite, got " + std::to_string(sm_scale));
+  const Rope rope = check.rope(inv_freq, layout.rope(), dim);
+
+  const at::Tensor rows = query.contiguous();
+  at::Tensor out = at::empty(rows.sizes(), rows.options());
+  at::Tensor lse = at::empty({batch, num_qo_heads, q_len}, rows.options().dtype(at::kFloat));
+  if (rows.numel() == 0) return {out, lse};
+  current_backend().attend(
+      {
+          .layout = layout.view(),
+          .rope = rope,
+          .batch = static_cast<int>(batch),
+          .num_qo_heads = static_cast<int>(num_qo_heads),
+          .q_len = q_len,
+          .query = rows.const_data_ptr(),
+          .query_dtype = query_dtype,
+          .k_pages = k_pages.const_data_ptr<uint8_t>(),
+          .v_pages = static_cast<const uint8_t*>(v_pages.const_data_ptr()),
+          .v_dtype = v_dtype,
+          .page_table = page_table.const_data_ptr<int32_t>(),
+          .table_stride = page_table.size(1),
+          .cache_seqlens = cache_seqlens.const_data_ptr<int32_t>(),
+          .basis = static_cast<const uint16_t*>(basis.const_data_ptr()),
+          .scale = scale.const_data_ptr<float>(),
+          .mean = mean.const_data_ptr<float>(),
+          .first_position = first_position ? first_position->const_data_ptr<int32_t>() : nullptr,
+          .exact_keys = exact_keys.const_data_ptr(),
+          .exact_values = exact_values.const_data_ptr(),
+          .exact_dtype = check.float_type(exact_keys, "exact_keys"),
+          .exact_batch_stride = exact_keys.stride(0),
+          .exact_head_stride = exact_keys.stride(1),
+          .exact_lens = exact_lens.const_data_ptr<int32_t>(),
+          .sink_tokens = static_cast<int>(sink_tokens),
+          .sm_scale = static_cast<float>(sm_scale),
+          .causal = causal,
+          .out = out.mutable_data_ptr(),
+          .lse = lse.mutable_data_ptr<float>(),
+      },
+      TorchExecutor());
+  return {out, lse};
+}
+
+std::tuple<at::Tensor, at::Tensor> merge(const at::Tensor& out_a, const at::Tensor& lse_a,
+                                         const at::Tensor& out_b, const at::Tensor& lse_b) {
+  const Checker check("svdq::merge");
+  check.on_cpu(out_a, "out_a");
+  check.on_cpu(out_b, "out_b");
+  check.shape(out_a, "out_a", {-1, -1, -1, -1});
+  check.shape(out_b, "out_b", out_a.sizes().vec());
+  const DataType dtype = check.float_type(out_a, "out_a");
+  check.dtype(out_b, "out_b", out_a.scalar_type());
+  const std::vector<int64_t> rows = {out_a.size(0), out_a.size(1), out_a.size(2)};
+  for (const auto& [lse, name] : {std::pair{&lse_a, "lse_a"}, {&lse_b, "lse_b"}}) {
+    check.on_cpu(*lse, name);
+    check.dtype(*lse, name, at::kFloat);
+    check.shape(*lse, name, rows);
+  }
+  const at::Tensor a = out_a.contiguous(), b = out_b.contiguous(), la = lse_a.contiguous(),
+                   lb = lse_b.contiguous();
+  at::Tensor out = at::empty(a.sizes(), a.options()), lse = at::empty(rows, la.options());
+  current_backend().merge(
+      {la.numel(), static_cast<int>(a.size(3)), dtype, a.const_data_ptr(),
+       la.const_data_ptr<float>(), b.const_data_ptr(), lb.const_data_ptr<float>(),
+       out.mutable_data_ptr(), lse.mutable_data_ptr<float>()},
+      TorchExecutor(a.numel()));
+  return {out, lse};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(svdq, m) {
+  m.def(
+      "attend(Tensor query, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor "
+      "cache_seqlens, Tensor basis,"
+      " Tensor scale, Tensor mean, int[] layout, Tensor? inv_freq, Tensor? first_position, Tensor "
+      "exact_keys,"
+      " Tensor exact_values, Tensor exact_lens, int sink_tokens, float sm_scale, bool causal) -> "
+      "(Tensor out, Tensor lse)");
+  m.def(
+      "merge(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)");
+}
+
+TORCH_LIBRARY_IMPL(svdq, CPU, m) {
+  m.impl("attend", &attend);
+  m.impl("merge", &merge);
+}
+
+}  // namespace svdq::torch_binding

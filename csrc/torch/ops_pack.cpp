@@ -1,0 +1,279 @@
+// Operators that fit, pack and unpack: tensors are checked and turned into the stage's parameters.
+// Shapes, dtypes and meaning are documented in python/svdq/ops.py.
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <limits>
+
+#include "csrc/core/backend.h"
+#include "csrc/core/bit_plan.h"
+#include "csrc/core/unpack.h"
+#include "csrc/torch/executor.h"
+#include "csrc/torch/tensor_checks.h"
+
+namespace svdq::torch_binding {
+namespace {
+
+constexpr float kLargestHalf = 65504.0f;
+
+void check_within(const Checker& check, const TokenSource& source, const char* name, int64_t heads,
+                  int64_t dim, float limit) {
+  check.require(
+      current_backend().all_within(source, static_cast<int>(heads), static_cast<int>(dim), limit,
+                                   TorchExecutor(heads * dim * source.num_tokens)),
+      std::string(name) + (limit == kLargestHalf
+                               ? " must be finite and at most 65504 in magnitude to be packed"
+                               : " must be finite, got NaN or infinite numbers"));
+}
+
+void check_finite(const Checker& check, const TokenSource& source, const char* name, int64_t heads,
+                  int64_t dim) {
+  check_within(check, source, name, heads, dim, std::numeric_limits<float>::max());
+}
+
+uint16_t* bfloat16_bits(const at::Tensor& tensor) {
+  return static_cast<uint16_t*>(tensor.mutable_data_ptr());
+}
+const uint16_t* const_bfloat16_bits(const at::Tensor& tensor) {
+  return static_cast<const uint16_t*>(tensor.const_data_ptr());
+}
+
+// Rows of `vectors` turned so that the component of largest magnitude, the first of equals, is
+// positive.
+void fix_signs(at::Tensor& vectors) {
+  const at::Tensor largest = vectors.abs().argmax(-1, true);
+  vectors.mul_(at::where(vectors.gather(-1, largest) < 0, -1.0f, 1.0f));
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> fit_basis(const at::Tensor& keys,
+                                                         const std::optional<at::Tensor>& inv_freq,
+                                                         int64_t position) {
+  const Checker check("svdq::fit_basis");
+  check.shape(keys, "keys", {-1, -1, -1});
+  const int64_t heads = keys.size(0), dim = keys.size(2);
+  try {
+    check_head_dim(dim);
+  } catch (const std::invalid_argument& error) {
+    check.require(false, std::string("keys: ") + error.what());
+  }
+  const TokenSource source = check.tokens(keys, "keys", heads, dim);
+  check.require(heads > 0 && source.num_tokens > 0,
+                "keys must have at least one head and one token, got " + std::to_string(heads) +
+                    " and " + std::to_string(source.num_tokens));
+  const Rope rope = inv_freq ? check.rope(*inv_freq, dim) : Rope{nullptr, 0};
+  check_finite(check, source, "keys", heads, dim);
+
+  const auto options = keys.options().dtype(at::kFloat);
+  at::Tensor mean = at::empty({heads, dim}, options),
+             covariance = at::empty({heads, dim, dim}, options);
+  current_backend().covariance(
+      {source, static_cast<int>(heads), static_cast<int>(dim), rope, position,
+       mean.mutable_data_ptr<float>(), covariance.mutable_data_ptr<float>()},
+      TorchExecutor());
+  // Ascending eigenvalues, eigenvectors in columns.
+  const auto [values, vectors] = at::linalg_eigh(covariance);
+  at::Tensor components = vectors.transpose(1, 2).flip(1).contiguous();
+  fix_signs(components);
+  return {mean, components, values.flip(1).clamp_min(0).contiguous()};
+}
+
+at::Tensor allocate_bits(const at::Tensor& variance, at::IntArrayRef schedule) {
+  const Checker check("svdq::allocate_bits");
+  check.shape(variance, "variance", {-1, -1});
+  check.dtype(variance, "variance", at::kFloat);
+  Bands bands{};
+  try {
+    bands = plan_schedule(static_cast<int>(variance.size(1)), schedule.vec());
+  } catch (const std::invalid_argument& error) {
+    check.require(false, error.what());
+  }
+  at::Tensor out = at::empty({variance.size(0), kNumWidths}, at::kInt);
+  for (int64_t h = 0; h < variance.size(0); ++h) {
+    for (int w = 0; w < kNumWidths; ++w) out[h][w] = bands.count[w];
+  }
+  return out;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> fit_quantizer(
+    const at::Tensor& keys, const std::optional<at::Tensor>& inv_freq, int64_t position,
+    const at::Tensor& mean, const at::Tensor& components, at::IntArrayRef layout_ints, bool clip) {
+  const Checker check("svdq::fit_quantizer");
+  const Layout layout = check.layout(layout_ints);
+  const int64_t heads = layout.num_heads(), dim = layout.head_dim();
+  const TokenSource source = check.tokens(keys, "keys", heads, dim);
+  check.require(source.num_tokens > 0, "keys must have at least one token, got none");
+  check.tensor(mean, "mean", at::kFloat, {heads, dim});
+  check.tensor(components, "components", at::kFloat, {heads, dim, dim});
+  const Rope rope = check.rope(inv_freq, layout.rope(), dim);
+  check_finite(check, source, "keys", heads, dim);
+
+  at::Tensor basis = at::empty({layout.rank(), dim}, keys.options().dtype(at::kBFloat16));
+  at::Tensor scale = at::empty({layout.rank()}, mean.options()),
+             centred = at::empty({heads, dim}, mean.options());
+  current_backend().fit_quantizer(
+      {source, layout.view(), rope, position, clip, mean.const_data_ptr<float>(),
+       components.const_data_ptr<float>(), bfloat16_bits(basis), scale.mutable_data_ptr<float>(),
+       centred.mutable_data_ptr<float>()},
+      TorchExecutor());
+  return {basis, scale, centred};
+}
+
+void pack_keys_(at::Tensor& k_pages, const at::Tensor& keys,
+                const std::optional<at::Tensor>& inv_freq, int64_t position,
+                const at::Tensor& basis, const at::Tensor& scale, const at::Tensor& mean,
+                at::IntArrayRef layout_ints, const at::Tensor& page_table, int64_t slot) {
+  const Checker check("svdq::pack_keys_");
+  const Layout layout = check.layout(layout_ints);
+  const int64_t heads = layout.num_heads(), dim = layout.head_dim();
+  const TokenSource source = check.tokens(keys, "keys", heads, dim);
+  check.tensor(k_pages, "k_pages", at::kByte, {-1, layout.k_page_bytes()});
+  check.tensor(basis, "basis", at::kBFloat16, {layout.rank(), dim});
+  check.tensor(scale, "scale", at::kFloat, {layout.rank()});
+  check.tensor(mean, "mean", at::kFloat, {heads, dim});
+  check.pages(page_table, slot, source.num_tokens, k_pages.size(0));
+  const Rope rope = check.rope(inv_freq, layout.rope(), dim);
+  check_finite(check, source, "keys", heads, dim);
+  current_backend().pack_keys(
+      {source, layout.view(), rope, position, const_bfloat16_bits(basis),
+       scale.const_data_ptr<float>(), mean.const_data_ptr<float>(),
+       k_pages.mutable_data_ptr<uint8_t>(), page_table.const_data_ptr<int32_t>(), slot},
+      TorchExecutor());
+}
+
+void pack_values_(at::Tensor& v_pages, const at::Tensor& values, at::IntArrayRef layout_ints,
+                  const at::Tensor& page_table, int64_t slot) {
+  const Checker check("svdq::pack_values_");
+  const Layout layout = check.layout(layout_ints);
+  const TokenSource source = check.tokens(values, "values", layout.num_heads(), layout.head_dim());
+  check.value_pool(v_pages, layout);
+  const bool packed = layout.value().packed();
+  if (!packed) check.dtype(values, "values", v_pages.scalar_type());
+  check.pages(page_table, slot, source.num_tokens, v_pages.size(0));
+  check_within(check, source, "values", layout.num_heads(), layout.head_dim(),
+               packed ? kLargestHalf : std::numeric_limits<float>::max());
+  current_backend().pack_values(
+      {source, layout.view(), static_cast<uint8_t*>(v_pages.mutable_data_ptr()),
+       page_table.const_data_ptr<int32_t>(), slot},
+      TorchExecutor());
+}
+
+void append_exact_(at::Tensor& exact_keys, at::Tensor& exact_values, const at::Tensor& keys,
+                   const at::Tensor& values, int64_t start) {
+  const Checker check("svdq::append_exact_");
+  check.shape(exact_keys, "exact_keys", {-1, -1, -1});
+  const int64_t heads = exact_keys.size(0), rows = exact_keys.size(1), dim = exact_keys.size(2);
+  check.tokens(exact_keys, "exact_keys", heads, dim);
+  check.tokens(exact_values, "exact_values", heads, dim);
+  check.shape(exact_values, "exact_values", {heads, rows, dim});
+  const TokenSource new_keys = check.tokens(keys, "keys", heads, dim);
+  const TokenSource new_values = check.tokens(values, "values", heads, dim);
+  check.shape(values, "values", {heads, keys.size(1), dim});
+  check.dtype(exact_values, "exact_values", exact_keys.scalar_type());
+  check.dtype(keys, "keys", exact_keys.scalar_type());
+  check.dtype(values, "values", exact_keys.scalar_type());
+  check.require(dim % kLanes == 0,
+                "keys must have a head_dim that is a multiple of 16, got " + std::to_string(dim));
+  check.require(start >= 0 && start + keys.size(1) <= rows,
+                "start must leave room for " + std::to_string(keys.size(1)) + " tokens in " +
+                    std::to_string(rows) + " exact rows, got " + std::to_string(start));
+  check_finite(check, new_keys, "keys", heads, dim);
+  check_finite(check, new_values, "values", heads, dim);
+  exact_keys.narrow(1, start, keys.size(1)).copy_(keys);
+  exact_values.narrow(1, start, keys.size(1)).copy_(values);
+}
+
+UnpackParams unpack_params(const Checker& check, const Layout& layout, const at::Tensor& pages,
+                           const at::Tensor& page_table, int64_t slot, int64_t num_tokens) {
+  check.pages(page_table, slot, num_tokens, pages.size(0));
+  return {layout.view(), static_cast<const uint8_t*>(pages.const_data_ptr()),
+          page_table.const_data_ptr<int32_t>(), slot, num_tokens};
+}
+
+at::Tensor unpack_codes_op(const at::Tensor& k_pages, at::IntArrayRef layout_ints,
+                           const at::Tensor& page_table, int64_t slot, int64_t num_tokens) {
+  const Checker check("svdq::unpack_codes");
+  const Layout layout = check.layout(layout_ints);
+  check.tensor(k_pages, "k_pages", at::kByte, {-1, layout.k_page_bytes()});
+  const UnpackParams params = unpack_params(check, layout, k_pages, page_table, slot, num_tokens);
+  at::Tensor codes = at::empty({num_tokens, layout.rank()}, k_pages.options());
+  unpack_codes(params, TorchExecutor(), codes.mutable_data_ptr<uint8_t>());
+  return codes;
+}
+
+at::Tensor unpack_keys_op(const at::Tensor& k_pages, const std::optional<at::Tensor>& inv_freq,
+                          int64_t position, const at::Tensor& basis, const at::Tensor& scale,
+                          const at::Tensor& mean, at::IntArrayRef layout_ints,
+                          const at::Tensor& page_table, int64_t slot, int64_t num_tokens) {
+  const Checker check("svdq::unpack_keys");
+  const Layout layout = check.layout(layout_ints);
+  const int64_t heads = layout.num_heads(), dim = layout.head_dim();
+  check.tensor(k_pages, "k_pages", at::kByte, {-1, layout.k_page_bytes()});
+  check.tensor(basis, "basis", at::kBFloat16, {layout.rank(), dim});
+  check.tensor(scale, "scale", at::kFloat, {layout.rank()});
+  check.tensor(mean, "mean", at::kFloat, {heads, dim});
+  const UnpackParams params = unpack_params(check, layout, k_pages, page_table, slot, num_tokens);
+  at::Tensor keys = at::empty({heads, num_tokens, dim}, mean.options());
+  unpack_keys(params, TorchExecutor(), check.rope(inv_freq, layout.rope(), dim), position,
+              const_bfloat16_bits(basis), scale.const_data_ptr<float>(),
+              mean.const_data_ptr<float>(), keys.mutable_data_ptr<float>());
+  return keys;
+}
+
+at::Tensor unpack_values_op(const at::Tensor& v_pages, at::IntArrayRef layout_ints,
+                            const at::Tensor& page_table, int64_t slot, int64_t num_tokens) {
+  const Checker check("svdq::unpack_values");
+  const Layout layout = check.layout(layout_ints);
+  const DataType dtype = check.value_pool(v_pages, layout);
+  const UnpackParams params = unpack_params(check, layout, v_pages, page_table, slot, num_tokens);
+  at::Tensor values = at::empty({layout.num_heads(), num_tokens, layout.head_dim()},
+                                v_pages.options().dtype(at::kFloat));
+  unpack_values(params, TorchExecutor(), dtype, values.mutable_data_ptr<float>());
+  return values;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(svdq, m) {
+  m.def(
+      "fit_basis(Tensor keys, Tensor? inv_freq, int position) -> (Tensor mean, Tensor components, "
+      "Tensor variance)");
+  m.def("allocate_bits(Tensor variance, int[] schedule) -> Tensor");
+  m.def(
+      "fit_quantizer(Tensor keys, Tensor? inv_freq, int position, Tensor mean, Tensor components, "
+      "int[] layout, bool clip)"
+      " -> (Tensor basis, Tensor scale, Tensor centred_mean)");
+  m.def(
+      "pack_keys_(Tensor(a!) k_pages, Tensor keys, Tensor? inv_freq, int position, Tensor basis, "
+      "Tensor scale, Tensor mean,"
+      " int[] layout, Tensor page_table, int slot) -> ()");
+  m.def(
+      "pack_values_(Tensor(a!) v_pages, Tensor values, int[] layout, Tensor page_table, int slot) "
+      "-> ()");
+  m.def(
+      "append_exact_(Tensor(a!) exact_keys, Tensor(b!) exact_values, Tensor keys, Tensor values, "
+      "int start) -> ()");
+  m.def(
+      "unpack_codes(Tensor k_pages, int[] layout, Tensor page_table, int slot, int num_tokens) -> "
+      "Tensor");
+  m.def(
+      "unpack_keys(Tensor k_pages, Tensor? inv_freq, int position, Tensor basis, Tensor scale, "
+      "Tensor mean, int[] layout,"
+      " Tensor page_table, int slot, int num_tokens) -> Tensor");
+  m.def(
+      "unpack_values(Tensor v_pages, int[] layout, Tensor page_table, int slot, int num_tokens) -> "
+      "Tensor");
+}
+
+TORCH_LIBRARY_IMPL(svdq, CPU, m) {
+  m.impl("fit_basis", &fit_basis);
+  m.impl("allocate_bits", &allocate_bits);
+  m.impl("fit_quantizer", &fit_quantizer);
+  m.impl("pack_keys_", &pack_keys_);
+  m.impl("pack_values_", &pack_values_);
+  m.impl("append_exact_", &append_exact_);
+  m.impl("unpack_codes", &unpack_codes_op);
+  m.impl("unpack_keys", &unpack_keys_op);
+  m.impl("unpack_values", &unpack_values_op);
+}
+
+}  // namespace svdq::torch_binding

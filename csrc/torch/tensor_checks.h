@@ -1,0 +1,162 @@
+// Checks of operator arguments. Every message names the operator, the argument, what was expected
+// and what came.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <string>
+#include <vector>
+
+#include "csrc/core/layout.h"
+#include "kernels/params.h"
+
+namespace svdq::torch_binding {
+
+// The operator a check speaks for.
+class Checker {
+ public:
+  explicit Checker(const char* op) : op_(op) {}
+
+  void require(bool condition, const std::string& message) const {
+    TORCH_CHECK_VALUE(condition, op_, ": ", message);
+  }
+
+  // -1 in `shape` stands for any size.
+  void shape(const at::Tensor& tensor, const char* name, std::vector<int64_t> shape) const {
+    bool matches = tensor.dim() == static_cast<int64_t>(shape.size());
+    for (size_t i = 0; matches && i < shape.size(); ++i) {
+      matches = shape[i] == -1 || tensor.size(static_cast<int64_t>(i)) == shape[i];
+    }
+    std::string expected;
+    for (const int64_t size : shape)
+      expected += (expected.empty() ? "" : ", ") + (size < 0 ? "*" : std::to_string(size));
+    TORCH_CHECK_VALUE(matches, op_, ": ", name, " must have shape [", expected, "], got ",
+                      tensor.sizes());
+  }
+
+  void on_cpu(const at::Tensor& tensor, const char* name) const {
+    TORCH_CHECK_VALUE(tensor.device().is_cpu() && tensor.layout() == at::kStrided, op_, ": ", name,
+                      " must be a dense CPU tensor, got ", tensor.layout(), " on ",
+                      tensor.device());
+  }
+
+  void dtype(const at::Tensor& tensor, const char* name, at::ScalarType expected) const {
+    TORCH_CHECK_VALUE(tensor.scalar_type() == expected, op_, ": ", name, " must be ", expected,
+                      ", got ", tensor.scalar_type());
+  }
+
+  void contiguous(const at::Tensor& tensor, const char* name) const {
+    TORCH_CHECK_VALUE(tensor.is_contiguous(), op_, ": ", name, " must be contiguous, got strides ",
+                      tensor.strides());
+  }
+
+  // Dense CPU tensor of one dtype and shape, contiguous.
+  void tensor(const at::Tensor& tensor, const char* name, at::ScalarType expected,
+              std::vector<int64_t> sizes) const {
+    on_cpu(tensor, name);
+    dtype(tensor, name, expected);
+    shape(tensor, name, std::move(sizes));
+    contiguous(tensor, name);
+  }
+
+  DataType float_type(const at::Tensor& tensor, const char* name) const {
+    switch (tensor.scalar_type()) {
+      case at::kFloat:
+        return DataType::kFloat32;
+      case at::kBFloat16:
+        return DataType::kBFloat16;
+      case at::kHalf:
+        return DataType::kFloat16;
+      default:
+        TORCH_CHECK_VALUE(false, op_, ": ", name, " must be float32, bfloat16 or float16, got ",
+                          tensor.scalar_type());
+    }
+  }
+
+  // [H, T, D] of a float type with a contiguous last dimension.
+  TokenSource tokens(const at::Tensor& tensor, const char* name, int64_t num_heads,
+                     int64_t head_dim) const {
+    on_cpu(tensor, name);
+    const DataType type = float_type(tensor, name);
+    shape(tensor, name, {num_heads, -1, head_dim});
+    TORCH_CHECK_VALUE(tensor.stride(2) == 1, op_, ": ", name,
+                      " must have a contiguous last dimension, got strides ", tensor.strides());
+    return {tensor.const_data_ptr(), type, tensor.stride(0), tensor.stride(1), tensor.size(1)};
+  }
+
+  // The layout integers, as a ValueError of this operator where they are wrong.
+  Layout layout(at::IntArrayRef ints) const {
+    try {
+      return Layout(ints.vec());
+    } catch (const std::invalid_argument& error) {
+      TORCH_CHECK_VALUE(false, op_, ": ", error.what());
+    }
+  }
+
+  // Frequencies of the rotation that `mode` needs: required before RoPE, refused after it.
+  Rope rope(const std::optional<at::Tensor>& inv_freq, RopeMode mode, int64_t head_dim) const {
+    if (mode == RopeMode::kPost) {
+      TORCH_CHECK_VALUE(!inv_freq.has_value(), op_,
+                        ": inv_freq must be None for a layout that codes rotated keys");
+      return {nullptr, 0};
+    }
+    TORCH_CHECK_VALUE(inv_freq.has_value(), op_,
+                      ": inv_freq is needed for a layout that codes keys before RoPE");
+    return rope(*inv_freq, head_dim);
+  }
+
+  Rope rope(const at::Tensor& inv_freq, int64_t head_dim) const {
+    tensor(inv_freq, "inv_freq", at::kFloat, {-1});
+    TORCH_CHECK_VALUE(2 * inv_freq.size(0) <= head_dim, op_,
+                      ": inv_freq must have at most head_dim / 2 = ", head_dim / 2,
+                      " numbers, got ", inv_freq.size(0));
+    return {inv_freq.const_data_ptr<float>(), static_cast<int>(inv_freq.size(0))};
+  }
+
+  // Pages that slots slot .. slot + num_tokens - 1 need: all in the table, all in the pool.
+  void pages(const at::Tensor& page_table, int64_t slot, int64_t num_tokens,
+             int64_t num_pages) const {
+    TORCH_CHECK_VALUE(slot >= 0, op_, ": slot must not be negative, got ", slot);
+    TORCH_CHECK_VALUE(num_tokens >= 0, op_, ": num_tokens must not be negative, got ", num_tokens);
+    tensor(page_table, "page_table", at::kInt, {-1});
+    TORCH_CHECK_VALUE(slot + num_tokens <= page_table.size(0) * kPageTokens, op_,
+                      ": page_table holds ", page_table.size(0) * kPageTokens,
+                      " slots, slots up to ", slot + num_tokens, " are needed");
+    if (num_tokens > 0) {
+      page_ids(page_table.const_data_ptr<int32_t>(), slot / kPageTokens,
+               (slot + num_tokens - 1) / kPageTokens + 1, num_pages);
+    }
+  }
+
+  void page_ids(const int32_t* page_table, int64_t first, int64_t last, int64_t num_pages) const {
+    for (int64_t i = first; i < last; ++i) {
+      TORCH_CHECK_VALUE(page_table[i] >= 0 && page_table[i] < num_pages, op_, ": page_table[", i,
+                        "] must name one of ", num_pages, " pages, got ", page_table[i]);
+    }
+  }
+
+  // The pool of value pages: bytes where values are packed, numbers of a float type of that size
+  // where they are exact.
+  DataType value_pool(const at::Tensor& v_pages, const Layout& layout) const {
+    const ValueLayout& value = layout.value();
+    on_cpu(v_pages, "v_pages");
+    contiguous(v_pages, "v_pages");
+    if (value.packed()) {
+      dtype(v_pages, "v_pages", at::kByte);
+      shape(v_pages, "v_pages", {-1, layout.v_page_bytes()});
+      return DataType::kFloat32;
+    }
+    const DataType type = float_type(v_pages, "v_pages");
+    TORCH_CHECK_VALUE(v_pages.element_size() * 8 == value.bits, op_,
+                      ": v_pages must have numbers of ", value.bits, " bits, got ",
+                      v_pages.scalar_type());
+    shape(v_pages, "v_pages", {-1, layout.v_page_bytes() / v_pages.element_size()});
+    return type;
+  }
+
+ private:
+  const char* op_;
+};
+
+}  // namespace svdq::torch_binding

@@ -1,0 +1,15 @@
+"""SVDq: the key cache of a language model at about one bit a number, attended without unpacking it.
+
+``import svdq`` registers the attention implementation ``"svdq"`` with transformers; a model loaded
+with ``attn_implementation="svdq"`` then accepts an :class:`SVDqCache` as ``past_key_values``.
+"""
+
+from svdq import ops, presets
+from svdq.attention import register
+from svdq.cache import SVDqCache
+from svdq.layout import PageLayout
+
+__version__ = "0.1.0"
+__all__ = ["PageLayout", "SVDqCache", "__version__", "ops", "presets"]
+
+register()

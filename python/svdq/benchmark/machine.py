@@ -1,0 +1,58 @@
+"""The machine and the versions that numbers were taken with."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+CACHE_INFO = Path("/sys/devices/system/cpu/cpu0/cache")
+
+
+def describe() -> dict[str, str | int | None]:
+    """Describe processor, memory and versions, to be stored beside every measured number."""
+    import torch
+
+    from svdq import _C
+
+    return {
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "last_level_cache_bytes": last_level_cache_bytes(),
+        "backend": _C.backend(),
+        "svdq": package_version("svdq"),
+        "torch": torch.__version__,
+        "transformers": package_version("transformers"),
+        "python": platform.python_version(),
+    }
+
+
+def cpu_name() -> str:
+    """Name of the processor, as the operating system gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def last_level_cache_bytes(folder: Path = CACHE_INFO) -> int | None:
+    """Size of the largest cache of the first core, or None where the system does not tell."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    sizes = []
+    for file in folder.glob("index*/size"):
+        text = file.read_text().strip()
+        sizes.append(int(text[:-1]) * units[text[-1]] if text[-1:] in units else int(text))
+    return max(sizes, default=None)
+
+
+def package_version(name: str) -> str | None:
+    """Version of an installed distribution, None if it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

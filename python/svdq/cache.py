@@ -1,0 +1,207 @@
+"""The cache that ``generate(past_key_values=...)`` takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from svdq import serialization
+from svdq.layer import SVDqLayer
+from svdq.layout import PAGE_TOKENS, ROPE_MODES
+from svdq.memory import MemoryReport, held_bytes, memory_report
+from svdq.presets import resolve_schedule
+from svdq.rope import inverse_frequencies
+from svdq.tokens import Settings
+
+# crop(0) removes nothing where the argument counts tokens to remove, everything where it is a
+# length to keep.
+CROP_ZERO_REMOVES = "tokens_to_remove" not in inspect.signature(Cache.crop).parameters
+V_BITS = (2, 4, 16, 32, "exact")
+
+
+class SVDqCache(Cache):
+    """A transformers cache whose full-attention layers hold SVDq-packed keys and quantized values.
+
+    The model must run with ``attn_implementation="svdq"``. A prompt is attended exactly; then its
+    keys are projected on the singular vectors of each head, quantized and packed, except for the
+    first ``sink_tokens`` and the last ``residual_length`` tokens. Generated tokens follow as they
+    leave that window. Sliding-window layers stay what they are in a ``DynamicCache``.
+
+    Parameters
+    ----------
+    config : configuration of the model.
+    preset : name of a bit schedule in :data:`svdq.presets.PRESETS`; ``"paper-1.25"`` by default.
+        ``"exact"`` packs nothing.
+    schedule : own bit schedule, widths of 8, 4, 2, 1, 0 per equal group of channels; instead of
+        ``preset``.
+    k_bits : bits of a preset, or 16 for exact keys and values; instead of ``preset``.
+    v_bits : 4 (default) or 2 bits per token and group, or exact: 16 or 32, whichever the model's
+        dtype has, or ``"exact"`` for either.
+    v_group_size : channels that share a value scale, a multiple of 16 that divides head_dim; about
+        64 by default.
+    rope : ``"pre"`` packs un-rotated keys (the paper, most accurate), ``"post"`` keys as they come
+        (fastest).
+    clip : choose every channel's range by least squared error instead of min to max.
+    sink_tokens : leading tokens held exact, at most 64.
+    residual_length : recent tokens held exact; pages are packed whole, so up to 63 more are.
+    min_fit_tokens : tokens a sequence must have before a basis is fitted and anything packed; by
+        default four times head_dim.
+
+    Raises
+    ------
+    ValueError
+        For settings out of range or that contradict each other, or a model without full-attention
+        layers.
+    NotImplementedError
+        For layer types that cannot be compressed, or keys that ``rope="pre"`` cannot un-rotate.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        *,
+        preset: str | None = None,
+        schedule: Sequence[int] | None = None,
+        k_bits: float | None = None,
+        v_bits: int | str | None = None,
+        v_group_size: int | None = None,
+        rope: str = "pre",
+        clip: bool = True,
+        sink_tokens: int = 8,
+        residual_length: int = 64,
+        min_fit_tokens: int | None = None,
+    ) -> None:
+        resolved = resolve_schedule(preset, schedule, k_bits)
+        if resolved is None and v_bits in (2, 4):
+            raise ValueError(f"exact keys come with exact values, got v_bits={v_bits}")
+        v_bits = ("exact" if resolved is None else 4) if v_bits is None else v_bits
+        self.settings = Settings(
+            resolved,
+            v_bits,
+            v_group_size,
+            rope,
+            bool(clip),
+            sink_tokens,
+            residual_length,
+            min_fit_tokens,
+        )
+        _check_settings(self.settings)
+        config = config.get_text_config(decoder=True)
+        if getattr(config, "is_encoder_decoder", False):
+            raise NotImplementedError("SVDqCache supports decoder-only models")
+        self._frequencies: list[Tensor] = []
+        super().__init__(layers=self._layers(config))
+
+    def _layers(self, config: PretrainedConfig) -> list:
+        layers = DynamicCache(config=config).layers
+        for i, layer in enumerate(layers):
+            if type(layer) is DynamicLayer:
+                layers[i] = self._layer(config, i)
+            elif isinstance(layer, DynamicLayer) and type(layer) is not DynamicSlidingWindowLayer:
+                raise NotImplementedError(
+                    f"layer {i} caches as {type(layer).__name__}, which SVDqCache cannot compress"
+                )
+        if not any(isinstance(layer, SVDqLayer) for layer in layers):
+            raise ValueError(
+                f"{config.model_type!r} has no full-attention layer with this configuration, so "
+                "nothing to compress"
+            )
+        return layers
+
+    def _layer(self, config: PretrainedConfig, index: int) -> SVDqLayer:
+        settings = self.settings
+        if settings.schedule is None or settings.rope == "post":
+            return SVDqLayer(index, settings)
+        if inverse_frequencies(config, index) is None:  # this layer does not rotate its keys
+            return SVDqLayer(index, dataclasses.replace(settings, rope="post"))
+        return SVDqLayer(index, settings, functools.partial(self._frequencies_of, config, index))
+
+    def _frequencies_of(self, config: PretrainedConfig, index: int, max_position: int) -> Tensor:
+        """Inverse frequencies of a layer, one tensor for all layers that have the same."""
+        found = inverse_frequencies(config, index, max_position)
+        for known in self._frequencies:
+            if torch.equal(known, found):
+                return known
+        self._frequencies.append(found)
+        return found
+
+    @property
+    def svdq_layers(self) -> list[SVDqLayer]:
+        """The layers that compress."""
+        return [layer for layer in self.layers if isinstance(layer, SVDqLayer)]
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether all layers can be cropped."""
+        return all(getattr(layer, "is_croppable", True) for layer in self.layers)
+
+    def reset(self) -> None:
+        """Forget everything and give the memory back."""
+        super().reset()
+        self._frequencies.clear()
+
+    def crop(self, length: int) -> None:
+        """Forget the last tokens, packed ones too.
+
+        Parameters
+        ----------
+        length : negative, the tokens to remove; positive, the tokens to keep. What zero means
+            follows the installed transformers: nothing where ``Cache.crop`` takes tokens to remove
+            (5.18 and newer), everything before.
+        """
+        seq_length = self.get_seq_length()
+        remove = max(seq_length - length, 0) if length > 0 else -length
+        if length == 0 and CROP_ZERO_REMOVES:
+            remove = seq_length
+        if remove > seq_length:
+            raise ValueError(f"cannot remove {remove} tokens of {seq_length}")
+        # Sliding layers first: they may refuse, and then nothing has changed.
+        for layer in sorted(self.layers, key=lambda layer: isinstance(layer, SVDqLayer)):
+            if remove or not CROP_ZERO_REMOVES:
+                layer.crop(-remove)
+
+    def memory_report(self) -> MemoryReport:
+        """Bytes by part and of a full cache for the same tokens, and the true bits of a key."""
+        return memory_report(self)
+
+    def allocated_bytes(self) -> int:
+        """Bytes of the storages of all tensors that the cache holds."""
+        return held_bytes(self)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the cache to a safetensors file; :meth:`load` reads it."""
+        serialization.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, config: PretrainedConfig) -> SVDqCache:
+        """Read a cache that :meth:`save` wrote for a model with this configuration.
+
+        Raises
+        ------
+        ValueError
+            If the file is no saved cache, of another format version, or of a model of another
+            shape.
+        """
+        return serialization.load(cls, path, config)
+
+
+def _check_settings(settings: Settings) -> None:
+    if settings.v_bits not in V_BITS:
+        raise ValueError(f"v_bits must be one of {V_BITS}, got {settings.v_bits!r}")
+    if settings.rope not in ROPE_MODES:
+        raise ValueError(f"rope must be one of {ROPE_MODES}, got {settings.rope!r}")
+    if not 0 <= settings.sink_tokens <= PAGE_TOKENS:
+        raise ValueError(f"sink_tokens must be 0 .. {PAGE_TOKENS}, got {settings.sink_tokens}")
+    if settings.residual_length < 0:
+        raise ValueError(f"residual_length must be at least 0, got {settings.residual_length}")
+    least = settings.min_fit_tokens
+    if least is not None and least < 1:
+        raise ValueError(f"min_fit_tokens must be at least 1, got {least}")

@@ -1,0 +1,147 @@
+"""``svdq bench``: speed, always beside what it is compared with, in the same run."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from svdq.cli.errors import reports_errors
+from svdq.cli.options import (
+    CACHE_PANEL,
+    MODEL_PANEL,
+    Clip,
+    Dtype,
+    GgufFile,
+    JsonFile,
+    KeyBits,
+    Markdown,
+    Model,
+    Rope,
+    SinkTokens,
+    TextFile,
+)
+from svdq.cli.progress import quiet_transformers, step_progress
+from svdq.cli.table import report
+
+SHAPE_PANEL = "Shape"
+
+app = typer.Typer(
+    help="Measure speed beside torch and the model, in one run.", no_args_is_help=True
+)
+
+
+@app.command()
+@reports_errors
+def attend(
+    rope: Annotated[
+        list[Rope],
+        typer.Option(
+            help="Code keys before or after RoPE; repeatable.", rich_help_panel=CACHE_PANEL
+        ),
+    ] = [Rope.post, Rope.pre],  # noqa: B006  (typer reads it, nothing mutates it)
+    preset: KeyBits = "paper-1.25",
+    v_bits: Annotated[
+        int, typer.Option(help="Bits per value, 4 or 2.", rich_help_panel=CACHE_PANEL)
+    ] = 4,
+    sink_tokens: SinkTokens = 8,
+    residual_length: Annotated[
+        int, typer.Option(min=0, help="Last tokens that stay exact.", rich_help_panel=CACHE_PANEL)
+    ] = 64,
+    kv_len: Annotated[
+        list[int],
+        typer.Option(help="Tokens in the cache; repeatable.", rich_help_panel=SHAPE_PANEL),
+    ] = [32768],  # noqa: B006
+    num_qo_heads: Annotated[
+        int, typer.Option(min=1, help="Query heads.", rich_help_panel=SHAPE_PANEL)
+    ] = 32,
+    num_kv_heads: Annotated[
+        int, typer.Option(min=1, help="KV heads.", rich_help_panel=SHAPE_PANEL)
+    ] = 8,
+    head_dim: Annotated[
+        int, typer.Option(min=16, help="Numbers of a head.", rich_help_panel=SHAPE_PANEL)
+    ] = 128,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds of all cases.")] = 30,
+    working_set: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="MB that each case's copies take together at least. Default: 300, or twice the "
+            "last-level cache.",
+            show_default=False,
+        ),
+    ] = None,
+    json_file: JsonFile = None,
+    markdown: Markdown = False,
+) -> None:
+    """Time one decode step over packed pages, beside torch's attention in bfloat16 and float32."""
+    from svdq.benchmark.attend import Shape, bench_attend, page_layout
+    from svdq.benchmark.timing import WARMUP
+    from svdq.evaluation.methods import parse_schedule
+
+    schedule = parse_schedule(preset)
+    if schedule is None:
+        raise ValueError(f"bench attend times packed keys; {preset!r} packs nothing")
+    if v_bits not in (2, 4):
+        raise ValueError(f"v_bits must be 2 or 4, got {v_bits}")
+    shapes = [
+        Shape(num_qo_heads, num_kv_heads, head_dim, n, sink_tokens, residual_length) for n in kv_len
+    ]
+    for shape in shapes:
+        page_layout(shape, schedule, rope[0].value, v_bits)  # says early what pages cannot hold
+    bytes_asked = None if working_set is None else working_set * 1_000_000
+    ropes = [mode.value for mode in rope]
+    rows = []
+    with step_progress(len(shapes) * (1 + WARMUP + repeats)) as begin:
+        for shape in shapes:
+            rows += bench_attend(shape, schedule, ropes, v_bits, repeats, bytes_asked, begin)
+    title = f"one decode step, {num_qo_heads} query / {num_kv_heads} KV heads of {head_dim}"
+    report(rows, json_file, markdown, title)
+
+
+@app.command()
+@reports_errors
+def prefill(
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens to prefill.", rich_help_panel=MODEL_PANEL)
+    ] = 8192,
+    preset: KeyBits = "paper-1.25",
+    rope: Annotated[
+        Rope, typer.Option(help="Code keys before or after RoPE.", rich_help_panel=CACHE_PANEL)
+    ] = Rope.pre,
+    v_bits: Annotated[
+        int, typer.Option(help="Bits per value, 4 or 2.", rich_help_panel=CACHE_PANEL)
+    ] = 4,
+    clip: Clip = True,
+    model: Model = None,
+    gguf_file: GgufFile = None,
+    text_file: TextFile = None,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Number format of the model.", rich_help_panel=MODEL_PANEL)
+    ] = Dtype.bfloat16,
+    repeats: Annotated[int, typer.Option(min=1, help="Prefills and compressions to time.")] = 3,
+    json_file: JsonFile = None,
+    markdown: Markdown = False,
+) -> None:
+    """Time fitting and packing a prompt's keys and values, beside the model's prefill of it."""
+    from svdq.benchmark.prefill import bench_prefill
+    from svdq.evaluation import models
+    from svdq.evaluation.methods import parse_schedule
+
+    schedule = parse_schedule(preset)
+    if schedule is None:
+        raise ValueError(f"bench prefill times packing; {preset!r} packs nothing")
+    text = models.load_text(text_file)
+    source = models.find_model(model, gguf_file)
+    with quiet_transformers():
+        token_ids = models.tokenize(models.load_tokenizer(source), text)
+        if len(token_ids) < tokens:
+            raise ValueError(f"the text has {len(token_ids)} tokens, {tokens} are asked for")
+        loaded = models.load_model(source, models.DTYPES[dtype.value])
+    with step_progress(2 * repeats) as begin:
+        rows = bench_prefill(
+            loaded, token_ids[:tokens], schedule, rope.value, v_bits, clip, repeats, begin
+        )
+    for row in rows:
+        row["model"] = str(source)
+    report(rows, json_file, markdown, title=f"{source}, {dtype.value}")

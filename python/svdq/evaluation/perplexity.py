@@ -1,0 +1,141 @@
+"""The reference task: predict text whose distant past is in the cache under test.
+
+Of every window of text the first ``prefill_tokens`` tokens are prefilled with exact attention and
+their keys compressed; the next ``predict_tokens`` tokens are predicted in one forward pass, in
+which they see one another exactly and the prefilled tokens through the cache. The prediction of the
+first of them comes out of the prefill and is exact for every method; it counts like the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from svdq.evaluation.methods import CacheSettings, attention
+from svdq.evaluation.metrics import Scores, compare_logits
+from svdq.evaluation.models import check_length
+
+
+@dataclass(frozen=True)
+class Task:
+    """Windows of a text and how they are split.
+
+    Parameters
+    ----------
+    window_starts : first token of every window.
+    prefill_tokens, predict_tokens : tokens of a window that are prefilled and predicted.
+    """
+
+    window_starts: tuple[int, ...] = (5000, 40000)
+    prefill_tokens: int = 3072
+    predict_tokens: int = 1024
+
+    @property
+    def window_tokens(self) -> int:
+        """Tokens of a window."""
+        return self.prefill_tokens + self.predict_tokens
+
+    def windows(self, token_ids: Tensor) -> list[Tensor]:
+        """Cut the windows, each [1, window_tokens], out of a tokenized text [T]."""
+        if self.prefill_tokens < 1 or self.predict_tokens < 1 or not self.window_starts:
+            raise ValueError(
+                "expected at least one window, one prefilled and one predicted token, got "
+                f"{len(self.window_starts)}, {self.prefill_tokens} and {self.predict_tokens}"
+            )
+        for start in self.window_starts:
+            if start < 0 or start + self.window_tokens > len(token_ids):
+                raise ValueError(
+                    f"a window of {self.window_tokens} tokens at token {start} does not fit "
+                    f"into the text of {len(token_ids)} tokens"
+                )
+        return [token_ids[None, i : i + self.window_tokens] for i in self.window_starts]
+
+
+@torch.inference_mode()
+def prefill(model: PreTrainedModel, context: Tensor, cache: Cache) -> Tensor:
+    """Put the first tokens, [1, T], into an empty cache: logits [1, vocabulary] of the next one."""
+    return model(context, past_key_values=cache, logits_to_keep=1).logits[0, -1:]
+
+
+@torch.inference_mode()
+def predict(model: PreTrainedModel, tokens: Tensor, cache: Cache, first: Tensor) -> Tensor:
+    """Logits that predict the tokens after a prefill: [N, vocabulary], in one forward pass.
+
+    Parameters
+    ----------
+    tokens : [1, N] int64; the last one is predicted, never fed.
+    cache : a prefilled cache, which grows by N - 1 tokens.
+    first : what :func:`prefill` returned, the prediction of the first of them.
+    """
+    if tokens.shape[1] == 1:
+        return first
+    return torch.cat([first, model(tokens[:, :-1], past_key_values=cache).logits[0]])
+
+
+def evaluate_perplexity(
+    model: PreTrainedModel,
+    token_ids: Tensor,
+    settings: Sequence[CacheSettings],
+    task: Task,
+    begin: Callable[[str], None] = lambda step: None,
+) -> list[dict]:
+    """Score the full cache and every setting on the same windows.
+
+    Parameters
+    ----------
+    model : a causal language model with its default attention.
+    token_ids : [T] int64, the whole text.
+    settings : caches to compare with the full one.
+    task : windows.
+    begin : called with the name of each of the ``len(windows) * (1 + len(settings))`` steps as it
+        begins.
+
+    Returns
+    -------
+    One row for the full cache, then one for each setting: method, k_bits (codes alone), all_in_bits
+    (all bytes that keys take after the prefill, per key number), sink_tokens, perplexity, kl,
+    top1_agreement, and what else describes the run.
+    """
+    check_length(model, task.window_tokens)
+    full_scores = Scores()
+    scores = [Scores() for _ in settings]
+    bits = [{} for _ in settings]
+    for window in task.windows(token_ids):
+        context, tokens = window.split([task.prefill_tokens, task.predict_tokens], dim=1)
+        begin("full cache")
+        cache = DynamicCache(config=model.config)
+        reference = predict(model, tokens, cache, prefill(model, context, cache))
+        full_scores += compare_logits(reference, reference, tokens[0])
+        for index, setting in enumerate(settings):
+            begin(setting.label)
+            cache = setting.make_cache(model.config)
+            with attention(model, "svdq"):
+                first = prefill(model, context, cache)
+                bits[index] = setting.bits(cache)
+                logits = predict(model, tokens, cache, first)
+            scores[index] += compare_logits(reference, logits, tokens[0])
+    number_bits = 8 * model.dtype.itemsize
+    full = {"method": "full cache", "k_bits": number_bits, "all_in_bits": number_bits}
+    rows = [full | _score_columns(full_scores)]
+    for setting, score, bit_columns in zip(settings, scores, bits, strict=True):
+        rows.append(setting.columns() | bit_columns | _score_columns(score))
+    shared = {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "prefill_tokens": task.prefill_tokens,
+        "predict_tokens": task.predict_tokens,
+        "window_starts": list(task.window_starts),
+    }
+    return [{"benchmark": "perplexity"} | row | shared for row in rows]
+
+
+def _score_columns(score: Scores) -> dict[str, float]:
+    return {
+        "perplexity": score.perplexity,
+        "kl": score.mean_kl,
+        "top1_agreement": score.top1_agreement,
+    }

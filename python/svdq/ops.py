@@ -1,0 +1,370 @@
+"""The operators ``torch.ops.svdq.*`` with types, shapes and units, and their fake kernels.
+
+Dimensions are named alike everywhere: B sequences, H KV heads, Hq query heads, T tokens, L query length,
+D head_dim, R coded channels of all heads together (``layout.rank``), P pages of a pool, E exact rows.
+Operators that fit or pack work on one sequence (ragged batches are loops over sequences, heads are batched);
+``attend`` works on a batch. Errors are ``RuntimeError`` or ``ValueError`` that name the operator, the argument,
+what was expected and what came; an operator that mutates a tensor checks everything before it writes.
+
+Wherever ``keys`` are taken they are rotated keys, as a Hugging Face model hands them to its cache. ``inv_freq``
+is the model's inverse frequencies, ``[rotary_dim / 2]`` float32, for layouts with ``rope="pre"``, else ``None``:
+channels ``i`` and ``i + rotary_dim / 2`` form a pair that position ``p`` turns by ``p * inv_freq[i]`` (the
+"rotate half" convention); channels from ``rotary_dim`` on are not turned. ``position`` is the position of the
+first token of ``keys``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from svdq import _C  # noqa: F401  (loads the operators)
+from svdq.layout import WIDTHS, PageLayout
+
+__all__ = [
+    "allocate_bits",
+    "append_exact_",
+    "attend",
+    "fit_basis",
+    "fit_quantizer",
+    "merge",
+    "pack_keys_",
+    "pack_values_",
+    "unpack_codes",
+    "unpack_keys",
+    "unpack_values",
+]
+
+_ops = torch.ops.svdq
+
+
+def fit_basis(
+    keys: Tensor, inv_freq: Tensor | None = None, position: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fit the latent basis of every head: mean, covariance and its eigenvectors (SVDq, section 4.2).
+
+    The eigenvectors of ``C^T C / T``, with ``C`` the centred keys, are the right singular vectors of ``C``;
+    the variances are its squared singular values over T. The sign of each vector is fixed so that its
+    largest component by magnitude is positive.
+
+    Parameters
+    ----------
+    keys : [H, T, D] float32, bfloat16 or float16, rotated; T >= 1; last dimension contiguous.
+    inv_freq : [rotary_dim / 2] float32 to fit un-rotated keys (``rope="pre"``); None for rotated keys.
+    position : position of ``keys[:, 0]``.
+
+    Returns
+    -------
+    mean : [H, D] float32.
+    components : [H, D, D] float32, row j is the j-th eigenvector, largest variance first.
+    variance : [H, D] float32, in descending order.
+    """
+    return _ops.fit_basis(keys, inv_freq, position)
+
+
+def allocate_bits(variance: Tensor, schedule: list[int]) -> Tensor:
+    """Give each latent channel a width by the paper's equal groups (SVDq, section 4.3).
+
+    The D channels are cut into ``len(schedule)`` equal groups in order of variance and group g gets
+    ``schedule[g]`` bits. Where a run of equal widths would not end on a whole line of codes it is extended
+    by the next channels, so the bits given are never fewer than asked for (``layout.k_bits`` tells).
+
+    Parameters
+    ----------
+    variance : [H, D] float32 channel variances of :func:`fit_basis`.
+    schedule : widths per group, each of 8, 4, 2, 1, 0, not increasing, not all zero; at most D groups.
+
+    Returns
+    -------
+    bands : [H, 4] int32 on the CPU: channels at 8, 4, 2 and 1 bits.
+    """
+    return _ops.allocate_bits(variance, schedule)
+
+
+def fit_quantizer(
+    keys: Tensor,
+    mean: Tensor,
+    components: Tensor,
+    layout: PageLayout,
+    inv_freq: Tensor | None = None,
+    position: int = 0,
+    clip: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose basis rows, one scale per channel and the mean that centres the codes.
+
+    With ``clip`` a channel's range is the one with the least squared error over a grid of multiples of its
+    standard deviation (over at most 4096 evenly spaced tokens); without, it is min to max over all tokens.
+
+    Parameters
+    ----------
+    keys, inv_freq, position : as for :func:`fit_basis`.
+    mean, components : of :func:`fit_basis`.
+    layout : widths of every head's channels.
+
+    Returns
+    -------
+    basis : [R, D] bfloat16, the coded rows of ``components``, head after head.
+    scale : [R] float32, distance between neighbouring codes of a channel.
+    mean : [H, D] float32, ``mean`` plus the centre of every channel's range.
+    """
+    return _ops.fit_quantizer(keys, inv_freq, position, mean, components, layout.ints, clip)
+
+
+def pack_keys_(
+    k_pages: Tensor,
+    keys: Tensor,
+    basis: Tensor,
+    scale: Tensor,
+    mean: Tensor,
+    layout: PageLayout,
+    page_table: Tensor,
+    slot: int,
+    inv_freq: Tensor | None = None,
+    position: int = 0,
+) -> None:
+    """Project keys on the basis, quantize and write their codes into pages, for a prefill or an append.
+
+    ``code = clamp(round((key - mean) . basis_j / scale_j + mid), 0, 2^b - 1)`` with ``mid = (2^b - 1) / 2``.
+    Slots outside ``slot .. slot + T - 1`` keep their codes.
+
+    Parameters
+    ----------
+    k_pages : [P, layout.k_page_bytes] uint8, contiguous; written.
+    keys : [H, T, D] float32, bfloat16 or float16, rotated, finite; last dimension contiguous.
+    basis, scale, mean : of :func:`fit_quantizer`.
+    page_table : [N] int32 on the CPU, pages of this sequence in order; ``64 * N >= slot + T``.
+    slot : slot of ``keys[:, 0]`` in the sequence.
+    inv_freq, position : as for :func:`fit_basis`.
+    """
+    _ops.pack_keys_(
+        k_pages, keys, inv_freq, position, basis, scale, mean, layout.ints, page_table, slot
+    )
+
+
+def pack_values_(
+    v_pages: Tensor, values: Tensor, layout: PageLayout, page_table: Tensor, slot: int
+) -> None:
+    """Quantize values per token and group of ``layout.v_group_size`` channels, min to max, or copy them.
+
+    Parameters
+    ----------
+    v_pages : [P, layout.v_page_bytes] uint8 for 2 and 4 bits; [P, H * 64 * D] in the values' dtype for 16
+        (bfloat16, float16) and 32 (float32) bits; written.
+    values : [H, T, D] float32, bfloat16 or float16, finite; last dimension contiguous.
+    page_table, slot : as for :func:`pack_keys_`.
+    """
+    _ops.pack_values_(v_pages, values, layout.ints, page_table, slot)
+
+
+def unpack_codes(
+    k_pages: Tensor, layout: PageLayout, page_table: Tensor, slot: int, num_tokens: int
+) -> Tensor:
+    """Read key codes, for inspection: [num_tokens, R] uint8, channels in the order of ``basis``."""
+    return _ops.unpack_codes(k_pages, layout.ints, page_table, slot, num_tokens)
+
+
+def unpack_keys(
+    k_pages: Tensor,
+    basis: Tensor,
+    scale: Tensor,
+    mean: Tensor,
+    layout: PageLayout,
+    page_table: Tensor,
+    slot: int,
+    num_tokens: int,
+    inv_freq: Tensor | None = None,
+    position: int = 0,
+) -> Tensor:
+    """Decode keys, for inspection: [H, num_tokens, D] float32, rotated to their positions.
+
+    ``position`` is the position of slot ``slot``; other arguments as for :func:`pack_keys_`.
+    """
+    return _ops.unpack_keys(
+        k_pages, inv_freq, position, basis, scale, mean, layout.ints, page_table, slot, num_tokens
+    )
+
+
+def unpack_values(
+    v_pages: Tensor, layout: PageLayout, page_table: Tensor, slot: int, num_tokens: int
+) -> Tensor:
+    """Decode values, for inspection: [H, num_tokens, D] float32."""
+    return _ops.unpack_values(v_pages, layout.ints, page_table, slot, num_tokens)
+
+
+def append_exact_(
+    exact_keys: Tensor, exact_values: Tensor, keys: Tensor, values: Tensor, start: int
+) -> None:
+    """Copy new tokens into one sequence's exact rows, after checking that all of them are finite.
+
+    Parameters
+    ----------
+    exact_keys, exact_values : [H, E, D], one dtype; rows ``start .. start + T - 1`` are written.
+    keys, values : [H, T, D] of the same dtype; last dimension contiguous.
+    """
+    _ops.append_exact_(exact_keys, exact_values, keys, values, start)
+
+
+def attend(
+    query: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    cache_seqlens: Tensor,
+    basis: Tensor,
+    scale: Tensor,
+    mean: Tensor,
+    layout: PageLayout,
+    exact_keys: Tensor,
+    exact_values: Tensor,
+    exact_lens: Tensor,
+    sm_scale: float,
+    inv_freq: Tensor | None = None,
+    first_position: Tensor | None = None,
+    sink_tokens: int = 0,
+    causal: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Attend over packed pages and exact rows, dequantizing in registers.
+
+    Sequence b's keys are the packed slots ``sink_tokens .. cache_seqlens[b] - 1`` and the exact rows
+    ``0 .. exact_lens[b] - 1`` (attention sinks, then the window, then the new tokens themselves). With
+    ``causal`` the L queries are the last L exact rows: query i sees exact rows up to
+    ``exact_lens[b] - L + i``. All packed slots are visible to every query. A query that sees nothing gets
+    zeros and ``lse = -inf``.
+
+    Parameters
+    ----------
+    query : [B, Hq, L, D] float32, bfloat16 or float16, rotated; Hq a multiple of H.
+    k_pages, v_pages : pools as for :func:`pack_keys_` and :func:`pack_values_`.
+    page_table : [B, N] int32, page of each 64 slots; ``64 * N >= max(cache_seqlens)``.
+    cache_seqlens : [B] int32, packed slots of each sequence.
+    basis, scale, mean : [B, R, D] bfloat16, [B, R] float32, [B, H, D] float32.
+    exact_keys, exact_values : [B, H, E, D] float32, bfloat16 or float16, rotated keys.
+    exact_lens : [B] int32, at most E.
+    sm_scale : softmax scale, usually ``D ** -0.5``.
+    inv_freq : as for :func:`fit_basis`; needed where the layout says ``rope="pre"``.
+    first_position : [B] int32, position of slot 0 of each sequence (None: zeros).
+    sink_tokens : leading slots that are held as exact rows and skipped here.
+
+    Returns
+    -------
+    out : [B, Hq, L, D] in the query's dtype.
+    lse : [B, Hq, L] float32, natural logarithm of the sum of exponentials of the scaled scores.
+    """
+    return _ops.attend(
+        query,
+        k_pages,
+        v_pages,
+        page_table,
+        cache_seqlens,
+        basis,
+        scale,
+        mean,
+        layout.ints,
+        inv_freq,
+        first_position,
+        exact_keys,
+        exact_values,
+        exact_lens,
+        sink_tokens,
+        sm_scale,
+        causal,
+    )
+
+
+def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge attention over two disjoint sets of keys.
+
+    Parameters
+    ----------
+    out_a, out_b : [B, Hq, L, D] of one dtype.
+    lse_a, lse_b : [B, Hq, L] float32, natural logarithm.
+
+    Returns
+    -------
+    out, lse : attention over the union; zeros and -inf where both are empty.
+    """
+    return _ops.merge(out_a, lse_a, out_b, lse_b)
+
+
+# Fake kernels: shapes and dtypes alone, for torch.compile and opcheck.
+
+
+@torch.library.register_fake("svdq::fit_basis")
+def _(keys, inv_freq, position):
+    heads, _, dim = keys.shape
+    new = lambda *shape: keys.new_empty(shape, dtype=torch.float32)  # noqa: E731
+    return new(heads, dim), new(heads, dim, dim), new(heads, dim)
+
+
+@torch.library.register_fake("svdq::allocate_bits")
+def _(variance, schedule):
+    return torch.empty((variance.shape[0], len(WIDTHS)), dtype=torch.int32, device="cpu")
+
+
+@torch.library.register_fake("svdq::fit_quantizer")
+def _(keys, inv_freq, position, mean, components, layout, clip):
+    rank, dim = PageLayout.from_ints(layout).rank, mean.shape[1]
+    basis = keys.new_empty((rank, dim), dtype=torch.bfloat16)
+    return basis, mean.new_empty((rank,)), torch.empty_like(mean)
+
+
+@torch.library.register_fake("svdq::pack_keys_")
+def _(k_pages, keys, inv_freq, position, basis, scale, mean, layout, page_table, slot):
+    return None
+
+
+@torch.library.register_fake("svdq::pack_values_")
+def _(v_pages, values, layout, page_table, slot):
+    return None
+
+
+@torch.library.register_fake("svdq::append_exact_")
+def _(exact_keys, exact_values, keys, values, start):
+    return None
+
+
+@torch.library.register_fake("svdq::unpack_codes")
+def _(k_pages, layout, page_table, slot, num_tokens):
+    return k_pages.new_empty((num_tokens, PageLayout.from_ints(layout).rank))
+
+
+@torch.library.register_fake("svdq::unpack_keys")
+def _(k_pages, inv_freq, position, basis, scale, mean, layout, page_table, slot, num_tokens):
+    heads, dim = mean.shape
+    return mean.new_empty((heads, num_tokens, dim))
+
+
+@torch.library.register_fake("svdq::unpack_values")
+def _(v_pages, layout, page_table, slot, num_tokens):
+    pages = PageLayout.from_ints(layout)
+    shape = (pages.num_kv_heads, num_tokens, pages.head_dim)
+    return v_pages.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("svdq::attend")
+def _(
+    query,
+    k_pages,
+    v_pages,
+    page_table,
+    cache_seqlens,
+    basis,
+    scale,
+    mean,
+    layout,
+    inv_freq,
+    first_position,
+    exact_keys,
+    exact_values,
+    exact_lens,
+    sink_tokens,
+    sm_scale,
+    causal,
+):
+    out = query.new_empty(query.shape)
+    return out, query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+@torch.library.register_fake("svdq::merge")
+def _(out_a, lse_a, out_b, lse_b):
+    return torch.empty_like(out_a), torch.empty_like(lse_a)

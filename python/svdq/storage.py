@@ -1,0 +1,243 @@
+"""What a layer of the cache holds: packed pages with their bases, and the exact rows beside them.
+
+Slot s of a sequence is its s-th real token (padding is not stored). Slots ``0 .. slots - 1`` are
+packed; the exact rows hold the attention sinks, which are packed too, then every token that is not
+packed, in order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from svdq import ops
+from svdq.layout import PAGE_TOKENS, PageLayout
+
+# Tensors made under inference mode cannot be updated in place outside of it. A cache may live
+# through both, so whatever it updates is made outside; updating that is allowed everywhere.
+normal_tensors = torch.inference_mode(False)
+
+ROW_STEP = 16  # exact rows are allocated in multiples of this
+
+
+class PackedStore:
+    """Pages of one layer, shared by its sequences, and the basis of each sequence.
+
+    A page is never written again once its 64 slots are full, so sequences that were copied from one
+    another (beams) name the same pages; a page that is part full is copied before one of its owners
+    goes on filling it.
+
+    Parameters
+    ----------
+    layout : layout of the pages.
+    batch_size : sequences, B.
+    dtype : the model's dtype, in which exact values (16 and 32 bits) are held.
+
+    Attributes
+    ----------
+    k_pages, v_pages : pools of pages, [P, bytes] uint8 (exact values: [P, numbers] in ``dtype``).
+    pages, page_table : the pages of each sequence in order, as tuples and as [B, N] int32.
+    slots, cache_seqlens : packed slots of each sequence, as a list and as [B] int32.
+    position, first_position : position of slot 0 of each sequence, as a list and as [B] int32.
+    basis, scale, mean : [B, R, D] bfloat16, [B, R] float32, [B, H, D] float32; valid where
+        ``fitted``.
+    inv_freq : [rotary_dim / 2] float32; None before the first fit and where keys are packed as they
+        come.
+    """
+
+    @normal_tensors
+    def __init__(self, layout: PageLayout, batch_size: int, dtype: torch.dtype) -> None:
+        self.layout = layout
+        heads, dim, rank = layout.num_kv_heads, layout.head_dim, layout.rank
+        exact_values = layout.v_bits > 8
+        v_page = heads * PAGE_TOKENS * dim if exact_values else layout.v_page_bytes
+        self.k_pages = torch.empty((0, layout.k_page_bytes), dtype=torch.uint8)
+        self.v_pages = torch.empty((0, v_page), dtype=dtype if exact_values else torch.uint8)
+        self.basis = torch.zeros((batch_size, rank, dim), dtype=torch.bfloat16)
+        self.scale = torch.zeros((batch_size, rank))
+        self.mean = torch.zeros((batch_size, heads, dim))
+        self.fitted = [False] * batch_size
+        self.slots = [0] * batch_size
+        self.inv_freq: Tensor | None = None
+        self.set_first_position([0] * batch_size)
+        self.set_pages([()] * batch_size)
+
+    def set_first_position(self, first_position: list[int]) -> None:
+        """Set the position of slot 0 of each sequence."""
+        self.position = first_position
+        self.first_position = torch.tensor(first_position, dtype=torch.int32)
+
+    @property
+    def used_pages(self) -> set[int]:
+        """Rows of the pools that some sequence names."""
+        return set().union(*self.pages)
+
+    def fit(self, b: int, keys: Tensor, slot: int, clip: bool) -> None:
+        """Fit sequence b's basis and quantizer on its keys, ``[H, T, D]`` from slot ``slot`` on."""
+        position = self.position[b] + slot
+        mean, components, _ = ops.fit_basis(keys, self.inv_freq, position)
+        fitted = ops.fit_quantizer(
+            keys, mean, components, self.layout, self.inv_freq, position, clip
+        )
+        for target, value in zip((self.basis, self.scale, self.mean), fitted, strict=True):
+            target[b] = value
+        self.fitted[b] = True
+
+    def pack(self, b: int, keys: Tensor, values: Tensor) -> None:
+        """Pack sequence b's next tokens, ``[H, T, D]`` keys and values, behind its packed slots."""
+        slot, end = self.slots[b], self.slots[b] + keys.shape[1]
+        self._extend_pages(b, end)
+        table = self.page_table[b, : len(self.pages[b])]
+        ops.pack_keys_(
+            self.k_pages,
+            keys,
+            self.basis[b],
+            self.scale[b],
+            self.mean[b],
+            self.layout,
+            table,
+            slot,
+            self.inv_freq,
+            self.position[b] + slot,
+        )
+        ops.pack_values_(self.v_pages, values, self.layout, table, slot)
+        self.slots[b] = end
+        self.cache_seqlens[b] = end
+
+    @normal_tensors
+    def reserve(self, num_pages: int) -> None:
+        """Make room for this many more pages; the pools grow by at least an eighth."""
+        have = self.k_pages.shape[0]
+        missing = num_pages - (have - len(self.used_pages))
+        if missing <= 0:
+            return
+        size = have + max(missing, have // 8)
+        for name in ("k_pages", "v_pages"):
+            old = getattr(self, name)
+            new = old.new_empty((size, old.shape[1]))
+            new[:have] = old
+            setattr(self, name, new)
+
+    def truncate(self, b: int, slots: int) -> None:
+        """Forget packed slots of sequence b from ``slots`` on; with the last of them its basis."""
+        self.slots[b] = slots
+        self.pages[b] = self.pages[b][: -(-slots // PAGE_TOKENS)]
+        self.fitted[b] = self.fitted[b] and slots > 0
+        self.set_pages(self.pages)
+
+    @normal_tensors
+    def select(self, indices: list[int]) -> None:
+        """Make sequence i a copy of the old sequence ``indices[i]``, sharing its pages."""
+        chosen = torch.tensor(indices, dtype=torch.long)
+        for name in ("basis", "scale", "mean"):
+            setattr(self, name, getattr(self, name)[chosen])
+        for name in ("fitted", "pages", "slots"):
+            setattr(self, name, [getattr(self, name)[i] for i in indices])
+        self.set_first_position([self.position[i] for i in indices])
+        self.set_pages(self.pages)
+
+    @normal_tensors
+    def compact(self) -> None:
+        """Give pages back that no sequence names any more, once they are a quarter of the pools."""
+        used = sorted(self.used_pages)
+        have = self.k_pages.shape[0]
+        if have - len(used) <= have // 4:
+            return
+        renumbered = {page: i for i, page in enumerate(used)}
+        self.k_pages, self.v_pages = self.k_pages[used], self.v_pages[used]
+        self.set_pages([tuple(renumbered[page] for page in pages) for pages in self.pages])
+
+    def _extend_pages(self, b: int, end: int) -> None:
+        """Give sequence b pages of its own for the slots from ``slots[b]`` to ``end``."""
+        pages, slots = self.pages[b], self.slots[b]
+        count = -(-end // PAGE_TOKENS)
+        others = set().union(*self.pages[:b], *self.pages[b + 1 :])
+        shared = slots % PAGE_TOKENS > 0 and pages[-1] in others
+        if count == len(pages) and not shared:
+            return
+        self.reserve(count - len(pages) + shared)
+        free = sorted(set(range(self.k_pages.shape[0])) - self.used_pages)
+        if shared:
+            copy = free.pop(0)
+            self.k_pages[copy], self.v_pages[copy] = (
+                self.k_pages[pages[-1]],
+                self.v_pages[pages[-1]],
+            )
+            pages = (*pages[:-1], copy)
+        self.pages[b] = (*pages, *free[: count - len(pages)])
+        self.set_pages(self.pages)
+
+    @normal_tensors
+    def set_pages(self, pages: list[tuple[int, ...]]) -> None:
+        """Set the pages of each sequence; ``page_table`` and ``cache_seqlens`` follow."""
+        self.pages = pages
+        longest = max((len(pages) for pages in self.pages), default=0)
+        rows = [(*pages, *[0] * (longest - len(pages))) for pages in self.pages]
+        self.page_table = torch.tensor(rows, dtype=torch.int32).reshape(len(rows), longest)
+        self.cache_seqlens = torch.tensor(self.slots, dtype=torch.int32)
+
+
+class ExactRows:
+    """Exact keys and values of every sequence: sinks, then the window.
+
+    Attributes
+    ----------
+    keys, values : [B, H, E, D] in the model's dtype; rotated keys.
+    count : rows in use per sequence.
+    lens : [B] int32, ``count`` as of the last :meth:`set_count`.
+    """
+
+    @normal_tensors
+    def __init__(
+        self, batch_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> None:
+        self.keys = torch.empty((batch_size, num_kv_heads, 0, head_dim), dtype=dtype)
+        self.values = torch.empty_like(self.keys)
+        self.set_count([0] * batch_size)
+
+    @property
+    def capacity(self) -> int:
+        """Rows allocated per sequence, E."""
+        return self.keys.shape[2]
+
+    def set_count(self, count: list[int]) -> None:
+        """Say how many rows of each sequence are in use."""
+        self.count = count
+        self.lens = torch.tensor(count, dtype=torch.int32)
+
+    def reserve(self, rows: int) -> None:
+        """Make room for this many rows; grows by a quarter at least, so that appending is cheap."""
+        if rows > self.capacity:
+            self.resize(max(rows, self.capacity * 5 // 4))
+
+    @normal_tensors
+    def resize(self, rows: int) -> None:
+        """Reallocate to this many rows, rounded up, keeping those in use."""
+        size = -(-rows // ROW_STEP) * ROW_STEP
+        used = max(self.count)
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_empty((*old.shape[:2], size, old.shape[3]))
+            new[:, :, :used] = old[:, :, :used]
+            setattr(self, name, new)
+
+    def write(self, b: int, keys: Tensor, values: Tensor, start: int) -> None:
+        """Write [H, T, D] keys and values, checked to be finite, to rows from ``start`` on."""
+        if keys.shape[1]:
+            ops.append_exact_(self.keys[b], self.values[b], keys, values, start)
+
+    def remove(self, b: int, start: int, stop: int) -> None:
+        """Remove rows ``start .. stop - 1`` of sequence b, moving later rows down."""
+        end = self.count[b]
+        for rows in (self.keys[b], self.values[b]):
+            moved = rows[:, stop:end]
+            overlaps = end - stop > stop - start
+            rows[:, start : start + end - stop] = moved.clone() if overlaps else moved
+        self.count[b] -= stop - start
+
+    @normal_tensors
+    def select(self, indices: list[int]) -> None:
+        """Make sequence i a copy of the old sequence ``indices[i]``."""
+        chosen = torch.tensor(indices, dtype=torch.long)
+        self.keys, self.values = self.keys[chosen], self.values[chosen]
+        self.set_count([self.count[i] for i in indices])

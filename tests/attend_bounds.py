@@ -1,0 +1,136 @@
+"""What attend must return, and how far from it a backend may be, derived from its arithmetic.
+
+The CPU backends multiply integer codes with integer weights, q'_j ~ step * int8, one step per band:
+the band's largest weight / 127, and 1 / 254 of that for 8-bit bands, which have a second term. A
+weight is a channel of the absorbed query times the channel's scale (rope "post"), or an element of
+the scaled basis, one row per key channel (rope "pre"). Rounding weights moves the score of token t
+by ``sum_j (code_tj - mid_j) * delta_j`` with every delta_j spread evenly over +-step_j / 2, so of
+variance step_j^2 / 12. All other arithmetic but that on probabilities is float32, with unit
+roundoff 2^-24, whose rounding errors add up like a random walk. The bounds take SIGMAS deviations
+of both: about one score in 10^9 lies outside.
+
+With scores off by e_t, a probability changes by a factor within exp(+-(e_t + m)), where
+m = log(sum_t p_t exp(e_t)) bounds how far the log-sum-exp moves. As probabilities still add up to
+1, outputs move by at most ``sum_t p_t (exp(e_t + m) - 1) |v_t - out|``.
+
+Probabilities times the scales of packed values are rounded to 1/65535 of the largest on a page.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from support import FLOAT_ERROR, ROUNDING, Cache
+from svdq import reference
+from svdq.layout import PAGE_TOKENS
+
+SIGMAS = 6
+EXP2_ERROR = 1e-6  # relative error of the backends' 2^x
+PROBABILITY_STEPS = 65535
+
+
+@dataclass
+class Expected:
+    """Reference results in float64 and the bounds on a backend's errors, all [B, Hq, L(, D)]."""
+
+    out: Tensor
+    lse: Tensor
+    out_error: Tensor
+    lse_error: Tensor
+
+
+def weight_variances(weights: Tensor, widths: Tensor) -> Tensor:
+    """Variance of the rounding error of integer weights [..., r] with one step per width."""
+    variance = torch.zeros_like(weights)
+    for width in widths.unique():
+        band = widths == width
+        step = weights[..., band].abs().amax(-1, keepdim=True) / 127
+        variance[..., band] = (step / (254 if width == 8 else 1)).square() / 12
+    return variance
+
+
+def score_errors(cache: Cache, b: int, h: int, query: Tensor, codes: Tensor) -> Tensor:
+    """Bound on the errors of packed scores [g, L, n] for query [g, L, D] and codes [n, r]."""
+    layout = cache.layout
+    channels = reference.head_slices(layout)[h]
+    widths = reference.channel_widths(layout)[channels]
+    top = 2.0**widths - 1
+    basis, scale = cache.basis[b, channels].double(), cache.scale[b, channels].double()
+    distance = (codes - top / 2).square()
+    if layout.rope == "post":
+        variance = weight_variances((query @ basis.T) * scale, widths) @ distance.T
+    else:
+        key_variance = distance @ weight_variances(basis.T * scale, widths).T  # [n, D]
+        first = int(cache.first_position[b]) if cache.first_position is not None else 0
+        positions = first + cache.sink_tokens + torch.arange(len(codes))
+        every = query[..., None, :].expand(*query.shape[:-1], len(codes), -1)
+        turned = reference.rotate(every, positions, cache.inv_freq, inverse=True)
+        variance = torch.einsum("gltd,td->glt", turned.square(), key_variance)
+    # Float32: sums over D and over the channels of terms no larger than these, and some twenty more
+    # roundings for scales, offsets and rotations.
+    magnitude = cache.mean[b, h].double().abs() + (scale * top) @ basis.abs()
+    roundings = (2 * layout.head_dim + len(widths) + 20) ** 0.5
+    rounding = roundings * FLOAT_ERROR * query.norm(dim=-1) * magnitude.norm()
+    return SIGMAS * (variance.sqrt() + rounding[..., None]) * cache.sm_scale
+
+
+def value_errors(cache: Cache, b: int, h: int, p: Tensor) -> Tensor:
+    """Bound on what rounding probabilities p [g, L, n] of packed slots does to outputs."""
+    layout = cache.layout
+    slots = cache.sink_tokens + p.shape[-1]
+    total = torch.zeros(*p.shape[:2], layout.head_dim, dtype=torch.float64)
+    if layout.v_bits > 8 or p.shape[-1] == 0:
+        return total
+    parts = reference.value_parts(cache.v_pages, layout, cache.page_table[b], 0, slots)
+    scale, _, codes = (part[h].double() for part in parts)
+    padded = torch.cat([torch.zeros(*p.shape[:2], cache.sink_tokens).double(), p], dim=-1)
+    for start in range(0, slots, PAGE_TOKENS):
+        page = slice(max(start, cache.sink_tokens), start + PAGE_TOKENS)
+        if page.start >= min(page.stop, slots):
+            continue
+        largest = padded[..., page].amax(-1, keepdim=True) * scale[page].amax(0)  # [g, L, groups]
+        step = largest.repeat_interleave(layout.v_group_size, dim=-1) / PROBABILITY_STEPS
+        total += 0.51 * step * codes[page].sum(0)  # half a step, and what p itself is off by
+    return total
+
+
+def expect(cache: Cache, query: Tensor) -> Expected:
+    """Reference attention of ``query`` [B, Hq, L, D], exact in float64, with bounds."""
+    out, lse = reference.attend(query.double(), **cache.kwargs())
+    out_error, lse_error = torch.zeros_like(out), torch.zeros_like(lse)
+    q_len, group = query.shape[2], query.shape[1] // cache.layout.num_kv_heads
+    for b in range(query.shape[0]):
+        packed = max(int(cache.cache_seqlens[b]) - cache.sink_tokens, 0)
+        exact = int(cache.exact_lens[b])
+        at = (cache.layout, cache.page_table[b], cache.sink_tokens, packed)
+        position = cache.sink_tokens
+        position += int(cache.first_position[b]) if cache.first_position is not None else 0
+        codes = reference.unpack_codes(cache.k_pages, *at).double()
+        fitted = (cache.basis[b], cache.scale[b], cache.mean[b].double())
+        keys = reference.unpack_keys(cache.k_pages, *fitted, *at, cache.inv_freq, position)
+        values = reference.unpack_values(cache.v_pages, *at)
+        seen = reference.visible_tokens(q_len, packed, exact, cache.causal)
+        for h, channels in enumerate(reference.head_slices(cache.layout)):
+            heads = slice(h * group, (h + 1) * group)
+            q = query[b, heads].double()
+            k = torch.cat([keys[h], cache.exact_keys[b, h, :exact].double()])
+            v = torch.cat([values[h], cache.exact_values[b, h, :exact]]).double()
+            scores = (q @ k.T * cache.sm_scale).masked_fill(~seen, -torch.inf)
+            o, total = out[b, heads], lse[b, heads]
+            p = (scores - total[..., None]).exp().nan_to_num(nan=0.0)
+            lengths = q.norm(dim=-1)[..., None] * k.norm(dim=-1)
+            error = SIGMAS * cache.layout.head_dim**0.5 * FLOAT_ERROR * lengths * cache.sm_scale
+            error[..., :packed] += score_errors(cache, b, h, q, codes[:, channels])
+            error += EXP2_ERROR + 4 * FLOAT_ERROR * scores.abs().nan_to_num(posinf=0.0)
+            shift = torch.log1p((p * error.expm1()).sum(-1))
+            spread = (v - o[..., None, :]).abs()  # [g, L, n, D]
+            change = torch.einsum("glt,gltd->gld", p * (error + shift[..., None]).expm1(), spread)
+            # Sums over the tokens, and a rescaling for every page.
+            sums = SIGMAS * (len(k) + 32) ** 0.5 * FLOAT_ERROR
+            e = change + value_errors(cache, b, h, p[..., :packed]) + sums * (p @ v.abs())
+            out_error[b, heads] = e + ROUNDING[query.dtype] * (o.abs() + e) + 2.0**-25
+            lse_error[b, heads] = (
+                shift + sums + 4 * FLOAT_ERROR * total.abs().nan_to_num(posinf=0.0)
+            )
+    return Expected(out, lse, out_error, lse_error)

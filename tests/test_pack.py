@@ -1,0 +1,277 @@
+"""pack_keys_ and its inverses: codes, what surrounds them, and how far decoded keys are off."""
+
+import pytest
+import torch
+
+from support import (
+    FLOAT_ERROR,
+    assert_same,
+    assert_within,
+    make_inv_freq,
+    make_k_pages,
+    make_keys,
+    make_layout,
+    page_count,
+)
+from svdq import _C, ops, reference
+from svdq.layout import WIDTHS, PageLayout
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def code_steps(keys, fitted, layout, inv_freq, position):
+    """Latents in steps, as exact code numbers [T, R], and a bound on an operator's errors in them.
+
+    With u = FLOAT_ERROR, per latent in the operator's float32:
+    - turning a key back: cosine and sine of a sum of two angles (4 u), two products and a sum
+      (3 u), all relative to the length of the pair;
+    - taking the mean off: u of the result;
+    - D products summed in any order: at most (D + 1) u times the sum of their magnitudes;
+    - times 1 / scale plus the middle: 3 roundings of a number below twice the top code.
+    """
+    basis, scale, mean = fitted
+    positions = position + torch.arange(keys.shape[1])
+    rows = reference.rotate(keys, positions, inv_freq, inverse=True)
+    widths = reference.channel_widths(layout)
+    latent = reference.latents(rows, basis, mean, layout)
+    magnitudes = basis.abs(), torch.zeros_like(mean), layout
+    products = reference.latents((rows - mean[:, None]).abs(), *magnitudes)
+    if inv_freq is not None:
+        half = inv_freq.numel()
+        pairs = keys.double().clone()
+        pairs[..., :half] = torch.hypot(pairs[..., :half], pairs[..., half : 2 * half])
+        pairs[..., half : 2 * half] = pairs[..., :half]
+        turned = 7 * reference.latents(pairs, *magnitudes)
+    else:
+        turned = torch.zeros_like(products)
+    error = FLOAT_ERROR * (turned + (keys.shape[2] + 2) * products) / scale
+    top = 2.0**widths - 1
+    return latent / scale + top / 2, error + 3 * FLOAT_ERROR * 2 * top
+
+
+def check_codes(codes, keys, fitted, layout, inv_freq=None, position=0):
+    """Every code is the rounded latent; where its bound spans a boundary, either neighbour."""
+    steps, error = code_steps(keys, fitted, layout, inv_freq, position)
+    top = 2.0 ** reference.channel_widths(layout) - 1
+    low = (steps - error).round().clamp(min=torch.zeros_like(top), max=top)
+    high = (steps + error).round().clamp(min=torch.zeros_like(top), max=top)
+    assert_within(codes, (low + high) / 2, (high - low) / 2)
+    # The bound leaves next to no choice, or the test would say nothing.
+    assert (low != high).double().mean() < 0.02
+
+
+def fit(keys, layout, inv_freq=None, position=0):
+    """Basis, scale and mean by the reference."""
+    mean, components, _ = reference.fit_basis(keys, inv_freq, position)
+    return reference.fit_quantizer(keys, mean, components, layout, inv_freq, position)
+
+
+MIXED = [8, 4, 2, 1, 1, 0, 0, 0]
+CASES = {
+    # name: head_dim, schedule, rope, rotary_dim, num_tokens, slot
+    "post-64": (64, MIXED, "post", 0, 4097, 0),
+    "pre-64": (64, MIXED, "pre", 64, 4097, 0),
+    "paper-1.25": (128, [4, 4, 2, 0, 0, 0, 0, 0], "pre", 128, 65, 0),
+    "paper-2.25": (128, [8, 4, 4, 2, 0, 0, 0, 0], "pre", 128, 64, 64),
+    "one-token": (64, MIXED, "pre", 64, 1, 63),
+    "63-tokens": (96, MIXED, "post", 0, 63, 1),
+    "65-tokens": (80, MIXED, "pre", 80, 65, 0),
+    "across-pages": (128, MIXED, "post", 0, 130, 63),
+    "partial-rotary": (80, MIXED, "pre", 32, 200, 17),
+    "head-dim-256": (256, MIXED, "pre", 256, 100, 5),
+    "head-dim-16": (16, [4], "pre", 16, 70, 0),
+    "8-bit": (64, [8, 0], "post", 0, 70, 3),
+    "4-bit": (64, [4], "post", 0, 70, 3),
+    "2-bit": (64, [2], "pre", 64, 70, 3),
+    "1-bit": (64, [1], "post", 0, 70, 3),
+}
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "schedule", "rope", "rotary_dim", "num_tokens", "slot"), CASES.values(), ids=CASES
+)
+def test_codes(backend, head_dim, schedule, rope, rotary_dim, num_tokens, slot):
+    layout = make_layout(head_dim, schedule, 2, rope)
+    inv_freq = make_inv_freq(rotary_dim) if rotary_dim else None
+    keys = make_keys(2, num_tokens, head_dim, inv_freq=inv_freq, position=slot + 9)
+    fitted = fit(make_keys(2, 300, head_dim), layout)  # of other keys: some are out of range
+    table = torch.randperm(page_count(slot + num_tokens) + 2, dtype=torch.int32)
+    before = make_k_pages(layout, len(table))
+    after = before.clone()
+    where = (layout, table, slot)
+    ops.pack_keys_(after, keys, *fitted, *where, inv_freq, slot + 9)
+    codes = ops.unpack_codes(after, *where, num_tokens)
+    check_codes(codes, keys, fitted, layout, inv_freq, slot + 9)
+    # Writing these codes the plain way gives the same bytes: nothing else has changed.
+    reference.write_codes_(before, codes, *where)
+    assert_same(after, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rope", ["pre", "post"])
+def test_dtypes(backend, dtype, rope):
+    layout = make_layout(64, MIXED, 3, rope)
+    inv_freq = make_inv_freq(64) if rope == "pre" else None
+    keys = make_keys(3, 100, 64, inv_freq=inv_freq).to(dtype)
+    fitted = fit(keys, layout, inv_freq)
+    table = torch.arange(2, dtype=torch.int32)
+    k_pages = make_k_pages(layout, 2)
+    ops.pack_keys_(k_pages, keys, *fitted, layout, table, 0, inv_freq)
+    check_codes(ops.unpack_codes(k_pages, layout, table, 0, 100), keys, fitted, layout, inv_freq)
+
+
+def test_strided_keys(backend):
+    """Keys as a model makes them, [T, H, D] seen as [H, T, D], and a head that is used twice."""
+    layout = make_layout(64, MIXED, 3)
+    projected = make_keys(3, 90, 64).transpose(0, 1).contiguous()
+    table = torch.arange(2, dtype=torch.int32)
+    for keys in (
+        projected[4:84].transpose(0, 1),
+        projected[:, :1].transpose(0, 1).expand(3, -1, -1),
+    ):
+        assert not keys.is_contiguous()
+        fitted = fit(keys, layout)
+        pages = torch.zeros(2, 2, layout.k_page_bytes, dtype=torch.uint8)
+        ops.pack_keys_(pages[0], keys, *fitted, layout, table, 0)
+        ops.pack_keys_(pages[1], keys.contiguous(), *fitted, layout, table, 0)
+        assert_same(pages[0], pages[1])
+
+
+def test_heads_of_different_size(backend):
+    bands = ((8, 0, 4, 8), (0, 0, 0, 0), (0, 12, 0, 0), (0, 0, 4, 32))
+    layout = PageLayout(64, bands, "post")
+    keys = make_keys(4, 100, 64)
+    fitted = fit(keys, layout)
+    table = torch.tensor([1, 0], dtype=torch.int32)
+    k_pages = make_k_pages(layout, 2)
+    ops.pack_keys_(k_pages, keys, *fitted, layout, table, 0)
+    check_codes(ops.unpack_codes(k_pages, layout, table, 0, 100), keys, fitted, layout)
+    decoded = ops.unpack_keys(k_pages, *fitted, layout, table, 0, 100)
+    assert_within(decoded[1], fitted[2][1].expand(100, -1))  # nothing but the mean
+
+
+@pytest.mark.parametrize("rope", ["pre", "post"])
+def test_appending_equals_packing_at_once(backend, rope):
+    """Pieces of any length at any slot, with one basis, as tokens leave the window."""
+    layout = make_layout(64, MIXED, 2, rope)
+    inv_freq = make_inv_freq(64) if rope == "pre" else None
+    keys = make_keys(2, 300, 64, inv_freq=inv_freq, position=100)
+    fitted = fit(keys, layout, inv_freq, 100)
+    table = torch.randperm(5, dtype=torch.int32)
+    pages = [make_k_pages(layout, 5) for _ in range(2)]
+    ops.pack_keys_(pages[0], keys, *fitted, layout, table, 0, inv_freq, 100)
+    ends = [1, 2, 63, 64, 66, 128, 192, 200, 300]
+    for start, end in zip([0, *ends], ends, strict=False):
+        ops.pack_keys_(
+            pages[1], keys[:, start:end], *fitted, layout, table, start, inv_freq, 100 + start
+        )
+    codes = [ops.unpack_codes(p, layout, table, 0, 300) for p in pages]
+    if rope == "post":
+        assert_same(codes[0], codes[1])
+    check_codes(codes[1], keys, fitted, layout, inv_freq, 100)
+
+
+def test_no_tokens(backend):
+    layout = make_layout(64, MIXED, 2)
+    fitted = fit(make_keys(2, 100, 64), layout)
+    before = make_k_pages(layout, 1)
+    after = before.clone()
+    table = torch.zeros(1, dtype=torch.int32)
+    ops.pack_keys_(after, torch.empty(2, 0, 64), *fitted, layout, table, 64)
+    assert_same(after, before)
+    assert ops.unpack_codes(after, layout, table, 5, 0).shape == (0, layout.rank)
+    assert ops.unpack_keys(after, *fitted, layout, table, 5, 0).shape == (2, 0, 64)
+
+
+def test_keys_far_outside_the_range_get_the_end_codes(backend):
+    layout = make_layout(64, [8, 4, 2, 1], 1)
+    keys = make_keys(1, 100, 64)
+    basis, scale, mean = fit(keys, layout)
+    far = torch.stack([mean + 1e30 * basis[0].float(), mean - 1e30 * basis[0].float()], dim=1)
+    table = torch.zeros(1, dtype=torch.int32)
+    k_pages = make_k_pages(layout, 1)
+    ops.pack_keys_(k_pages, far, basis, scale, mean, layout, table, 0)
+    codes = ops.unpack_codes(k_pages, layout, table, 0, 2)
+    assert codes[:, 0].tolist() == [255, 0]
+
+
+def test_scale_zero_decodes_to_the_mean(backend):
+    layout = make_layout(64, [8, 4, 2, 1], 1)
+    keys = torch.randn(1, 1, 64).expand(1, 70, 64).contiguous()
+    basis, _, mean = fit(keys, layout)
+    scale = torch.zeros(64)
+    table = torch.arange(2, dtype=torch.int32)
+    k_pages = make_k_pages(layout, 2)
+    ops.pack_keys_(k_pages, keys, basis, scale, mean, layout, table, 0)
+    decoded = ops.unpack_keys(k_pages, basis, scale, mean, layout, table, 0, 70)
+    assert_within(decoded, mean[:, None].expand(1, 70, 64))
+
+
+@pytest.mark.parametrize(
+    ("rope", "rotary_dim"), [("post", 0), ("pre", 64), ("pre", 24)], ids=["post", "pre", "partial"]
+)
+def test_unpack_keys(rope, rotary_dim):
+    layout = make_layout(64, MIXED, 3, rope)
+    inv_freq = make_inv_freq(rotary_dim) if rotary_dim else None
+    fitted = fit(make_keys(3, 300, 64), layout, inv_freq)
+    table = torch.randperm(40, dtype=torch.int32)
+    k_pages = make_k_pages(layout, 40)  # random codes: all that there are
+    for slot, num_tokens, position in ((0, 1, 0), (63, 2, 5), (77, 1500, 100_000), (64, 64, -64)):
+        where = (layout, table, slot, num_tokens, inv_freq, position)
+        got = ops.unpack_keys(k_pages, *fitted, *where)
+        expected = reference.unpack_keys(k_pages, *fitted[:2], fitted[2].double(), *where)
+        # Sums are taken in double and rounded once or, before they are turned, twice.
+        assert_within(got, expected, 3 * FLOAT_ERROR * float(expected.abs().amax()))
+        codes = ops.unpack_codes(k_pages, *where[:4])
+        assert_same(codes, reference.unpack_codes(k_pages, *where[:4]))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_error_is_at_most_half_a_step(backend, width):
+    """With all channels coded over their full range, a key is off by half a step along each."""
+    layout = make_layout(64, [width], 2)
+    keys = make_keys(2, 500, 64)
+    mean, components, _ = ops.fit_basis(keys)
+    fitted = ops.fit_quantizer(keys, mean, components, layout, clip=False)
+    table = torch.arange(8, dtype=torch.int32)
+    k_pages = make_k_pages(layout, 8)
+    ops.pack_keys_(k_pages, keys, *fitted, layout, table, 0)
+    decoded = ops.unpack_keys(k_pages, *fitted, layout, table, 0, 500)
+    scale = fitted[1].view(2, 64).double()
+    # The basis is orthonormal up to bfloat16 (2^-9 a component), which the latents are relative to.
+    allowed = (scale.square().sum(1) / 4).sqrt()
+    rounding = 2**-8 * (keys - mean[:, None]).norm(dim=2).amax(1)
+    assert_within((decoded - keys).norm(dim=2), torch.zeros(2, 500), (allowed + rounding)[:, None])
+
+
+def test_backends_write_the_same_codes():
+    """Byte for byte where they fuse multiply and add alike, else up to latents on a boundary."""
+    layout = make_layout(96, MIXED, 2, "pre")
+    inv_freq = make_inv_freq(96)
+    keys = make_keys(2, 700, 96, inv_freq=inv_freq)
+    fitted = fit(keys, layout, inv_freq)
+    table = torch.arange(11, dtype=torch.int32)
+    packed = {}
+    before = _C.backend()
+    for name in _C.backends():
+        _C.set_backend(name)
+        packed[name] = torch.zeros(11, layout.k_page_bytes, dtype=torch.uint8)
+        ops.pack_keys_(packed[name], keys, *fitted, layout, table, 0, inv_freq)
+    _C.set_backend(before)
+    if {"avx512", "avx2"} <= packed.keys():
+        assert_same(packed["avx512"], packed["avx2"])
+    first = next(iter(packed.values()))
+    for pages in packed.values():
+        assert (pages != first).double().mean() < 1e-3
+
+
+def test_results_do_not_depend_on_threads(num_threads):
+    layout = make_layout(64, MIXED, 3)
+    keys = make_keys(3, 3000, 64)
+    fitted = fit(keys[:, :300], layout)
+    table = torch.arange(47, dtype=torch.int32)
+    pages = torch.zeros(2, 47, layout.k_page_bytes, dtype=torch.uint8)
+    for n in (1, 2):
+        num_threads(n)
+        ops.pack_keys_(pages[n - 1], keys, *fitted, layout, table, 0)
+    assert_same(pages[0], pages[1])

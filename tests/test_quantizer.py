@@ -1,0 +1,162 @@
+"""fit_quantizer: basis rows, ranges of the channels and the mean that centres them."""
+
+import pytest
+import torch
+
+from support import FLOAT_ERROR, assert_same, assert_within, make_inv_freq, make_keys, make_layout
+from svdq import ops, reference
+from svdq.layout import WIDTHS, PageLayout
+
+
+def latent_error(keys, basis, mean):
+    """Bound on the rounding error of any latent; test_pack.py derives it."""
+    dim = keys.shape[2]
+    reach = (keys - mean[:, None]).abs().amax() * basis.abs().float().sum(1).amax()
+    return (dim + 3) * FLOAT_ERROR * float(reach) + 10 * FLOAT_ERROR * float(keys.abs().amax())
+
+
+def squared_error(keys, fitted, layout, inv_freq=None, position=0):
+    """Mean squared quantization error of every channel's latents, [R]."""
+    basis, scale, mean = fitted
+    widths = reference.channel_widths(layout)
+    positions = position + torch.arange(keys.shape[1])
+    rows = reference.rotate(keys, positions, inv_freq, inverse=True)
+    latent = reference.latents(rows, basis, mean, layout)
+    decoded = (reference.quantize(latent, scale, widths) - (2.0**widths - 1) / 2) * scale.double()
+    return (decoded - latent).square().mean(0)
+
+
+CASES = {
+    "post": (64, "post", None),
+    "pre": (64, "pre", make_inv_freq(64)),
+    "partial-rotary": (80, "pre", make_inv_freq(32)),
+    "head-dim-256": (256, "pre", make_inv_freq(256)),
+}
+
+
+@pytest.mark.parametrize(("head_dim", "rope", "inv_freq"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize("num_tokens", [1, 64, 4161])
+def test_full_ranges(backend, head_dim, rope, inv_freq, num_tokens):
+    layout = make_layout(head_dim, [8, 4, 2, 1, 1, 0, 0, 0], 2, rope)
+    keys = make_keys(2, num_tokens, head_dim, inv_freq=inv_freq, position=7)
+    mean, components, _ = reference.fit_basis(keys, inv_freq, 7)
+    args = (keys, mean, components, layout, inv_freq, 7)
+    basis, scale, centred = ops.fit_quantizer(*args, clip=False)
+    expected = reference.fit_quantizer(*args, clip=False)
+    assert_same(basis, expected[0])
+    # A range is the difference of two latents, its centre half their sum.
+    error = latent_error(keys, basis, mean)
+    top = 2.0 ** reference.channel_widths(layout) - 1
+    assert_within(scale, expected[1], (2 * error + 4 * FLOAT_ERROR * expected[1] * top) / top)
+    rank = layout.rank // 2
+    centring = error * rank**0.5 + rank * FLOAT_ERROR * float(keys.abs().amax())
+    assert_within(centred, expected[2], centring)
+
+
+def heavy_tailed(keys):
+    return torch.distributions.StudentT(3.0).sample(keys.shape) * keys.std(1, keepdim=True)
+
+
+def skewed(keys):
+    return keys.exp()
+
+
+def two_valued(keys):
+    return keys.sign() + keys
+
+
+def errors_by_width(keys, fitted, layout):
+    """Squared error summed over the channels of each width, and of each channel."""
+    error = squared_error(keys, fitted, layout)
+    widths = reference.channel_widths(layout)
+    return torch.stack([error[widths == w].sum() for w in WIDTHS]), error
+
+
+@pytest.mark.parametrize("shape", [None, heavy_tailed, skewed, two_valued])
+@pytest.mark.parametrize("num_tokens", [65, 300, 1000])
+def test_clipped_ranges_are_as_good_as_a_fine_search(backend, shape, num_tokens):
+    layout = make_layout(64, [8, 4, 2, 1], 2)
+    keys = make_keys(2, num_tokens, 64)
+    keys = shape(keys) if shape else keys
+    mean, components, _ = reference.fit_basis(keys)
+    args = (keys, mean, components, layout)
+    got, got_channel = errors_by_width(keys, ops.fit_quantizer(*args), layout)
+    best, best_channel = errors_by_width(keys, reference.fit_quantizer(*args), layout)
+    full, _ = errors_by_width(keys, reference.fit_quantizer(*args, clip=False), layout)
+    # The search is coarser than the reference's: 5 % more error is a twentieth of a bit. With few
+    # tokens the error jumps as single ones cross a rounding boundary.
+    few = num_tokens < 300
+    assert (got <= (1.1 if few else 1.05) * best).all(), f"by width {(got / best).tolist()}"
+    assert (got <= 1.01 * full).all(), f"by width {(got / full).tolist()}"
+    if not few:
+        assert (got_channel <= 1.1 * best_channel).all()
+    # What makes few bits useful: at one bit the full range is worse than no code at all.
+    assert got[WIDTHS.index(1)] < 0.5 * full[WIDTHS.index(1)]
+
+
+@pytest.mark.parametrize("num_tokens", [17, 64, 65])
+def test_every_token_weighs_alike(backend, num_tokens):
+    """The order of the tokens makes no difference, whatever number of them a vector holds."""
+    layout = PageLayout(64, ((0, 8, 4, 0),), "post")
+    keys = make_keys(1, num_tokens, 64)
+    mean, components, _ = reference.fit_basis(keys)
+    first = ops.fit_quantizer(keys, mean, components, layout)[1]
+    for turn in (1, 2, 5):
+        turned = keys.roll(turn, dims=1)
+        scale = ops.fit_quantizer(turned, mean, components, layout)[1]
+        assert_within(scale, first, 1e-4 * first)  # sums of another order differ in the last digits
+
+
+def test_clipping_samples_long_sequences_evenly(backend):
+    """The wide second half must be seen although only 4096 of the tokens are looked at."""
+    layout = make_layout(64, [4], 1)
+    keys = make_keys(1, 9000, 64, mean=0.0)
+    keys[:, 4500:] *= 4
+    mean, components, _ = reference.fit_basis(keys)
+    args = (keys, mean, components, layout)
+    got = squared_error(keys, ops.fit_quantizer(*args), layout)
+    best = squared_error(keys, reference.fit_quantizer(*args), layout)
+    assert (got <= 1.1 * best).all()  # two samples of 4096 tokens differ by some percent
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("num_tokens", [1, 50])
+def test_constant_keys(backend, clip, num_tokens):
+    """No variance: the mean alone carries the key, and nothing is NaN."""
+    layout = make_layout(64, [8, 4, 2, 1], 1)
+    keys = torch.randn(1, 1, 64).expand(1, num_tokens, 64).contiguous()
+    mean, components, _ = ops.fit_basis(keys)
+    basis, scale, centred = ops.fit_quantizer(keys, mean, components, layout, clip=clip)
+    assert_within(centred, keys[:, 0], 1e-5)
+    assert (scale >= 0).all()
+    assert (scale < 1e-5).all()
+
+
+def test_heads_have_their_own_ranges(backend):
+    layout = PageLayout(64, ((8, 8, 0, 0), (0, 0, 0, 0), (0, 4, 8, 16)))
+    keys = make_keys(3, 300, 64)
+    mean, components, _ = ops.fit_basis(keys)
+    layout = PageLayout(64, layout.bands, "post")
+    basis, scale, centred = ops.fit_quantizer(keys, mean, components, layout, clip=False)
+    for h, rows in ((0, slice(0, 16)), (2, slice(16, 44))):
+        alone = PageLayout(64, (layout.bands[h],), "post")
+        one = ops.fit_quantizer(
+            keys[h : h + 1], mean[h : h + 1], components[h : h + 1], alone, clip=False
+        )
+        for got, expected in zip((basis[rows], scale[rows], centred[h : h + 1]), one, strict=True):
+            assert_same(got, expected)
+    assert_same(centred[1], mean[1])
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_results_do_not_depend_on_threads(num_threads, clip):
+    layout = make_layout(64, [4, 2], 3)
+    keys = make_keys(3, 1000, 64)
+    mean, components, _ = ops.fit_basis(keys)
+    results = []
+    for n in (1, 2, 3):
+        num_threads(n)
+        results.append(ops.fit_quantizer(keys, mean, components, layout, clip=clip))
+    for other in results[1:]:
+        for got, expected in zip(other, results[0], strict=True):
+            assert_same(got, expected)
