@@ -19,6 +19,9 @@ struct HeadPlan {
   int first_channel;  // row of this head's first channel in basis and scale
   int64_t k_offset;   // byte of this head's codes inside a key page
 
+  SVDQ_HOST_DEVICE constexpr int page_bytes() const {
+    return core.page_bytes() + tail.page_bytes();
+  }
   SVDQ_HOST_DEVICE constexpr int rank() const { return core.rank() + tail.rank(); }
 };
 

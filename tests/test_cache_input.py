@@ -5,7 +5,8 @@ import torch
 from transformers import MistralConfig
 
 from cache_support import CONFIGS, FINE, Driver, assert_same_state, snapshot
-from svdq import SVDqCache
+from svdq import SVDqCache, ops
+from svdq.attention import svdq_attention
 from svdq.presets import PRESETS, preset_bits, resolve_schedule
 from svdq.tokens import default_group_size
 
@@ -147,14 +148,28 @@ def test_tokens_that_nobody_attended():
         driver.cache.update(keys, values, 0)
 
 
+@pytest.mark.parametrize(("length", "name"), [(300, "pack_keys_"), (1, "attend"), (100, "merge")])
+def test_operators_that_fail(monkeypatch, length, name):
+    """Whatever goes wrong before new tokens are stored, they are not there afterwards."""
+    driver = filled() if length < 300 else Driver(2, **FINE)
+    before = snapshot(driver.cache)
+
+    def fail(*args):
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(ops, name, fail)
+        driver.feed(length)
+    assert_same_state(snapshot(driver.cache), before)
+    assert driver.feed(300).isfinite().all()
+
+
 def test_tokens_that_are_used_twice():
     driver = Driver(**FINE)
     query, keys, values = driver.draw(3)
     new, _ = driver.cache.update(keys, values, 0)
     driver.layer.attend(driver.module, query, new)
     driver.layer.pending = 0
-    from svdq.attention import svdq_attention
-
     with pytest.raises(RuntimeError, match="used once"):
         svdq_attention(driver.module, query, new, new, None)
     assert driver.cache.get_seq_length() == 3

@@ -170,16 +170,28 @@ inline void accumulate_blocks(const uint8_t* lines, const WeightCodes* weights,
   }
 }
 
+// Bytes that a later page will need, asked for a few lines at a time: pages of one head lie too far
+// apart for the processor to guess them, and all at once would fill its miss buffers.
+struct Prefetcher {
+  const uint8_t* at;
+  const uint8_t* end;
+
+  void fetch(int lines) {
+    for (; lines > 0 && at < end; --lines, at += kLineBytes) __builtin_prefetch(at);
+  }
+};
+
 // out[r] += probabilities . packed values; weights are [kRows, v_groups].
 template <int kWidth, int kRows>
 inline void accumulate_packed(const ValueLayout& value, const uint8_t* page,
-                              const WeightCodes* weights, float* out) {
+                              const WeightCodes* weights, Prefetcher& next, float* out) {
   const uint8_t* lines = page + value.code_offset();
   constexpr int kBlockBytes = kTokenQuads * kWidth / 8 * kLineBytes;
   const int blocks = value.head_dim / kLanes, group_blocks = value.group_size / kLanes,
             groups = value.groups();
   for (int block = 0; block < blocks;) {
     const WeightCodes* group_weights = weights + block / group_blocks;
+    next.fetch(2 * kBlockBytes / kLineBytes);
     if (block + 1 < blocks && block / group_blocks == (block + 1) / group_blocks) {
       accumulate_blocks<kWidth, kRows, 2>(lines + int64_t{block} * kBlockBytes, group_weights,
                                           groups, value.head_dim, out + block * kLanes);

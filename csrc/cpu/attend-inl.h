@@ -81,9 +81,22 @@ inline bool softmax_rows(const AttendScratch& s, const RowBlock& rows,
   return any;
 }
 
+// One head's keys and values in a page of the sequence.
+struct PageBytes {
+  const uint8_t* keys;
+  const uint8_t* values;
+};
+
+inline PageBytes page_bytes(const AttendPlan& plan, const AttendTask& task, int64_t page) {
+  const LayoutView& layout = plan.p.layout;
+  const int64_t id = plan.p.page_table[task.b * plan.p.table_stride + page];
+  return {plan.p.k_pages + id * layout.k_page_bytes + plan.head(task.h).k_offset,
+          plan.p.v_pages + id * layout.v_page_bytes + task.h * layout.value.page_bytes()};
+}
+
 template <int kRows>
 inline void attend_page_rows(const AttendPlan& plan, const AttendTask& task, const AttendScratch& s,
-                             int64_t first, const uint8_t* lines, const uint8_t* values,
+                             int64_t first, const PageBytes& page, Prefetcher& next,
                              uint64_t mask) {
   const AttendParams& p = plan.p;
   const int dim = p.layout.head_dim, groups = p.layout.value.groups();
@@ -91,7 +104,7 @@ inline void attend_page_rows(const AttendPlan& plan, const AttendTask& task, con
   const RowBlock rows = sub_block(s.rows, first, dim, groups);
   if (p.layout.rope == RopeMode::kPost) {
     const QueryCodes query = query_codes(plan, task.sequence_head, head.rank());
-    code_scores<false, kRows>(lines, head.tail, query, static_cast<int>(task.row + first),
+    code_scores<false, kRows>(page.keys, head.tail, query, static_cast<int>(task.row + first),
                               s.scores);
   } else {
     column_scores<kRows>(s.page_query + first * dim, dim, p.rope.half, s.keys, s.scores);
@@ -101,7 +114,7 @@ inline void attend_page_rows(const AttendPlan& plan, const AttendTask& task, con
   if (!softmax_rows<kRows>(s, rows, masks, dim, groups)) return;
 
   if (!p.layout.value.packed()) {
-    accumulate_exact<kRows>(s.probabilities, values, p.v_dtype, 0, mask, dim, rows.out);
+    accumulate_exact<kRows>(s.probabilities, page.values, p.v_dtype, 0, mask, dim, rows.out);
     return;
   }
   for (int r = 0; r < kRows; ++r) {
@@ -112,9 +125,9 @@ inline void attend_page_rows(const AttendPlan& plan, const AttendTask& task, con
     }
   }
   if (p.layout.value.bits == 4)
-    accumulate_packed<4, kRows>(p.layout.value, values, s.weights, rows.out);
+    accumulate_packed<4, kRows>(p.layout.value, page.values, s.weights, next, rows.out);
   if (p.layout.value.bits == 2)
-    accumulate_packed<2, kRows>(p.layout.value, values, s.weights, rows.out);
+    accumulate_packed<2, kRows>(p.layout.value, page.values, s.weights, next, rows.out);
 }
 
 // Reconstructs the page's keys, rotated relative to its first position, and turns the queries back
@@ -142,16 +155,18 @@ inline void attend_page(const AttendPlan& plan, const AttendTask& task, const At
                         int64_t page) {
   const AttendParams& p = plan.p;
   const uint64_t mask = page_mask(plan, task.b, page);
-  const int64_t id = p.page_table[task.b * p.table_stride + page];
-  const uint8_t* lines = p.k_pages + id * p.layout.k_page_bytes + plan.head(task.h).k_offset;
-  const uint8_t* values =
-      p.v_pages + id * p.layout.v_page_bytes + task.h * p.layout.value.page_bytes();
-  if (p.layout.rope == RopeMode::kPre) prepare_page(plan, task, s, lines);
+  const PageBytes bytes = page_bytes(plan, task, page);
+  // The next page of this task, or of whichever task follows on the same pages.
+  const PageBytes after = page_bytes(plan, task, std::min(page + 1, plan.pages(task.b) - 1));
+  Prefetcher next{after.keys, after.keys + plan.head(task.h).page_bytes()};
+  next.fetch(kMaxHeadDim);
+  next = {after.values, after.values + p.layout.value.page_bytes()};
+  if (p.layout.rope == RopeMode::kPre) prepare_page(plan, task, s, bytes.keys);
   for (int g = 0; g < p.layout.value.groups(); ++g)
-    load_value_scales(p.layout.value, values, g, mask, s.value_scales[g]);
+    load_value_scales(p.layout.value, bytes.values, g, mask, s.value_scales[g]);
   for (int64_t first = 0; first < task.rows; first += kMaxRows) {
     with_count<kMaxRows>(static_cast<int>(task.rows - first), [&]<int kRows>() {
-      attend_page_rows<kRows>(plan, task, s, first, lines, values, mask);
+      attend_page_rows<kRows>(plan, task, s, first, bytes, next, mask);
     });
   }
 }

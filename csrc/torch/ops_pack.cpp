@@ -173,7 +173,7 @@ void append_exact_(at::Tensor& exact_keys, at::Tensor& exact_values, const at::T
   check.dtype(values, "values", exact_keys.scalar_type());
   check.require(dim % kLanes == 0,
                 "keys must have a head_dim that is a multiple of 16, got " + std::to_string(dim));
-  check.require(start >= 0 && start + keys.size(1) <= rows,
+  check.require(start >= 0 && keys.size(1) <= rows && start <= rows - keys.size(1),
                 "start must leave room for " + std::to_string(keys.size(1)) + " tokens in " +
                     std::to_string(rows) + " exact rows, got " + std::to_string(start));
   check_finite(check, new_keys, "keys", heads, dim);

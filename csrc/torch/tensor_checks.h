@@ -120,9 +120,10 @@ class Checker {
     TORCH_CHECK_VALUE(slot >= 0, op_, ": slot must not be negative, got ", slot);
     TORCH_CHECK_VALUE(num_tokens >= 0, op_, ": num_tokens must not be negative, got ", num_tokens);
     tensor(page_table, "page_table", at::kInt, {-1});
-    TORCH_CHECK_VALUE(slot + num_tokens <= page_table.size(0) * kPageTokens, op_,
-                      ": page_table holds ", page_table.size(0) * kPageTokens,
-                      " slots, slots up to ", slot + num_tokens, " are needed");
+    const int64_t slots = page_table.size(0) * kPageTokens;
+    TORCH_CHECK_VALUE(num_tokens <= slots && slot <= slots - num_tokens, op_, ": page_table holds ",
+                      slots, " slots, too few for num_tokens = ", num_tokens, " from slot ", slot,
+                      " on");
     if (num_tokens > 0) {
       page_ids(page_table.const_data_ptr<int32_t>(), slot / kPageTokens,
                (slot + num_tokens - 1) / kPageTokens + 1, num_pages);

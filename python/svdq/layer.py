@@ -195,7 +195,6 @@ class SVDqLayer(CacheLayerMixin):
     def _prefill(self, module, query, keys, values, scaling, padding, position_ids) -> Tensor:
         """The first tokens attend exactly; then everything but sinks and window is packed."""
         first_position = self._first_position(position_ids, padding)
-        self._check_finite(keys, values, padding)
         spans = [(pad, keys.shape[2]) for pad in padding]
         out = ragged_attention(module, query, keys, values, scaling, spans)
         try:
@@ -225,7 +224,7 @@ class SVDqLayer(CacheLayerMixin):
 
     def _extend_by_chunk(self, query, keys, values, scaling) -> Tensor:
         """Many more tokens attend among themselves and, apart from that, to all before them."""
-        self._check_finite(keys, values, [0] * self.batch_size)
+        self._check_finite(keys, values)
         before = self._attend_packed(query, scaling, causal=False)
         among = causal_attention_with_lse(query, keys, values, scaling)
         out, _ = ops.merge(*before, *among)
@@ -266,14 +265,11 @@ class SVDqLayer(CacheLayerMixin):
                 f"{tuple(query.shape)}"
             )
 
-    def _check_finite(self, keys: Tensor, values: Tensor, padding: list[int]) -> None:
+    def _check_finite(self, keys: Tensor, values: Tensor) -> None:
+        """A chunk is stored piece by piece, so all of it is checked before the first."""
         for name, states in (("keys", keys), ("values", values)):
-            for b, pad in enumerate(padding):
-                extremes = torch.stack(torch.aminmax(states[b, :, pad:]))  # NaN if there is one
-                if not extremes.isfinite().all():
-                    raise ValueError(
-                        f"layer {self.index}: {name} must be finite, sequence {b} has NaN or inf"
-                    )
+            if not torch.stack(torch.aminmax(states)).isfinite().all():  # a NaN is an extreme, too
+                raise ValueError(f"layer {self.index}: {name} must be finite, got NaN or inf")
 
     def _first_position(self, position_ids: Tensor | None, padding: list[int]) -> list[int]:
         """Position of each sequence's first token; it only matters where keys are un-rotated."""

@@ -1,4 +1,5 @@
-"""Layout of a layer's packed pages: which heads, which channels at which width, which value format."""
+"""Layout of a layer's packed pages: which heads, which channels at which width, which value
+format."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ ROPE_MODES: tuple[str, ...] = ("pre", "post")
 
 @dataclass(frozen=True)
 class PageLayout:
-    """What a page of one layer looks like. The same integers describe it to every operator and in files.
+    """What a page of one layer looks like. The same integers describe it to every operator and in
+    files.
 
     Parameters
     ----------
@@ -44,14 +46,14 @@ class PageLayout:
 
     @functools.cached_property
     def ints(self) -> list[int]:
-        """The layout as the integers that operators take (see kernels/format.h, ``kLayoutHeader``)."""
+        """The integers that describe it to operators (``kLayoutHeader`` in kernels/format.h)."""
         none = (0,) * len(WIDTHS)
         head_ints = [
             n for head in self.bands for n in (head + none if self.rope == "pre" else none + head)
         ]
         rope = ROPE_MODES.index(self.rope)
-        header = [self.version, len(self.bands), self.head_dim, rope, self.v_bits, self.v_group_size]
-        return header + head_ints
+        header = [self.version, len(self.bands), self.head_dim, rope, self.v_bits]
+        return [*header, self.v_group_size, *head_ints]
 
     @classmethod
     def from_ints(cls, ints: Sequence[int]) -> PageLayout:

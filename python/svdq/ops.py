@@ -1,19 +1,22 @@
 """The operators ``torch.ops.svdq.*`` with types, shapes and units, and their fake kernels.
 
-Dimensions are named alike everywhere: B sequences, H KV heads, Hq query heads, T tokens, L query length,
-D head_dim, R coded channels of all heads together (``layout.rank``), P pages of a pool, E exact rows.
-Operators that fit or pack work on one sequence (ragged batches are loops over sequences, heads are batched);
-``attend`` works on a batch. Errors are ``RuntimeError`` or ``ValueError`` that name the operator, the argument,
-what was expected and what came; an operator that mutates a tensor checks everything before it writes.
+Dimensions are named alike everywhere: B sequences, H KV heads, Hq query heads, T tokens, L query
+length, D head_dim, R coded channels of all heads together (``layout.rank``), P pages of a pool, E
+exact rows. Operators that fit or pack work on one sequence (ragged batches are loops over
+sequences, heads are batched); ``attend`` works on a batch. Errors are ``RuntimeError`` or
+``ValueError`` that name the operator, the argument, what was expected and what came; an operator
+that mutates a tensor checks everything before it writes.
 
-Wherever ``keys`` are taken they are rotated keys, as a Hugging Face model hands them to its cache. ``inv_freq``
-is the model's inverse frequencies, ``[rotary_dim / 2]`` float32, for layouts with ``rope="pre"``, else ``None``:
-channels ``i`` and ``i + rotary_dim / 2`` form a pair that position ``p`` turns by ``p * inv_freq[i]`` (the
-"rotate half" convention); channels from ``rotary_dim`` on are not turned. ``position`` is the position of the
-first token of ``keys``.
+Wherever ``keys`` are taken they are rotated keys, as a Hugging Face model hands them to its cache.
+``inv_freq`` is the model's inverse frequencies, ``[rotary_dim / 2]`` float32, for layouts with
+``rope="pre"``, else ``None``: channels ``i`` and ``i + rotary_dim / 2`` form a pair that position
+``p`` turns by ``p * inv_freq[i]`` (the "rotate half" convention); channels from ``rotary_dim`` on
+are not turned. ``position`` is the position of the first token of ``keys``.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
@@ -41,16 +44,17 @@ _ops = torch.ops.svdq
 def fit_basis(
     keys: Tensor, inv_freq: Tensor | None = None, position: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fit the latent basis of every head: mean, covariance and its eigenvectors (SVDq, section 4.2).
+    """Fit every head's latent basis: mean and covariance eigenvectors (SVDq, section 4.2).
 
-    The eigenvectors of ``C^T C / T``, with ``C`` the centred keys, are the right singular vectors of ``C``;
-    the variances are its squared singular values over T. The sign of each vector is fixed so that its
-    largest component by magnitude is positive.
+    The eigenvectors of ``C^T C / T``, with ``C`` the centred keys, are the right singular vectors
+    of ``C``; the variances are its squared singular values over T. The sign of each vector is fixed
+    so that its largest component by magnitude is positive.
 
     Parameters
     ----------
     keys : [H, T, D] float32, bfloat16 or float16, rotated; T >= 1; last dimension contiguous.
-    inv_freq : [rotary_dim / 2] float32 to fit un-rotated keys (``rope="pre"``); None for rotated keys.
+    inv_freq : [rotary_dim / 2] float32 to fit un-rotated keys (``rope="pre"``); None for rotated
+        keys.
     position : position of ``keys[:, 0]``.
 
     Returns
@@ -66,13 +70,15 @@ def allocate_bits(variance: Tensor, schedule: list[int]) -> Tensor:
     """Give each latent channel a width by the paper's equal groups (SVDq, section 4.3).
 
     The D channels are cut into ``len(schedule)`` equal groups in order of variance and group g gets
-    ``schedule[g]`` bits. Where a run of equal widths would not end on a whole line of codes it is extended
-    by the next channels, so the bits given are never fewer than asked for (``layout.k_bits`` tells).
+    ``schedule[g]`` bits. Where a run of equal widths would not end on a whole line of codes it is
+    extended by the next channels, so bits are rounded up, except for 1-bit channels at the very end
+    (``layout.k_bits`` tells).
 
     Parameters
     ----------
     variance : [H, D] float32 channel variances of :func:`fit_basis`.
-    schedule : widths per group, each of 8, 4, 2, 1, 0, not increasing, not all zero; at most D groups.
+    schedule : widths per group, each of 8, 4, 2, 1, 0, not increasing, not all zero; at most D
+        groups.
 
     Returns
     -------
@@ -92,8 +98,9 @@ def fit_quantizer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose basis rows, one scale per channel and the mean that centres the codes.
 
-    With ``clip`` a channel's range is the one with the least squared error over a grid of multiples of its
-    standard deviation (over at most 4096 evenly spaced tokens); without, it is min to max over all tokens.
+    With ``clip`` a channel's range is the one with the least squared error over a grid of multiples
+    of its standard deviation (over at most 64 evenly spaced runs of 64 tokens); without, it is min
+    to max over all tokens.
 
     Parameters
     ----------
@@ -122,10 +129,10 @@ def pack_keys_(
     inv_freq: Tensor | None = None,
     position: int = 0,
 ) -> None:
-    """Project keys on the basis, quantize and write their codes into pages, for a prefill or an append.
+    """Project keys on the basis, quantize and write their codes into pages: prefill or append.
 
-    ``code = clamp(round((key - mean) . basis_j / scale_j + mid), 0, 2^b - 1)`` with ``mid = (2^b - 1) / 2``.
-    Slots outside ``slot .. slot + T - 1`` keep their codes.
+    ``code = clamp(round((key - mean) . basis_j / scale_j + mid), 0, 2^b - 1)`` with
+    ``mid = (2^b - 1) / 2``. Slots outside ``slot .. slot + T - 1`` keep their codes.
 
     Parameters
     ----------
@@ -144,12 +151,12 @@ def pack_keys_(
 def pack_values_(
     v_pages: Tensor, values: Tensor, layout: PageLayout, page_table: Tensor, slot: int
 ) -> None:
-    """Quantize values per token and group of ``layout.v_group_size`` channels, min to max, or copy them.
+    """Quantize values per token and group of ``layout.v_group_size`` channels, or copy them.
 
     Parameters
     ----------
-    v_pages : [P, layout.v_page_bytes] uint8 for 2 and 4 bits; [P, H * 64 * D] in the values' dtype for 16
-        (bfloat16, float16) and 32 (float32) bits; written.
+    v_pages : [P, layout.v_page_bytes] uint8 for 2 and 4 bits; [P, H * 64 * D] in the values' dtype
+        for 16 (bfloat16, float16) and 32 (float32) bits; written.
     values : [H, T, D] float32, bfloat16 or float16, finite; last dimension contiguous.
     page_table, slot : as for :func:`pack_keys_`.
     """
@@ -225,11 +232,11 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Attend over packed pages and exact rows, dequantizing in registers.
 
-    Sequence b's keys are the packed slots ``sink_tokens .. cache_seqlens[b] - 1`` and the exact rows
-    ``0 .. exact_lens[b] - 1`` (attention sinks, then the window, then the new tokens themselves). With
-    ``causal`` the L queries are the last L exact rows: query i sees exact rows up to
-    ``exact_lens[b] - L + i``. All packed slots are visible to every query. A query that sees nothing gets
-    zeros and ``lse = -inf``.
+    Sequence b's keys are the packed slots ``sink_tokens .. cache_seqlens[b] - 1`` and the exact
+    rows ``0 .. exact_lens[b] - 1`` (attention sinks, then the window, then the new tokens
+    themselves). With ``causal`` the L queries are the last L exact rows: query i sees exact rows up
+    to ``exact_lens[b] - L + i``. All packed slots are visible to every query. A query that sees
+    nothing gets zeros and ``lse = -inf``.
 
     Parameters
     ----------
@@ -289,59 +296,78 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
 # Fake kernels: shapes and dtypes alone, for torch.compile and opcheck.
 
 
-@torch.library.register_fake("svdq::fit_basis")
+def _register_fake(name: str):
+    """Register a fake kernel that, like the real one, refuses tensors on different devices."""
+
+    def register(fake):
+        @functools.wraps(fake)
+        def checked(*args, **kwargs):
+            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+            devices = sorted({str(x.device) for x in tensors})
+            if len(devices) > 1:
+                raise ValueError(
+                    f"svdq::{name}: tensors must be on one device, got {' and '.join(devices)}"
+                )
+            return fake(*args, **kwargs)
+
+        return torch.library.register_fake(f"svdq::{name}")(checked)
+
+    return register
+
+
+@_register_fake("fit_basis")
 def _(keys, inv_freq, position):
     heads, _, dim = keys.shape
     new = lambda *shape: keys.new_empty(shape, dtype=torch.float32)  # noqa: E731
     return new(heads, dim), new(heads, dim, dim), new(heads, dim)
 
 
-@torch.library.register_fake("svdq::allocate_bits")
+@_register_fake("allocate_bits")
 def _(variance, schedule):
     return torch.empty((variance.shape[0], len(WIDTHS)), dtype=torch.int32, device="cpu")
 
 
-@torch.library.register_fake("svdq::fit_quantizer")
+@_register_fake("fit_quantizer")
 def _(keys, inv_freq, position, mean, components, layout, clip):
     rank, dim = PageLayout.from_ints(layout).rank, mean.shape[1]
     basis = keys.new_empty((rank, dim), dtype=torch.bfloat16)
     return basis, mean.new_empty((rank,)), torch.empty_like(mean)
 
 
-@torch.library.register_fake("svdq::pack_keys_")
+@_register_fake("pack_keys_")
 def _(k_pages, keys, inv_freq, position, basis, scale, mean, layout, page_table, slot):
     return None
 
 
-@torch.library.register_fake("svdq::pack_values_")
+@_register_fake("pack_values_")
 def _(v_pages, values, layout, page_table, slot):
     return None
 
 
-@torch.library.register_fake("svdq::append_exact_")
+@_register_fake("append_exact_")
 def _(exact_keys, exact_values, keys, values, start):
     return None
 
 
-@torch.library.register_fake("svdq::unpack_codes")
+@_register_fake("unpack_codes")
 def _(k_pages, layout, page_table, slot, num_tokens):
     return k_pages.new_empty((num_tokens, PageLayout.from_ints(layout).rank))
 
 
-@torch.library.register_fake("svdq::unpack_keys")
+@_register_fake("unpack_keys")
 def _(k_pages, inv_freq, position, basis, scale, mean, layout, page_table, slot, num_tokens):
     heads, dim = mean.shape
     return mean.new_empty((heads, num_tokens, dim))
 
 
-@torch.library.register_fake("svdq::unpack_values")
+@_register_fake("unpack_values")
 def _(v_pages, layout, page_table, slot, num_tokens):
     pages = PageLayout.from_ints(layout)
     shape = (pages.num_kv_heads, num_tokens, pages.head_dim)
     return v_pages.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.register_fake("svdq::attend")
+@_register_fake("attend")
 def _(
     query,
     k_pages,
@@ -365,6 +391,6 @@ def _(
     return out, query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
-@torch.library.register_fake("svdq::merge")
+@_register_fake("merge")
 def _(out_a, lse_a, out_b, lse_b):
     return torch.empty_like(out_a), torch.empty_like(lse_a)

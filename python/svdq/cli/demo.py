@@ -84,7 +84,7 @@ def demo(
     output_dir: Annotated[
         Path,
         typer.Option(help="Folder for demo.png and demo.json.", rich_help_panel=OUTPUT_PANEL),
-    ] = Path("demo-output"),
+    ] = Path("svdq-demo"),
 ) -> None:
     """Read a long text and answer, with the full cache and with svdq, in one run.
 
