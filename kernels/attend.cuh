@@ -1,0 +1,194 @@
+// The attend stage over packed pages.
+//
+// A block serves 8 query rows of a KV head and a run of pages, one page at a time. Warp w gets the
+// scores of the 16 tokens of group w: after RoPE codes [16 tokens, channels] times absorbed queries
+// [channels, 8 rows] on tensor cores, before RoPE from reconstructed keys (scores.cuh). The four
+// warps agree on each row's maximum, leave their probabilities in shared memory, and multiply them
+// with the values, a quarter of the channels each. Pages arrive by cp.async `stages` - 1 ahead.
+//
+// Per page, D = 128, 1.25-bit keys after RoPE, 4-bit values in groups of 32: 6.25 KiB read, 12 + 32
+// mma; before RoPE, 192 + 32 + 32. Reads of packed data are 16 bytes a thread, whole lines; shared
+// memory is read and written without bank conflicts.
+#pragma once
+
+#include "kernels/accumulate.cuh"
+#include "kernels/scores.cuh"
+
+namespace svdq::device {
+
+// Shared memory of a block; the stages follow it.
+template <typename Scores>
+struct PagesPlan {
+  Probabilities p;
+  typename Scores::Shared scores;
+  float warp_max[kAttendWarps][kRowTile];  // at the end, sums
+  float factor[kRowTile];                  // of the outputs so far
+  alignas(16) uint8_t stages[16];          // more follow
+};
+
+template <typename Scores>
+inline constexpr int kPagesPlanBytes = static_cast<int>(sizeof(PagesPlan<Scores>)) - 16;
+
+// Waits until at most `pending` groups of copies, 0 to 2, are in flight.
+SVDQ_DEVICE void wait_copies_but(int pending) {
+  SVDQ_DEVICE_CHECK(pending >= 0 && pending <= 2);
+  if (pending == 0) {
+    wait_copies<0>();
+  } else if (pending == 1) {
+    wait_copies<1>();
+  } else {
+    wait_copies<2>();
+  }
+}
+
+// Starts to copy a page of one head: key lines, then (packed) values.
+template <int kValueBits>
+SVDQ_DEVICE void copy_page(uint8_t* to, const uint8_t* keys, const uint8_t* values,
+                           const Bands& bands, const ValueLayout& value) {
+  for_each_band(bands, [&]<int kWidth>(int count) {
+    const int bytes = count * kWidth * kPageTokens / 8;
+    copy_lines<kWidth>(to, keys, bytes, kAttendThreads);
+    to += bytes;
+    keys += bytes;
+  });
+  if constexpr (kValueBits != 0) {
+    const int head = static_cast<int>(value.code_offset());
+    copy_lines<0>(to, values, head, kAttendThreads);  // scales and zero points
+    copy_lines<kValueBits>(to + head, values + head, static_cast<int>(value.page_bytes()) - head,
+                           kAttendThreads);
+  }
+}
+
+// Softmax of the scores of a page, spread over the threads as scorers leave them. Leaves
+// probabilities in shared memory and gives the factor of what was summed before.
+template <typename Plan>
+SVDQ_DEVICE void softmax_page(Plan& s, const float (&score)[4], RowState (&state)[2],
+                              float (&factor)[2]) {
+  const int group = lane_index() / 4, column = lane_index() % 4 * 2, warp = warp_index();
+  for (int i = 0; i < 2; ++i) {
+    float most = score[i] > score[i + 2] ? score[i] : score[i + 2];
+    for (int mask = 4; mask < kWarpSize; mask *= 2) {
+      const float other = shuffle_xor(most, mask);
+      most = other > most ? other : most;
+    }
+    if (group == 0) store(&s.warp_max[warp][column + i], most);
+  }
+  sync_threads();
+  for (int i = 0; i < 2; ++i) {
+    float most = no_score();
+    for (int w = 0; w < kAttendWarps; ++w) {
+      const float other = load(&s.warp_max[w][column + i]);
+      most = other > most ? other : most;
+    }
+    factor[i] = raise_max(state[i], most);
+    if (warp == 0 && group == 0) store(&s.factor[column + i], factor[i]);
+  }
+  for (int half = 0; half < 2; ++half) {
+    const float first = probability(score[2 * half], state[0].max);
+    const float second = probability(score[2 * half + 1], state[1].max);
+    state[0].sum += first;
+    state[1].sum += second;
+    float* to = &s.p.of[warp][(group + 8 * half) * kRowTile + column];
+    store(reinterpret_cast<Floats2*>(to), Floats2{first, second});
+  }
+  sync_threads();
+}
+
+// Writes a block's maxima and sums, which its threads hold in parts.
+template <typename Plan>
+SVDQ_DEVICE void write_states(Plan& s, const RowState (&state)[2], const AttendWork& work,
+                              const BlockRows& rows, int split) {
+  const int column = lane_index() % 4 * 2;
+  for (int i = 0; i < 2; ++i) {
+    float sum = state[i].sum;
+    for (int mask = 4; mask < kWarpSize; mask *= 2) sum += shuffle_xor(sum, mask);
+    if (lane_index() < 4) store(&s.warp_max[warp_index()][column + i], sum);
+  }
+  sync_threads();
+  if (warp_index() != 0 || lane_index() >= 4) return;
+  for (int i = 0; i < 2; ++i) {
+    float sum = 0.0f;
+    for (int w = 0; w < kAttendWarps; ++w) sum += load(&s.warp_max[w][column + i]);
+    const int64_t at = rows.slot(work.row_tiles, column + i) * work.splits() + split;
+    store(&work.partial_max[at], state[i].max);
+    store(&work.partial_sum[at], sum);
+  }
+}
+
+// Grid: x = split, y = head and row tile, z = sequence. kValueBits 0: exact values.
+template <typename Scores, int kValueBits>
+SVDQ_KERNEL(kAttendThreads)
+attend_pages_kernel(AttendParams p, AttendWork work) {
+  PagesPlan<Scores>& s = shared_memory<PagesPlan<Scores>>();
+  const BlockRows rows = block_rows(p, work);
+  const HeadPlan head = load_head(p.layout, rows.head);
+  const Bands& bands = Scores::bands(head);
+  const ValueLayout& value = p.layout.value;
+  const int dim = p.layout.head_dim, split = block_x();
+
+  // Pages of this split that hold a token that counts.
+  const int length = load(&p.cache_seqlens[rows.sequence]);
+  int page = split * work.split_pages, last = page + work.split_pages;
+  if (page < p.sink_tokens / kPageTokens) page = p.sink_tokens / kPageTokens;
+  if (last > (length + kPageTokens - 1) / kPageTokens)
+    last = (length + kPageTokens - 1) / kPageTokens;
+  if (p.sink_tokens >= length) last = 0;
+
+  const int32_t* page_table = p.page_table + int64_t{rows.sequence} * p.table_stride;
+  const int64_t value_offset = int64_t{rows.head} * value.page_bytes();
+  const auto stage = [&](int n) { return s.stages + n % work.stages * work.stage_bytes; };
+  const auto fetch = [&](int n) {
+    if (n < last) {
+      const int64_t id = load(&page_table[n]);
+      copy_page<kValueBits>(stage(n), p.k_pages + id * p.layout.k_page_bytes + head.k_offset,
+                            p.v_pages + id * p.layout.v_page_bytes + value_offset, bands, value);
+    }
+    commit_copies();
+  };
+  for (int i = 0; i < work.stages - 1; ++i) fetch(page + i);
+
+  Scores scores(s.scores, p, work, rows, head);  // barriers before its use follow
+  RowState state[2] = {empty_row(), empty_row()};
+  PackedValues<Scores::kDim, kValueBits == 0 ? 4 : kValueBits> packed;
+  ExactValues<Scores::kDim> exact;
+  kValueBits != 0 ? packed.reset() : exact.reset();
+  const int key_bytes = bands.page_bytes();
+  for (; page < last; ++page) {
+    wait_copies_but(work.stages - 2);
+    sync_threads();
+    fetch(page + work.stages - 1);
+
+    const int first_slot = page * kPageTokens;
+    const TokenRange tokens{p.sink_tokens > first_slot ? p.sink_tokens - first_slot : 0,
+                            length - first_slot < kPageTokens ? length - first_slot : kPageTokens};
+    float score[4];
+    scores.score(stage(page), page, score);
+    SVDQ_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      if (!tokens.has(warp_index() * kLanes + lane_index() / 4 + e / 2 * 8)) score[e] = no_score();
+    }
+    float factor[2];
+    softmax_page(s, score, state, factor);
+    if constexpr (kValueBits != 0) {
+      packed.add(value, stage(page) + key_bytes, s.p, tokens, factor);
+    } else {
+      const uint8_t* values =
+          p.v_pages + load(&page_table[page]) * p.layout.v_page_bytes + value_offset;
+      exact.add(values, p.v_dtype, 0, dim, s.p, tokens, s.factor);
+    }
+  }
+
+  sync_threads();
+  const int64_t stride = int64_t{work.splits()} * dim;
+  float* out = work.partial_out + rows.slot(work.row_tiles, 0) * stride + int64_t{split} * dim;
+  kValueBits != 0 ? packed.write(out, stride, dim) : exact.write(out, stride, dim);
+  write_states(s, state, work, rows, split);
+}
+
+template <typename Scores>
+LaunchShape attend_pages_launch(const AttendParams& p, const AttendWork& work) {
+  return {work.page_splits, p.layout.num_heads * work.row_tiles, p.batch, kAttendThreads,
+          kPagesPlanBytes<Scores> + work.stages * work.stage_bytes};
+}
+
+}  // namespace svdq::device

@@ -1,0 +1,135 @@
+// What the kernels of the attend stage share: how a call is cut into blocks, the workspace between
+// launches, and reading numbers of any dtype.
+//
+//   absorb, or columns and rotations   what multiplies codes, once for all splits
+//   attend_pages  packed pages -> partial results, one per split of the page table
+//   attend_exact  exact rows   -> partial results, one per split of the rows
+//   merge_splits  partial results -> out, lse
+//
+// The query rows of a KV head are its query heads times the query length, in the order of the query
+// tensor; a block takes 8 of them, the width of a tensor-core tile. How work is cut depends on
+// shapes alone, partial results are merged in a fixed order, and no kernel reads back on the host:
+// results are deterministic and the launches can be captured in a graph.
+#pragma once
+
+#include "kernels/params.h"
+#include "kernels/softmax.cuh"
+
+namespace svdq::device {
+
+inline constexpr int kRowTile = 8;          // query rows of a block
+inline constexpr int kAttendThreads = 128;  // 4 warps: one per group of 16 tokens of a page
+inline constexpr int kAttendWarps = kAttendThreads / kWarpSize;
+static_assert(kAttendWarps == kGroups);
+
+// 16-channel steps of a head's weights: every band is padded to whole steps.
+SVDQ_HOST_DEVICE constexpr int band_steps(int count) { return (count + 15) / 16; }
+SVDQ_HOST_DEVICE constexpr int max_steps(int head_dim) {
+  return (head_dim + 15) / 16 + kNumWidths - 1;
+}
+
+struct AttendWork {
+  int row_tiles;     // of a KV head
+  int page_splits;   // blocks along the pages of a sequence
+  int split_pages;   // pages of a block
+  int exact_splits;  // blocks along the exact rows
+  int split_exact;   // exact rows of a block, a multiple of kPageTokens
+  int stages;        // pages of a block in flight or in use, 2 to 4
+  int stage_bytes;   // of shared memory; the largest head's
+  int max_pages;     // of a sequence
+  // Workspace. T = row_tiles, U = T after RoPE and D / 8 before, W = max_steps(D), S = splits().
+  Words2* weights;           // [B, H, U, W, 32] B fragments of halves, a quad of channels each
+  float* step;               // [B, H, U, 8]: unit of a row's weights
+  float* offset;             // [B, H, U, 8]: part of the mean, less that of the middle codes
+  Floats2* offset_rotation;  // [64, half] cosine and sine by slot of a page; before RoPE only
+  Floats2* page_rotation;    // [B, max_pages, half] of the pages' first positions
+  float* partial_out;        // [B, H, T * 8, S, D]
+  float* partial_max;        // [B, H, T * 8, S], log2 units
+  float* partial_sum;        // [B, H, T * 8, S]
+
+  SVDQ_HOST_DEVICE constexpr int splits() const { return page_splits + exact_splits; }
+};
+
+// Query rows of a KV head.
+SVDQ_HOST_DEVICE constexpr int64_t query_rows(const AttendParams& p) {
+  return p.num_qo_heads / p.layout.num_heads * p.q_len;
+}
+
+// Which rows a block serves: its coordinates y = head * row_tiles + tile and z = sequence.
+struct BlockRows {
+  int sequence, head, tile;
+  int64_t sequence_head;
+  int64_t first;  // row of the KV head
+  int count;      // rows that exist, 1 .. kRowTile
+
+  // Row of this tile in step, offset and the partial results.
+  SVDQ_HOST_DEVICE constexpr int64_t slot(int row_tiles, int row) const {
+    return (sequence_head * row_tiles + tile) * kRowTile + row;
+  }
+};
+
+SVDQ_DEVICE BlockRows block_rows(const AttendParams& p, const AttendWork& work) {
+  BlockRows rows;
+  rows.sequence = block_z();
+  rows.head = block_y() / work.row_tiles;
+  rows.tile = block_y() % work.row_tiles;
+  rows.sequence_head = int64_t{rows.sequence} * p.layout.num_heads + rows.head;
+  rows.first = int64_t{rows.tile} * kRowTile;
+  const int64_t left = query_rows(p) - rows.first;
+  rows.count = static_cast<int>(left < kRowTile ? left : kRowTile);
+  return rows;
+}
+
+SVDQ_DEVICE float load_number(const void* data, DataType dtype, int64_t index) {
+  if (dtype == DataType::kFloat32) return load(static_cast<const float*>(data) + index);
+  const uint16_t bits = load(static_cast<const uint16_t*>(data) + index);
+  return dtype == DataType::kBFloat16 ? bfloat16_to_float(bits) : half_to_float(bits);
+}
+
+SVDQ_DEVICE void store_number(void* data, DataType dtype, int64_t index, float value) {
+  if (dtype == DataType::kFloat32) {
+    store(static_cast<float*>(data) + index, value);
+  } else {
+    store(static_cast<uint16_t*>(data) + index,
+          dtype == DataType::kBFloat16 ? float_to_bfloat16(value) : float_to_half(value));
+  }
+}
+
+// A member of the head's plan, wherever that lies.
+SVDQ_DEVICE HeadPlan load_head(const LayoutView& layout, int head) {
+  const HeadPlan* from = layout.heads + head;
+  HeadPlan plan;
+  for (int w = 0; w < kNumWidths; ++w) {
+    plan.core.count[w] = load(&from->core.count[w]);
+    plan.tail.count[w] = load(&from->tail.count[w]);
+  }
+  plan.first_channel = load(&from->first_channel);
+  plan.k_offset = load(&from->k_offset);
+  return plan;
+}
+
+// Sums of 8 numbers over the lanes of a warp; lane l gets number l / 4. Each exchange halves what
+// is left to add: 9 shuffles instead of 40.
+SVDQ_DEVICE float sum_rows(float (&x)[kRowTile]) {
+  SVDQ_UNROLL
+  for (int keep = kRowTile / 2; keep > 0; keep /= 2) {
+    const int mask = keep * 4;
+    const bool upper = (lane_index() & mask) != 0;
+    SVDQ_UNROLL
+    for (int i = 0; i < keep; ++i) {
+      const float own = upper ? x[i + keep] : x[i], other = upper ? x[i] : x[i + keep];
+      x[i] = own + shuffle_xor(other, mask);
+    }
+  }
+  x[0] += shuffle_xor(x[0], 2);
+  return x[0] + shuffle_xor(x[0], 1);
+}
+
+// Query number `channel` of a row of the tile, in log2 units of score.
+SVDQ_DEVICE float load_query(const AttendParams& p, const BlockRows& rows, int row, int channel) {
+  const int64_t at = rows.sequence_head * query_rows(p) + rows.first + row;
+  return load_number(p.query, p.query_dtype, at * p.layout.head_dim + channel) * p.sm_scale *
+         kLog2E;
+}
+
+}  // namespace svdq::device

@@ -1,0 +1,41 @@
+// The rotations of RoPE that the pages of a call need: by the 64 slots of a page, shared by all
+// pages and heads, and to the first position of every page. Keys are turned by the former and
+// queries back by the latter, so that no inner loop computes a sine.
+#pragma once
+
+#include "kernels/attend_plan.cuh"
+
+namespace svdq::device {
+
+inline constexpr int kRotationThreads = 128;
+
+// Cosine and sine of position * frequency, whatever the position: whole turns are taken off in
+// double.
+SVDQ_DEVICE Floats2 rotation(int64_t position, float frequency) {
+  constexpr double kTurn = 6.283185307179586476925;
+  const double angle = static_cast<double>(position) * static_cast<double>(frequency);
+  Floats2 result;
+  sine_cosine(static_cast<float>(angle - round_double(angle / kTurn) * kTurn), result.y, result.x);
+  return result;
+}
+
+// Grid: x = 64 slots, then the pages of a sequence; z = sequence.
+SVDQ_KERNEL(kRotationThreads) rotations_kernel(AttendParams p, AttendWork work) {
+  const int page = block_x() - kPageTokens;
+  if (page < 0 && block_z() > 0) return;  // slots are alike for all sequences
+  int64_t position = block_x();
+  Floats2* to = work.offset_rotation + position * p.rope.half;
+  if (page >= 0) {
+    const int first = p.first_position ? load(&p.first_position[block_z()]) : 0;
+    position = first + int64_t{page} * kPageTokens;
+    to = work.page_rotation + (int64_t{block_z()} * work.max_pages + page) * p.rope.half;
+  }
+  for (int i = thread_index(); i < p.rope.half; i += kRotationThreads)
+    store(&to[i], rotation(position, load(&p.rope.inv_freq[i])));
+}
+
+inline LaunchShape rotations_launch(const AttendParams& p, const AttendWork& work) {
+  return {kPageTokens + work.max_pages, 1, p.batch, kRotationThreads, 0};
+}
+
+}  // namespace svdq::device

@@ -1,0 +1,137 @@
+// One way to run a kernel in a test: g++ runs it under emulation in several thread orders, nvcc on
+// a device. Arrays live where the kernel can reach them and nowhere else.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+
+#include "kernels/device.cuh"
+#else
+#include "csrc/emu/launch.h"
+#endif
+
+namespace svdq::testing {
+
+#if defined(__CUDACC__)
+
+inline void check_cuda(cudaError_t status, const char* what) {
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+class DeviceMemory {
+ public:
+  DeviceMemory(size_t bytes, const void* from) : bytes_(bytes) {
+    check_cuda(cudaMalloc(&data_, bytes ? bytes : 1), "cudaMalloc");
+    if (from) check_cuda(cudaMemcpy(data_, from, bytes, cudaMemcpyHostToDevice), "upload");
+  }
+  ~DeviceMemory() { cudaFree(data_); }
+  DeviceMemory(const DeviceMemory&) = delete;
+  DeviceMemory& operator=(const DeviceMemory&) = delete;
+  void* data() const { return data_; }
+  void read(void* to) const {
+    check_cuda(cudaMemcpy(to, data_, bytes_, cudaMemcpyDeviceToHost), "download");
+  }
+
+ private:
+  void* data_ = nullptr;
+  size_t bytes_;
+};
+
+#else
+
+class DeviceMemory {
+ public:
+  DeviceMemory(size_t bytes, const void* from) : bytes_(bytes), memory_(bytes, from != nullptr) {
+    if (bytes && from) std::memcpy(memory_.data(), from, bytes);
+  }
+  void* data() const { return memory_.data(); }
+  void read(void* to) const {
+    if (bytes_) std::memcpy(to, memory_.data(), bytes_);
+  }
+
+ private:
+  size_t bytes_;
+  emu::Memory memory_;
+};
+
+#endif
+
+// Numbers where kernels can reach them: copies of a vector, or `count` that nobody has written yet.
+template <typename T>
+class DeviceArray {
+ public:
+  explicit DeviceArray(const std::vector<T>& from)
+      : count_(from.size()), memory_(from.size() * sizeof(T), from.data()) {}
+  explicit DeviceArray(size_t count) : count_(count), memory_(count * sizeof(T), nullptr) {}
+
+  T* data() const { return static_cast<T*>(memory_.data()); }
+  std::vector<T> read() const {
+    std::vector<T> values(count_);
+    memory_.read(values.data());
+    return values;
+  }
+
+ private:
+  size_t count_;
+  DeviceMemory memory_;
+};
+
+// Tests of kernels. Under emulation every test runs in three thread orders.
+enum class Run { kForward, kReverse, kShuffled, kDevice };
+
+inline std::string run_name(const ::testing::TestParamInfo<Run>& info) {
+  const char* const names[] = {"Forward", "Reverse", "Shuffled", "Device"};
+  return names[static_cast<int>(info.param)];
+}
+
+class KernelTest : public ::testing::TestWithParam<Run> {
+ protected:
+#if defined(__CUDACC__)
+  template <typename... Params>
+  void launch(const char* name, const device::LaunchShape& shape, void (*kernel)(Params...),
+              const typename device::Identity<Params>::type&... params) {
+    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                    cudaFuncAttributeMaxDynamicSharedMemorySize, shape.smem_bytes),
+               name);
+    kernel<<<dim3(shape.grid_x, shape.grid_y, shape.grid_z), shape.threads, shape.smem_bytes>>>(
+        params...);
+    check_cuda(cudaGetLastError(), name);
+    check_cuda(cudaDeviceSynchronize(), name);
+  }
+#else
+  emu::Options options() const {
+    emu::Options options;
+    options.order = static_cast<emu::Order>(GetParam());
+    options.seed = 7;
+    return options;
+  }
+  template <typename... Params>
+  void launch(const char* name, const device::LaunchShape& shape, void (*kernel)(Params...),
+              const std::type_identity_t<Params>&... params) {
+    counters_ = emu::launch(options(), name, shape, kernel, params...);
+  }
+  emu::Counters counters_;  // of the latest launch
+#endif
+};
+
+#if defined(__CUDACC__)
+#define SVDQ_KERNEL_TESTS(fixture)                                                      \
+  INSTANTIATE_TEST_SUITE_P(, fixture, ::testing::Values(::svdq::testing::Run::kDevice), \
+                           ::svdq::testing::run_name)
+#else
+#define SVDQ_KERNEL_TESTS(fixture)                                                      \
+  INSTANTIATE_TEST_SUITE_P(                                                             \
+      , fixture,                                                                        \
+      ::testing::Values(::svdq::testing::Run::kForward, ::svdq::testing::Run::kReverse, \
+                        ::svdq::testing::Run::kShuffled),                               \
+      ::svdq::testing::run_name)
+#endif
+
+}  // namespace svdq::testing

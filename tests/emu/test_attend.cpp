@@ -1,0 +1,272 @@
+// The kernels of the attend stage against plain loops in double, over widths, shapes, lengths and
+// cuts, and against the CPU backend.
+#include "tests/emu/attend_device.h"
+
+#include "tests/cpp/attend_problem.h"
+#include "tests/emu/attend_reference.h"
+
+namespace svdq {
+namespace {
+
+using testing::AttendAnswer;
+using testing::AttendCase;
+using testing::AttendProblem;
+using testing::Cut;
+
+AttendParams captured;  // what AttendProblem hands to a backend
+
+// A backend that only looks.
+Backend capturing_backend() {
+  Backend backend{};
+  backend.name = "capture";
+  backend.attend = [](const AttendParams& p, const Executor&) { captured = p; };
+  return backend;
+}
+
+class AttendKernels : public testing::KernelTest {
+ protected:
+  template <int kDim>
+  AttendAnswer run_class(const AttendParams& p, const Cut& cut) {
+    return testing::attend_on_device<kDim>(
+        p, cut,
+        [&](const char* name, const device::LaunchShape& shape, auto kernel,
+            const auto&... params) {
+          launch(name, shape, kernel, params...);
+#if defined(SVDQ_EMULATED)
+          if (std::string(name) == "attend_pages") {
+            EXPECT_EQ(counters_.bank_conflicts(), 0);
+            for (const auto& site : counters_.sites) {
+              if (site.transfers != site.ideal && site.width == 16) ADD_FAILURE() << site.where();
+            }
+          }
+#endif
+        });
+  }
+
+  AttendAnswer run(const AttendParams& p, const Cut& cut) {
+    return p.layout.head_dim <= 64    ? run_class<64>(p, cut)
+           : p.layout.head_dim <= 128 ? run_class<128>(p, cut)
+           : p.layout.head_dim <= 256 ? run_class<256>(p, cut)
+                                      : run_class<512>(p, cut);
+  }
+
+  void check(const char* what, AttendCase c, uint64_t stream, const Cut& cut = {}) {
+    for (RopeMode rope : {RopeMode::kPost, RopeMode::kPre}) {
+      c.rope = rope;
+      check_mode(what, c, stream, cut);
+      if (HasFatalFailure()) return;
+    }
+  }
+
+  void check_mode(const char* what, const AttendCase& c, uint64_t stream, const Cut& cut) {
+    SCOPED_TRACE(::testing::Message() << what << ", stream " << stream
+                                      << (c.rope == RopeMode::kPre ? ", pre" : ", post"));
+    AttendProblem problem(c, stream);
+    problem.run(capturing_backend(), SerialExecutor());
+    const AttendParams p = captured;
+    const AttendAnswer got = run(p, cut);
+    const testing::AttendReference reference(p);
+    const int64_t rows = device::query_rows(p);
+    int64_t row = 0;
+    for (int b = 0; b < p.batch; ++b) {
+      for (int h = 0; h < p.layout.num_heads; ++h) {
+        for (int64_t r = 0; r < rows; ++r, ++row) {
+          const auto where = [&] {
+            return ::testing::Message() << "sequence " << b << " KV head " << h << " row " << r;
+          };
+          const testing::Expected expected = reference.row(b, h, r);
+          if (std::isinf(expected.lse)) {
+            ASSERT_EQ(got.lse[row], expected.lse) << where();
+          } else {
+            ASSERT_NEAR(got.lse[row], expected.lse, expected.lse_tolerance) << where();
+          }
+          for (int d = 0; d < c.head_dim; ++d) {
+            const double out = testing::read_number(
+                &got.out[(row * c.head_dim + d) * testing::size_of(c.dtype)], c.dtype);
+            ASSERT_NEAR(out, expected.out[d], expected.tolerance[d]) << where() << " channel " << d;
+          }
+        }
+      }
+    }
+  }
+};
+
+TEST_P(AttendKernels, EveryWidthAlone) {
+  for (int w = 0; w < kNumWidths; ++w) {
+    for (int count : {8, 40}) {
+      AttendCase c;
+      Bands bands{};
+      bands.count[w] = count;
+      c.bands = {bands};
+      check("one width", c, 10 * w + count);
+    }
+  }
+}
+
+TEST_P(AttendKernels, EveryHeadDim) {
+  for (int head_dim : {16, 64, 80, 96, 128, 256, 512}) {
+    AttendCase c;
+    c.head_dim = head_dim;
+    c.rotary_half = head_dim / 2;
+    c.v_group_size = head_dim == 80 ? 80 : 16;
+    c.bands = {{{4, 4, 0, 8}}, {{0, 8, 4, 0}}};
+    c.cache_seqlens = {66};
+    c.exact_lens = {3};
+    check("head_dim", c, 200 + head_dim);
+  }
+}
+
+TEST_P(AttendKernels, EveryLength) {
+  for (int tokens : {0, 1, 63, 64, 65, 129}) {
+    AttendCase c;
+    c.cache_seqlens = {tokens, 5, 0};
+    c.exact_lens = {1, 64, 65};
+    check("length", c, 1000 + tokens);
+  }
+}
+
+TEST_P(AttendKernels, EveryCut) {
+  for (int split_pages : {1, 3, 9}) {
+    for (int stages : {2, 3, 4}) {
+      AttendCase c;
+      c.bands = {{{0, 8, 4, 0}}};
+      c.cache_seqlens = {530, 300};
+      c.exact_lens = {150, 1};
+      check("cut", c, 3000 + 10 * split_pages, {split_pages, split_pages * 64, stages});
+    }
+  }
+}
+
+TEST_P(AttendKernels, EveryGroupAndQueryLength) {
+  uint64_t stream = 4000;
+  for (int group : {1, 3, 7}) {
+    for (int q_len : {1, 2, 5}) {
+      AttendCase c;
+      c.group = group;
+      c.q_len = q_len;
+      c.cache_seqlens = {65};
+      c.exact_lens = {8};
+      check("group", c, stream += 10);
+    }
+  }
+}
+
+TEST_P(AttendKernels, EveryValueFormat) {
+  uint64_t stream = 5000;
+  for (int bits : {2, 4, 16, 32}) {
+    for (int group_size : {16, 32, 64}) {
+      AttendCase c;
+      c.v_bits = bits;
+      c.v_group_size = group_size;
+      c.exact_dtype = bits == 16 ? DataType::kBFloat16 : DataType::kFloat32;
+      check("values", c, stream += 10);
+    }
+  }
+}
+
+TEST_P(AttendKernels, EveryDtype) {
+  for (DataType dtype : {DataType::kFloat32, DataType::kBFloat16, DataType::kFloat16}) {
+    AttendCase c;
+    c.dtype = c.exact_dtype = dtype;
+    c.q_len = 2;
+    check("dtype", c, 6000 + static_cast<int>(dtype));
+  }
+}
+
+TEST_P(AttendKernels, SinksAreSkipped) {
+  for (int sinks : {1, 8, 64, 100, 200}) {
+    AttendCase c;
+    c.sink_tokens = sinks;
+    check("sinks", c, 7000 + sinks);
+  }
+}
+
+TEST_P(AttendKernels, NotCausal) {
+  AttendCase c;
+  c.causal = false;
+  c.q_len = 4;
+  check("not causal", c, 8000);
+}
+
+TEST_P(AttendKernels, EveryRotation) {
+  for (int half : {0, 1, 13, 32}) {
+    AttendCase c;
+    c.rotary_half = half;
+    c.first_positions = {7, 200000};
+    check_mode("rotation", c, 9000 + half, {});
+  }
+}
+
+// The CPU backend and the kernels answer alike, as far as each may be off.
+TEST_P(AttendKernels, AgreesWithTheCpuBackend) {
+  for (RopeMode rope : {RopeMode::kPre, RopeMode::kPost}) {
+    AttendCase c;
+    c.rope = rope;
+    c.q_len = 3;
+    c.sink_tokens = 4;
+    AttendProblem problem(c, 9500);
+    problem.run(capturing_backend(), SerialExecutor());
+    const AttendParams p = captured;
+    const AttendAnswer got = run(p, {});
+    problem.run(current_backend(), SerialExecutor());
+    const testing::AttendReference reference(p);
+    for (int b = 0; b < p.batch; ++b) {
+      for (int head = 0; head < p.num_qo_heads; ++head) {
+        for (int i = 0; i < c.q_len; ++i) {
+          const int64_t row = (int64_t{b} * p.num_qo_heads + head) * c.q_len + i;
+          const testing::Expected own =
+              reference.row(b, head / c.group, head % c.group * c.q_len + i);
+          const testing::Attended cpu = problem.expected(b, head, i);
+          ASSERT_NEAR(got.lse[row], problem.lse(b, head, i), own.lse_tolerance + cpu.lse_tolerance);
+          for (int d = 0; d < c.head_dim; ++d) {
+            ASSERT_NEAR(testing::read_number(&got.out[(row * c.head_dim + d) * 4], c.dtype),
+                        problem.out(b, head, i, d), own.tolerance[d] + cpu.out_tolerance[d]);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_P(AttendKernels, MergeOperator) {
+  constexpr int kRows = 5, kDim = 80;
+  constexpr float kNone = -std::numeric_limits<float>::infinity(),
+                  kNan = std::numeric_limits<float>::quiet_NaN();
+  const std::vector<float> lse_a = {0.5f, kNone, 3.0f, kNone, -40.0f},
+                           lse_b = {0.25f, 1.0f, kNone, kNone, 40.0f};
+  std::vector<float> a(kRows * kDim), b(kRows * kDim);
+  for (int i = 0; i < kRows * kDim; ++i) {
+    a[i] = std::isinf(lse_a[i / kDim])
+               ? kNan
+               : static_cast<float>(i % 7);  // an empty side may hold anything
+    b[i] = std::isinf(lse_b[i / kDim]) ? kNan : static_cast<float>(i % 5 - 9);
+  }
+  const testing::DeviceArray<float> d_a(a), d_b(b), d_lse_a(lse_a), d_lse_b(lse_b),
+      out(kRows * kDim), lse(kRows);
+  const MergeParams p{kRows,      kDim,           DataType::kFloat32, d_a.data(), d_lse_a.data(),
+                      d_b.data(), d_lse_b.data(), out.data(),         lse.data()};
+  launch("merge", device::merge_launch(p), device::merge_kernel, p);
+  const auto got_out = out.read(), got_lse = lse.read();
+  for (int row = 0; row < kRows; ++row) {
+    const double weight_a = std::exp(double{lse_a[row]}), weight_b = std::exp(double{lse_b[row]}),
+                 sum = weight_a + weight_b;
+    if (sum == 0) {
+      EXPECT_EQ(got_lse[row], kNone);
+    } else {
+      // Weights are off by 2^-22 and by the rounding of a logarithm of up to 64 in units of log2.
+      EXPECT_NEAR(got_lse[row], std::log(sum), 0x1p-17);
+    }
+    for (int d = 0; d < kDim; ++d) {
+      const int i = row * kDim + d;
+      const double part_a = weight_a > 0 ? weight_a * double{a[i]} : 0,
+                   part_b = weight_b > 0 ? weight_b * double{b[i]} : 0;
+      EXPECT_NEAR(got_out[i], sum > 0 ? (part_a + part_b) / sum : 0, 9 * 0x1p-17)
+          << row << " " << d;
+    }
+  }
+}
+
+SVDQ_KERNEL_TESTS(AttendKernels);
+
+}  // namespace
+}  // namespace svdq

@@ -1,0 +1,284 @@
+// The kernels of the pack stage against the CPU backend: the same bytes.
+#include "tests/emu/device_test.h"
+
+#include "csrc/core/rope_table.h"
+#include "kernels/pack.cuh"
+#include "kernels/rotations.cuh"
+#include "tests/cpp/reference.h"
+
+namespace svdq {
+namespace {
+
+using testing::DeviceArray;
+using testing::Random;
+using testing::Tokens;
+
+struct PackCase {
+  RopeMode rope = RopeMode::kPost;
+  int head_dim = 64;
+  testing::HeadBands bands = {{{4, 8, 4, 8}}, {{0, 12, 4, 16}}};
+  int v_bits = 4;
+  int v_group_size = 32;
+  DataType dtype = DataType::kFloat32;
+  int64_t slot = 0;
+  int64_t num_tokens = 150;
+  int64_t position = 1000;  // of the first token
+};
+
+constexpr int kPoolPages = 9;
+
+class PackKernels : public testing::KernelTest {
+ protected:
+  template <typename T>
+  static DeviceArray<uint8_t> bytes_of(const T* data, int64_t count) {
+    const auto* from = reinterpret_cast<const uint8_t*>(data);
+    return DeviceArray<uint8_t>(std::vector<uint8_t>(from, from + count * sizeof(T)));
+  }
+
+  // Calls fn.operator()<class>() for the kernels' class of this head_dim.
+  template <typename Fn>
+  static void with_class(int head_dim, const Fn& fn) {
+    if (head_dim <= 64) {
+      fn.template operator()<64>();
+    } else if (head_dim <= 128) {
+      fn.template operator()<128>();
+    } else {
+      fn.template operator()<512>();
+    }
+  }
+
+  // Pages scattered in a pool, full of bytes that only the slots in question may lose.
+  void prepare(const PackCase& c, int64_t page_bytes) {
+    table_.clear();
+    for (int page = 0; page < 4; ++page) table_.push_back(2 * (3 - page) + 1);
+    pages_.resize(kPoolPages * page_bytes);
+    random_.fill(pages_);
+    tokens_ = std::make_unique<Tokens>(static_cast<int>(c.bands.size()), c.num_tokens, c.head_dim,
+                                       c.dtype);
+    tokens_->fill_like_keys(random_, 2);
+  }
+
+  // The source on the device; its strides stay.
+  TokenSource upload(const PackCase& c) {
+    const TokenSource source = tokens_->source();
+    const int64_t bytes = source.num_tokens * source.token_stride * testing::size_of(c.dtype);
+    source_ = std::make_unique<DeviceArray<uint8_t>>(
+        bytes_of(static_cast<const uint8_t*>(source.data), bytes).read());
+    TokenSource device = source;
+    device.data = source_->data();
+    return device;
+  }
+
+  void check_keys(const PackCase& c, uint64_t stream) {
+    SCOPED_TRACE(::testing::Message() << "stream " << stream);
+    random_ = Random(stream);
+    const Layout layout(testing::layout_ints(c.rope, c.head_dim, c.bands));
+    prepare(c, layout.k_page_bytes());
+    const std::vector<float> inv_freq =
+        testing::inverse_frequencies(c.rope == RopeMode::kPre ? c.head_dim / 2 : 0);
+    const int half = static_cast<int>(inv_freq.size());
+    std::vector<uint16_t> basis(layout.rank() * c.head_dim);
+    for (uint16_t& x : basis)
+      x = float_to_bfloat16(static_cast<float>(random_.normal() / std::sqrt(c.head_dim)));
+    std::vector<float> scale(layout.rank()), mean(layout.num_heads() * c.head_dim);
+    for (float& x : scale) x = static_cast<float>(0.02 + 0.01 * random_.integer(0, 30));
+    for (float& x : mean) x = static_cast<float>(random_.normal());
+
+    PackKeysParams p{
+        tokens_->source(), layout.view(), {inv_freq.data(), half}, c.position,    basis.data(),
+        scale.data(),      mean.data(),   pages_.data(),           table_.data(), c.slot};
+    const auto before = pages_;
+    // The same rotations as on the CPU.
+    const int64_t num_pages = device::spanned_pages(c.slot, c.num_tokens);
+    const RopeTable table(p.rope, c.position - c.slot % kPageTokens, num_pages);
+    std::vector<device::Floats2> offsets, bases;
+    for (int slot = 0; slot < kPageTokens; ++slot) {
+      for (int i = 0; i < half; ++i)
+        offsets.push_back({table.offsets().row_cos(slot)[i], table.offsets().row_sin(slot)[i]});
+    }
+    for (int64_t run = 0; run < num_pages; ++run) {
+      for (int i = 0; i < half; ++i)
+        bases.push_back({table.base_cos(run)[i], table.base_sin(run)[i]});
+    }
+    const DeviceArray<device::Floats2> d_offsets(offsets), d_bases(bases);
+    const auto d_basis = bytes_of(basis.data(), static_cast<int64_t>(basis.size()));
+    const DeviceArray<float> d_scale(scale), d_mean(mean);
+    const DeviceArray<uint8_t> d_pages(before);
+    const DeviceArray<int32_t> d_table(table_);
+    const auto d_heads = bytes_of(layout.view().heads, layout.num_heads());
+    PackKeysParams d = p;
+    d.keys = upload(c);
+    d.layout.heads = reinterpret_cast<const HeadPlan*>(d_heads.data());
+    d.basis = reinterpret_cast<const uint16_t*>(d_basis.data());
+    d.scale = d_scale.data();
+    d.mean = d_mean.data();
+    d.pages = d_pages.data();
+    d.page_table = d_table.data();
+    with_class(c.head_dim, [&]<int kDim>() {
+      launch("pack_keys", device::pack_keys_launch<kDim>(d), device::pack_keys_kernel<kDim>, d,
+             device::PackWork{d_offsets.data(), d_bases.data()});
+    });
+    const auto got = d_pages.read();
+    current_backend().pack_keys(p, SerialExecutor());
+    if (c.rope == RopeMode::kPost) {
+      EXPECT_TRUE(testing::same_bytes(got, pages_));
+    } else {
+      expect_codes_near_ties(c, layout, p, got);
+    }
+  }
+
+  // Turning back leaves compilers the choice of which products to fuse, so keys may differ by
+  // roundings: then codes differ by one, where the exact number lies between them.
+  void expect_codes_near_ties(const PackCase& c, const Layout& layout, const PackKeysParams& p,
+                              const std::vector<uint8_t>& got) {
+    for (int h = 0; h < layout.num_heads(); ++h) {
+      const auto channels = reference::channels_of(layout.view().heads[h]);
+      for (int64_t t = 0; t < c.num_tokens; ++t) {
+        const int64_t slot = c.slot + t, page = table_[slot / kPageTokens] * layout.k_page_bytes();
+        const reference::Row key =
+            reference::unrotated_key(*tokens_, h, t, c.head_dim, p.rope, c.position);
+        for (const auto& channel : channels) {
+          const CodePlace place = channel.place(slot % kPageTokens);
+          const int code = get_code(&got[page], place, channel.width),
+                    expected = get_code(&pages_[page], place, channel.width);
+          if (code == expected) continue;
+          double magnitude = 0;
+          for (int d = 0; d < c.head_dim; ++d) {
+            magnitude +=
+                (std::fabs(key[d]) * 2 + std::fabs(double{p.mean[h * c.head_dim + d]})) *
+                std::fabs(double{bfloat16_to_float(p.basis[channel.row * c.head_dim + d])});
+          }
+          const double scale = double{p.scale[channel.row]};
+          const double exact =
+              reference::project(key, p.mean + h * c.head_dim, p.basis + channel.row * c.head_dim) /
+                  scale +
+              channel.mid();
+          // Two roundings of cosines and sines, two products and a sum, besides those of the
+          // projection.
+          const double slack =
+              magnitude / scale *
+                  (8 * testing::kFloatRounding + testing::sum_rounding(c.head_dim)) +
+              4 * testing::kFloatRounding * 256;
+          ASSERT_EQ(std::abs(code - expected), 1) << "head " << h << " token " << t;
+          ASSERT_NEAR(exact, (code + expected) / 2.0, slack) << "head " << h << " token " << t;
+        }
+      }
+    }
+  }
+
+  void check_values(const PackCase& c, uint64_t stream) {
+    SCOPED_TRACE(::testing::Message() << "values, stream " << stream);
+    random_ = Random(stream);
+    const Layout layout(
+        testing::layout_ints(RopeMode::kPost, c.head_dim, c.bands, c.v_bits, c.v_group_size));
+    prepare(c, layout.v_page_bytes());
+    PackValuesParams p{tokens_->source(), layout.view(), pages_.data(), table_.data(), c.slot};
+    const DeviceArray<uint8_t> d_pages(pages_);
+    const DeviceArray<int32_t> d_table(table_);
+    PackValuesParams d = p;
+    d.values = upload(c);
+    d.layout.heads = nullptr;
+    d.pages = d_pages.data();
+    d.page_table = d_table.data();
+    with_class(c.head_dim, [&]<int kDim>() {
+      const auto kernel = c.v_bits == 2    ? device::pack_values_kernel<kDim, 2>
+                          : c.v_bits == 4  ? device::pack_values_kernel<kDim, 4>
+                          : c.v_bits == 16 ? device::copy_values_kernel<uint16_t>
+                                           : device::copy_values_kernel<uint32_t>;
+      launch("pack_values", device::pack_values_launch<kDim>(d), kernel, d);
+    });
+    current_backend().pack_values(p, SerialExecutor());
+    EXPECT_TRUE(testing::same_bytes(d_pages.read(), pages_));
+  }
+
+  Random random_{1};
+  std::vector<int32_t> table_;
+  std::vector<uint8_t> pages_;
+  std::unique_ptr<Tokens> tokens_;
+  std::unique_ptr<DeviceArray<uint8_t>> source_;
+};
+
+TEST_P(PackKernels, EverySpan) {
+  uint64_t stream = 0;
+  for (int64_t slot : {0, 1, 63, 64, 100}) {
+    for (int64_t tokens : {1, 63, 64, 130}) {
+      PackCase c;
+      c.slot = slot;
+      c.num_tokens = tokens;
+      check_keys(c, ++stream);
+      check_values(c, ++stream);
+    }
+  }
+}
+
+TEST_P(PackKernels, EveryHeadDim) {
+  for (int head_dim : {16, 80, 128, 512}) {
+    PackCase c;
+    c.head_dim = head_dim;
+    c.num_tokens = 20;
+    c.slot = 60;
+    c.v_group_size = head_dim == 80 ? 80 : 16;
+    c.bands = {{{4, 4, 0, 8}}, {{0, 8, 4, 0}}};
+    check_keys(c, 100 + head_dim);
+    c.v_bits = 2;
+    check_values(c, 200 + head_dim);
+  }
+}
+
+TEST_P(PackKernels, EveryDtype) {
+  for (DataType dtype : {DataType::kFloat32, DataType::kBFloat16, DataType::kFloat16}) {
+    PackCase c;
+    c.dtype = dtype;
+    check_keys(c, 300 + static_cast<int>(dtype));
+    for (int bits : {2, 4, dtype == DataType::kFloat32 ? 32 : 16}) {
+      c.v_bits = bits;
+      check_values(c, 310 + 3 * bits + static_cast<int>(dtype));
+    }
+  }
+}
+
+TEST_P(PackKernels, BeforeRope) {
+  for (int64_t position : {0, 1000, 200000}) {
+    PackCase c;
+    c.rope = RopeMode::kPre;
+    c.position = position;
+    c.slot = position == 0 ? 0 : 37;
+    check_keys(c, 400 + position);
+  }
+}
+
+// Rotations of the device against double.
+TEST_P(PackKernels, Rotations) {
+  const std::vector<float> inv_freq = testing::inverse_frequencies(20);
+  const DeviceArray<float> d_freq(inv_freq);
+  const DeviceArray<int32_t> first(std::vector<int32_t>{5, 1000000});
+  constexpr int kPages = 3;
+  const DeviceArray<device::Floats2> offsets(64 * 20), bases(2 * kPages * 20);
+  AttendParams p{};
+  p.batch = 2;
+  p.rope = {d_freq.data(), 20};
+  p.first_position = first.data();
+  device::AttendWork work{};
+  work.max_pages = kPages;
+  work.offset_rotation = offsets.data();
+  work.page_rotation = bases.data();
+  launch("rotations", device::rotations_launch(p, work), device::rotations_kernel, p, work);
+  const auto slots = offsets.read(), pages = bases.read();
+  const auto check = [&](const device::Floats2& got, int64_t position, int i) {
+    // The angle is below pi after whole turns are taken off, and rounded to float: 2^-23; sines add
+    // two roundings.
+    const double angle = static_cast<double>(position) * double{inv_freq[i]};
+    ASSERT_NEAR(got.x, std::cos(angle), 0x1p-22) << position << " pair " << i;
+    ASSERT_NEAR(got.y, std::sin(angle), 0x1p-22) << position << " pair " << i;
+  };
+  for (int i = 0; i < 20; ++i) {
+    for (int slot = 0; slot < 64; ++slot) check(slots[slot * 20 + i], slot, i);
+    for (int n = 0; n < 2 * kPages; ++n)
+      check(pages[n * 20 + i], (n / kPages ? 1000000 : 5) + n % kPages * 64, i);
+  }
+}
+
+SVDQ_KERNEL_TESTS(PackKernels);
+
+}  // namespace
+}  // namespace svdq
