@@ -83,10 +83,10 @@ SVDQ_DEVICE void finish_tile(AbsorbPlan<kDim>& s, const Bands& bands, const Atte
 // Grid: x = 1, y = head and row tile, z = sequence.
 template <int kDim>
 SVDQ_KERNEL(kAttendThreads)
-absorb_kernel(AttendParams p, AttendWork work) {
+absorb_kernel(AttendParams p, AttendWork work, HeadTable heads) {
   AbsorbPlan<kDim>& s = shared_memory<AbsorbPlan<kDim>>();
   const BlockRows rows = block_rows(p, work);
-  const HeadPlan head = load_head(p.layout, rows.head);
+  const HeadPlan head = head_plan(heads, rows.head);
   const int dim = p.layout.head_dim, rank = head.tail.rank();
   const int lane = lane_index(), warp = warp_index();
 
@@ -126,9 +126,9 @@ SVDQ_HOST_DEVICE constexpr int column_channel(int column, int half) {
 // Grid: x = column tile, y = head, z = sequence.
 template <int kDim>
 SVDQ_KERNEL(kAttendThreads)
-columns_kernel(AttendParams p, AttendWork work) {
+columns_kernel(AttendParams p, AttendWork work, HeadTable heads) {
   AbsorbPlan<kDim>& s = shared_memory<AbsorbPlan<kDim>>();
-  const HeadPlan head = load_head(p.layout, block_y());
+  const HeadPlan head = head_plan(heads, block_y());
   const int dim = p.layout.head_dim, rank = head.core.rank();
   const int64_t sequence_head = int64_t{block_z()} * p.layout.num_heads + block_y();
   const int64_t first = int64_t{block_z()} * p.layout.rank + head.first_channel;

@@ -94,10 +94,11 @@ SVDQ_DEVICE void softmax_page(Plan& s, const float (&score)[4], RowState (&state
   sync_threads();
 }
 
-// Writes a block's maxima and sums, which its threads hold in parts.
+// Writes a block's maxima and sums, which its threads hold in parts; with `readable` false what
+// makes the rows' results NaN, since a kernel has no other way to say that its input is wrong.
 template <typename Plan>
 SVDQ_DEVICE void write_states(Plan& s, const RowState (&state)[2], const AttendWork& work,
-                              const BlockRows& rows, int split) {
+                              const BlockRows& rows, int split, bool readable) {
   const int column = lane_index() % 4 * 2;
   for (int i = 0; i < 2; ++i) {
     float sum = state[i].sum;
@@ -110,7 +111,7 @@ SVDQ_DEVICE void write_states(Plan& s, const RowState (&state)[2], const AttendW
     float sum = 0.0f;
     for (int w = 0; w < kAttendWarps; ++w) sum += load(&s.warp_max[w][column + i]);
     const int64_t at = rows.slot(work.row_tiles, column + i) * work.splits() + split;
-    store(&work.partial_max[at], state[i].max);
+    store(&work.partial_max[at], readable ? state[i].max : poisoned_score());
     store(&work.partial_sum[at], sum);
   }
 }
@@ -118,31 +119,34 @@ SVDQ_DEVICE void write_states(Plan& s, const RowState (&state)[2], const AttendW
 // Grid: x = split, y = head and row tile, z = sequence. kValueBits 0: exact values.
 template <typename Scores, int kValueBits>
 SVDQ_KERNEL(kAttendThreads)
-attend_pages_kernel(AttendParams p, AttendWork work) {
+attend_pages_kernel(AttendParams p, AttendWork work, HeadTable heads) {
   PagesPlan<Scores>& s = shared_memory<PagesPlan<Scores>>();
   const BlockRows rows = block_rows(p, work);
-  const HeadPlan head = load_head(p.layout, rows.head);
+  const HeadPlan head = head_plan(heads, rows.head);
   const Bands& bands = Scores::bands(head);
   const ValueLayout& value = p.layout.value;
   const int dim = p.layout.head_dim, split = block_x();
 
-  // Pages of this split that hold a token that counts.
+  // Pages of this split that hold a token that counts; none of a length that the table cannot hold.
   const int length = load(&p.cache_seqlens[rows.sequence]);
+  bool readable = length >= 0 && length <= work.max_pages * kPageTokens;
   int page = split * work.split_pages, last = page + work.split_pages;
   if (page < p.sink_tokens / kPageTokens) page = p.sink_tokens / kPageTokens;
   if (last > (length + kPageTokens - 1) / kPageTokens)
     last = (length + kPageTokens - 1) / kPageTokens;
-  if (p.sink_tokens >= length) last = 0;
+  if (p.sink_tokens >= length || !readable) last = 0;
 
   const int32_t* page_table = p.page_table + int64_t{rows.sequence} * p.table_stride;
   const int64_t value_offset = int64_t{rows.head} * value.page_bytes();
   const auto stage = [&](int n) { return s.stages + n % work.stages * work.stage_bytes; };
+  const auto known = [&](int64_t id) { return id >= 0 && id < p.num_pages; };
   const auto fetch = [&](int n) {
-    if (n < last) {
-      const int64_t id = load(&page_table[n]);
+    const int64_t id = n < last ? load(&page_table[n]) : -1;
+    if (known(id)) {
       copy_page<kValueBits>(stage(n), p.k_pages + id * p.layout.k_page_bytes + head.k_offset,
                             p.v_pages + id * p.layout.v_page_bytes + value_offset, bands, value);
     }
+    readable = readable && (known(id) || n >= last);
     commit_copies();
   };
   for (int i = 0; i < work.stages - 1; ++i) fetch(page + i);
@@ -153,7 +157,7 @@ attend_pages_kernel(AttendParams p, AttendWork work) {
   ExactValues<Scores::kDim> exact;
   kValueBits != 0 ? packed.reset() : exact.reset();
   const int key_bytes = bands.page_bytes();
-  for (; page < last; ++page) {
+  for (; page < last && readable; ++page) {
     wait_copies_but(work.stages - 2);
     sync_threads();
     fetch(page + work.stages - 1);
@@ -182,7 +186,7 @@ attend_pages_kernel(AttendParams p, AttendWork work) {
   const int64_t stride = int64_t{work.splits()} * dim;
   float* out = work.partial_out + rows.slot(work.row_tiles, 0) * stride + int64_t{split} * dim;
   kValueBits != 0 ? packed.write(out, stride, dim) : exact.write(out, stride, dim);
-  write_states(s, state, work, rows, split);
+  write_states(s, state, work, rows, split, readable);
 }
 
 template <typename Scores>

@@ -40,7 +40,9 @@ attend_exact_kernel(AttendParams p, AttendWork work) {
   const int dim = p.layout.head_dim, length = load(&p.exact_lens[rows.sequence]);
   const int split = work.page_splits + block_x();
   const int begin = block_x() * work.split_exact;
-  const int end = begin + work.split_exact < length ? begin + work.split_exact : length;
+  const bool readable = length >= 0 && length <= p.exact_rows;
+  int end = begin + work.split_exact < length ? begin + work.split_exact : length;
+  if (!readable) end = begin;
 
   for (int i = thread_index(); i < kRowTile * dim; i += kAttendThreads) {
     const int row = i / dim;
@@ -78,7 +80,7 @@ attend_exact_kernel(AttendParams p, AttendWork work) {
   const int64_t stride = int64_t{work.splits()} * dim;
   values.write(work.partial_out + rows.slot(work.row_tiles, 0) * stride + int64_t{split} * dim,
                stride, dim);
-  write_states(s, state, work, rows, split);
+  write_states(s, state, work, rows, split, readable);
 }
 
 template <int kDim>

@@ -12,7 +12,8 @@
 // results are deterministic and the launches can be captured in a graph.
 #pragma once
 
-#include "kernels/params.h"
+#include "kernels/heads.cuh"
+#include "kernels/numbers.cuh"
 #include "kernels/softmax.cuh"
 
 namespace svdq::device {
@@ -36,7 +37,7 @@ struct AttendWork {
   int split_exact;   // exact rows of a block, a multiple of kPageTokens
   int stages;        // pages of a block in flight or in use, 2 to 4
   int stage_bytes;   // of shared memory; the largest head's
-  int max_pages;     // of a sequence
+  int max_pages;     // of a sequence: what the page table has room for
   // Workspace. T = row_tiles, U = T after RoPE and D / 8 before, W = max_steps(D), S = splits().
   Words2* weights;           // [B, H, U, W, 32] B fragments of halves, a quad of channels each
   float* step;               // [B, H, U, 8]: unit of a row's weights
@@ -78,34 +79,6 @@ SVDQ_DEVICE BlockRows block_rows(const AttendParams& p, const AttendWork& work) 
   const int64_t left = query_rows(p) - rows.first;
   rows.count = static_cast<int>(left < kRowTile ? left : kRowTile);
   return rows;
-}
-
-SVDQ_DEVICE float load_number(const void* data, DataType dtype, int64_t index) {
-  if (dtype == DataType::kFloat32) return load(static_cast<const float*>(data) + index);
-  const uint16_t bits = load(static_cast<const uint16_t*>(data) + index);
-  return dtype == DataType::kBFloat16 ? bfloat16_to_float(bits) : half_to_float(bits);
-}
-
-SVDQ_DEVICE void store_number(void* data, DataType dtype, int64_t index, float value) {
-  if (dtype == DataType::kFloat32) {
-    store(static_cast<float*>(data) + index, value);
-  } else {
-    store(static_cast<uint16_t*>(data) + index,
-          dtype == DataType::kBFloat16 ? float_to_bfloat16(value) : float_to_half(value));
-  }
-}
-
-// A member of the head's plan, wherever that lies.
-SVDQ_DEVICE HeadPlan load_head(const LayoutView& layout, int head) {
-  const HeadPlan* from = layout.heads + head;
-  HeadPlan plan;
-  for (int w = 0; w < kNumWidths; ++w) {
-    plan.core.count[w] = load(&from->core.count[w]);
-    plan.tail.count[w] = load(&from->tail.count[w]);
-  }
-  plan.first_channel = load(&from->first_channel);
-  plan.k_offset = load(&from->k_offset);
-  return plan;
 }
 
 // Sums of 8 numbers over the lanes of a warp; lane l gets number l / 4. Each exchange halves what

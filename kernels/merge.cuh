@@ -24,14 +24,14 @@ SVDQ_KERNEL(kMergeThreads) merge_splits_kernel(AttendParams p, AttendWork work) 
   }
   for (int i = 0; i < splits; ++i) {
     const float weight = probability(load(&maxima[i]), state.max);
-    if (weight > 0.0f) state.sum += weight * load(&sums[i]);
+    if (weight != 0.0f) state.sum += weight * load(&sums[i]);
   }
   const float inverse = state.sum > 0.0f ? 1.0f / state.sum : 0.0f;
   for (int d = thread_index(); d < dim; d += kMergeThreads) {
     float out = 0.0f;
     for (int i = 0; i < splits; ++i) {
       const float weight = probability(load(&maxima[i]), state.max);
-      if (weight > 0.0f) out += weight * load(&work.partial_out[(slot * splits + i) * dim + d]);
+      if (weight != 0.0f) out += weight * load(&work.partial_out[(slot * splits + i) * dim + d]);
     }
     store_number(p.out, p.query_dtype, row * dim + d, out * inverse);
   }

@@ -7,7 +7,9 @@
 // costs rank * D multiply-adds a token, which is nothing beside the prefill that made the token.
 #pragma once
 
-#include "kernels/attend_plan.cuh"
+#include "kernels/heads.cuh"
+#include "kernels/numbers.cuh"
+#include "kernels/pages.cuh"
 #include "kernels/unpack.cuh"
 
 namespace svdq::device {
@@ -19,30 +21,8 @@ inline constexpr int kPackWarps = kPackThreads / kWarpSize;
 struct PackWork {
   const Floats2* offset_rotation;  // [64, half]
   const Floats2* page_rotation;    // [pages spanned, half], of each page's slot 0
+  int64_t first_run;               // of the pages spanned, the first one of this launch
 };
-
-// Slots first .. first + count - 1 of a page are written, with tokens token .. token + count - 1.
-struct PageSpan {
-  int64_t page;
-  int64_t token;
-  int first, count;
-
-  SVDQ_DEVICE bool has(int slot) const { return slot >= first && slot < first + count; }
-};
-
-SVDQ_DEVICE PageSpan page_span(const int32_t* page_table, int64_t slot, int64_t num_tokens,
-                               int run) {
-  const int64_t page = slot / kPageTokens + run, page_slot = page * kPageTokens;
-  const int64_t begin = slot > page_slot ? slot : page_slot;
-  const int64_t end =
-      slot + num_tokens < page_slot + kPageTokens ? slot + num_tokens : page_slot + kPageTokens;
-  return {load(&page_table[page]), begin - slot, static_cast<int>(begin - page_slot),
-          static_cast<int>(end - begin)};
-}
-
-SVDQ_HOST_DEVICE constexpr int64_t spanned_pages(int64_t slot, int64_t num_tokens) {
-  return num_tokens == 0 ? 0 : (slot + num_tokens - 1) / kPageTokens - slot / kPageTokens + 1;
-}
 
 template <int kDim>
 struct PackPlan {
@@ -122,7 +102,7 @@ SVDQ_DEVICE void unrotate_rows(PackPlan<kDim>& s, const PackWork& work, int half
   for (int i = thread_index(); i < kLanes * half; i += kPackThreads) {
     const int row = i / half, pair = i % half, slot = group * kLanes + row;
     if (!span.has(slot)) continue;
-    const Floats2 base = load(&work.page_rotation[int64_t{block_x()} * half + pair]);
+    const Floats2 base = load(&work.page_rotation[(work.first_run + block_x()) * half + pair]);
     const Floats2 offset = load(&work.offset_rotation[int64_t{slot} * half + pair]);
     const float c = base.x * offset.x - base.y * offset.y;
     const float sine = base.y * offset.x + base.x * offset.y;
@@ -163,11 +143,11 @@ SVDQ_DEVICE void quantize_latents(PackPlan<kDim>& s, const PackKeysParams& p, in
 
 template <int kDim>
 SVDQ_KERNEL(kPackThreads)
-pack_keys_kernel(PackKeysParams p, PackWork work) {
+pack_keys_kernel(PackKeysParams p, PackWork work, HeadTable heads, PageIds ids) {
   PackPlan<kDim>& s = shared_memory<PackPlan<kDim>>();
   const int dim = p.layout.head_dim, head_index = block_y();
-  const HeadPlan head = load_head(p.layout, head_index);
-  const PageSpan span = page_span(p.page_table, p.slot, p.keys.num_tokens, block_x());
+  const HeadPlan head = head_plan(heads, head_index);
+  const PageSpan span = page_span(ids, p.slot, p.keys.num_tokens, work.first_run, block_x());
   const float* mean = p.mean + int64_t{head_index} * dim;
 
   for (int group = 0; group < kGroups; ++group) {
@@ -220,10 +200,10 @@ SVDQ_DEVICE void quantize_group(PackPlan<kDim>& s, const ValueLayout& value, int
 // Packed values, 2 or 4 bits.
 template <int kDim, int kBits>
 SVDQ_KERNEL(kPackThreads)
-pack_values_kernel(PackValuesParams p) {
+pack_values_kernel(PackValuesParams p, PageIds ids, int64_t first_run) {
   PackPlan<kDim>& s = shared_memory<PackPlan<kDim>>();
   const ValueLayout& value = p.layout.value;
-  const PageSpan span = page_span(p.page_table, p.slot, p.values.num_tokens, block_x());
+  const PageSpan span = page_span(ids, p.slot, p.values.num_tokens, first_run, block_x());
   uint8_t* page = p.pages + span.page * p.layout.v_page_bytes + block_y() * value.page_bytes();
   for (int group = 0; group < kGroups; ++group) {
     load_rows(s, p.values, block_y(), value.head_dim, span, group);
@@ -241,8 +221,8 @@ pack_values_kernel(PackValuesParams p) {
 // Exact values: rows are copied number by number, since a source may be aligned to no more.
 template <typename Number>
 SVDQ_KERNEL(kPackThreads)
-copy_values_kernel(PackValuesParams p) {
-  const PageSpan span = page_span(p.page_table, p.slot, p.values.num_tokens, block_x());
+copy_values_kernel(PackValuesParams p, PageIds ids, int64_t first_run) {
+  const PageSpan span = page_span(ids, p.slot, p.values.num_tokens, first_run, block_x());
   const int dim = p.layout.head_dim;
   Number* page = reinterpret_cast<Number*>(p.pages + span.page * p.layout.v_page_bytes +
                                            block_y() * p.layout.value.page_bytes());
@@ -254,16 +234,15 @@ copy_values_kernel(PackValuesParams p) {
   }
 }
 
-// Shapes of the launches; nothing is to be launched for no tokens.
+// Shapes of the launches over `pages` pages.
 template <int kDim>
-LaunchShape pack_keys_launch(const PackKeysParams& p) {
-  return {static_cast<int>(spanned_pages(p.slot, p.keys.num_tokens)), p.layout.num_heads, 1,
-          kPackThreads, static_cast<int>(sizeof(PackPlan<kDim>))};
+LaunchShape pack_keys_launch(const PackKeysParams& p, int pages) {
+  return {pages, p.layout.num_heads, 1, kPackThreads, static_cast<int>(sizeof(PackPlan<kDim>))};
 }
 template <int kDim>
-LaunchShape pack_values_launch(const PackValuesParams& p) {
-  return {static_cast<int>(spanned_pages(p.slot, p.values.num_tokens)), p.layout.num_heads, 1,
-          kPackThreads, p.layout.value.packed() ? static_cast<int>(sizeof(PackPlan<kDim>)) : 0};
+LaunchShape pack_values_launch(const PackValuesParams& p, int pages) {
+  return {pages, p.layout.num_heads, 1, kPackThreads,
+          p.layout.value.packed() ? static_cast<int>(sizeof(PackPlan<kDim>)) : 0};
 }
 
 }  // namespace svdq::device

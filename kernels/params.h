@@ -111,6 +111,7 @@ struct AttendParams {
   DataType query_dtype;
   const uint8_t* k_pages;
   const uint8_t* v_pages;
+  int64_t num_pages;          // rows of both pools
   DataType v_dtype;           // of exact values in v_pages
   const int32_t* page_table;  // [B, table_stride]
   int64_t table_stride;
@@ -124,6 +125,7 @@ struct AttendParams {
   DataType exact_dtype;
   int64_t exact_batch_stride;
   int64_t exact_head_stride;
+  int exact_rows;             // E
   const int32_t* exact_lens;  // [B]
   int sink_tokens;
   float sm_scale;

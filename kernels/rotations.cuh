@@ -3,11 +3,23 @@
 // queries back by the latter, so that no inner loop computes a sine.
 #pragma once
 
-#include "kernels/attend_plan.cuh"
+#include "kernels/device.cuh"
+#include "kernels/params.h"
 
 namespace svdq::device {
 
 inline constexpr int kRotationThreads = 128;
+
+// Slot 0 of page n of sequence b has position `position` + first_position[b] + 64 n.
+struct RotationParams {
+  Rope rope;
+  int64_t position;
+  const int32_t* first_position;  // [B], or null: zeros
+  int batch;
+  int num_pages;   // of a sequence
+  Floats2* slots;  // [64, half] cosine and sine of slot * frequency
+  Floats2* pages;  // [B, num_pages, half] of the pages' first positions
+};
 
 // Cosine and sine of position * frequency, whatever the position: whole turns are taken off in
 // double.
@@ -20,22 +32,22 @@ SVDQ_DEVICE Floats2 rotation(int64_t position, float frequency) {
 }
 
 // Grid: x = 64 slots, then the pages of a sequence; z = sequence.
-SVDQ_KERNEL(kRotationThreads) rotations_kernel(AttendParams p, AttendWork work) {
+SVDQ_KERNEL(kRotationThreads) rotations_kernel(RotationParams p) {
   const int page = block_x() - kPageTokens;
   if (page < 0 && block_z() > 0) return;  // slots are alike for all sequences
   int64_t position = block_x();
-  Floats2* to = work.offset_rotation + position * p.rope.half;
+  Floats2* to = p.slots + position * p.rope.half;
   if (page >= 0) {
     const int first = p.first_position ? load(&p.first_position[block_z()]) : 0;
-    position = first + int64_t{page} * kPageTokens;
-    to = work.page_rotation + (int64_t{block_z()} * work.max_pages + page) * p.rope.half;
+    position = p.position + first + int64_t{page} * kPageTokens;
+    to = p.pages + (int64_t{block_z()} * p.num_pages + page) * p.rope.half;
   }
   for (int i = thread_index(); i < p.rope.half; i += kRotationThreads)
     store(&to[i], rotation(position, load(&p.rope.inv_freq[i])));
 }
 
-inline LaunchShape rotations_launch(const AttendParams& p, const AttendWork& work) {
-  return {kPageTokens + work.max_pages, 1, p.batch, kRotationThreads, 0};
+inline LaunchShape rotations_launch(const RotationParams& p) {
+  return {kPageTokens + p.num_pages, 1, p.batch, kRotationThreads, 0};
 }
 
 }  // namespace svdq::device

@@ -4,7 +4,6 @@
 #pragma once
 
 #include "kernels/absorb.cuh"
-#include "kernels/rotations.cuh"
 
 namespace svdq::device {
 

@@ -18,6 +18,9 @@ struct RowState {
   float sum;
 };
 
+// What turns every result into NaN: the state of keys that cannot be read.
+SVDQ_DEVICE float poisoned_score() { return int_as_float(0x7f800000u); }  // +inf
+
 SVDQ_DEVICE RowState empty_row() { return {no_score(), 0.0f}; }
 
 // Moves a row to the maximum of its keys and new ones; returns the factor that its sums shrink by.
@@ -34,9 +37,9 @@ SVDQ_DEVICE float probability(float score, float max) {
   return score == no_score() ? 0.0f : exp2_fast(score - max);
 }
 
-// Natural logarithm of the sum over all keys; -inf if there are none.
+// Natural logarithm of the sum over all keys; -inf if there are none, NaN where a score was.
 SVDQ_DEVICE float log_sum(const RowState& row) {
-  return row.sum > 0.0f ? (row.max + log2_fast(row.sum)) * kLn2 : no_score();
+  return row.sum == 0.0f ? no_score() : (row.max + log2_fast(row.sum)) * kLn2;
 }
 
 }  // namespace svdq::device

@@ -14,9 +14,12 @@ OWN_INCLUDES = {
     "csrc/core": ("kernels/", "csrc/core/"),
     "csrc/cpu": ("kernels/", "csrc/core/", "csrc/cpu/"),
     "csrc/emu": ("kernels/", "csrc/core/", "csrc/emu/"),
-    "csrc/torch": ("kernels/", "csrc/core/", "csrc/torch/"),
+    "csrc/gpu": ("kernels/", "csrc/core/", "csrc/gpu/"),
+    "csrc/cuda": ("kernels/", "csrc/core/", "csrc/gpu/", "csrc/cuda/"),
+    "csrc/emulated": ("kernels/", "csrc/core/", "csrc/emu/", "csrc/gpu/", "csrc/emulated/"),
+    "csrc/torch": ("kernels/", "csrc/core/", "csrc/gpu/", "csrc/cuda/stages.h", "csrc/torch/"),
     "tests/cpp": ("kernels/", "csrc/core/", "csrc/cpu/", "tests/cpp/"),
-    "tests/emu": ("kernels/", "csrc/core/", "csrc/emu/", "tests/emu/"),
+    "tests/emu": ("kernels/", "csrc/", "tests/"),
 }
 # The same for headers in angle brackets; a folder that is not listed may include any.
 # Kernels are compiled by nvcc, so they take nothing that has no meaning on a device.
@@ -24,6 +27,8 @@ SYSTEM_INCLUDES = {
     "kernels": r"cstdint|cstddef|cuda_\w+\.h",
     "csrc/core": r"[a-z_]+",
     "csrc/cpu": r"[a-z_]+|immintrin\.h|cpuid\.h",
+    "csrc/gpu": r"[a-z_]+",
+    "csrc/emulated": r"[a-z_]+",
     "tests/cpp": r"[a-z_]+|gtest/gtest\.h",
 }
 CXX_SUFFIXES = {".h", ".cuh", ".cpp", ".cu"}
@@ -38,7 +43,7 @@ def ids(path: Path) -> str:
 
 
 CXX_FILES = [
-    p for folder in ("kernels", "csrc", "tests/cpp") for p in files_of(folder, CXX_SUFFIXES)
+    p for folder in ("kernels", "csrc", "tests/cpp", "tests/emu") for p in files_of(folder, CXX_SUFFIXES)
 ]
 PYTHON_FILES = [
     p for folder in ("python", "tests", "benchmarks", "scripts") for p in files_of(folder, {".py"})

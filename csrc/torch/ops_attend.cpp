@@ -73,6 +73,8 @@ std::tuple<at::Tensor, at::Tensor> attend(
   check.tensor(scale, "scale", at::kFloat, {batch, rank});
   check.tensor(mean, "mean", at::kFloat, {batch, heads, dim});
   check_exact_rows(check, exact_keys, exact_values, batch, heads, dim);
+  check.require(exact_keys.size(2) <= INT32_MAX, "exact_keys must have fewer than 2^31 rows, got " +
+                                                     std::to_string(exact_keys.size(2)));
   check_lengths(check, exact_lens, "exact_lens", batch, exact_keys.size(2));
   if (first_position) check.tensor(*first_position, "first_position", at::kInt, {batch});
   check.require(sink_tokens >= 0 && sink_tokens <= INT32_MAX,
@@ -96,6 +98,7 @@ std::tuple<at::Tensor, at::Tensor> attend(
           .query_dtype = query_dtype,
           .k_pages = k_pages.const_data_ptr<uint8_t>(),
           .v_pages = static_cast<const uint8_t*>(v_pages.const_data_ptr()),
+          .num_pages = num_pages,
           .v_dtype = v_dtype,
           .page_table = page_table.const_data_ptr<int32_t>(),
           .table_stride = page_table.size(1),
@@ -109,6 +112,7 @@ std::tuple<at::Tensor, at::Tensor> attend(
           .exact_dtype = check.float_type(exact_keys, "exact_keys"),
           .exact_batch_stride = exact_keys.stride(0),
           .exact_head_stride = exact_keys.stride(1),
+          .exact_rows = static_cast<int>(exact_keys.size(2)),
           .exact_lens = exact_lens.const_data_ptr<int32_t>(),
           .sink_tokens = static_cast<int>(sink_tokens),
           .sm_scale = static_cast<float>(sm_scale),

@@ -136,6 +136,7 @@ void AttendProblem::run(const Backend& backend, const Executor& executor) {
   p.query_dtype = c_.dtype;
   p.k_pages = k_pages_.data();
   p.v_pages = v_pages_.data();
+  p.num_pages = static_cast<int64_t>(k_pages_.size()) / layout_.k_page_bytes();
   p.v_dtype = c_.exact_dtype;
   p.page_table = table_.data();
   p.table_stride = table_stride_;
@@ -149,6 +150,7 @@ void AttendProblem::run(const Backend& backend, const Executor& executor) {
   p.exact_dtype = c_.exact_dtype;
   p.exact_batch_stride = exact_batch_stride_;
   p.exact_head_stride = exact_head_stride_;
+  p.exact_rows = static_cast<int>((exact_head_stride_ - 16) / c_.head_dim);
   p.exact_lens = exact_lens_.data();
   p.sink_tokens = c_.sink_tokens;
   p.sm_scale = sm_scale_;

@@ -5,15 +5,14 @@
 #include <gtest/gtest.h>
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
 #if defined(__CUDACC__)
-#include <cuda_runtime.h>
-
-#include "kernels/device.cuh"
+#include "csrc/cuda/queue.cuh"
 #else
-#include "csrc/emu/launch.h"
+#include "csrc/emulated/queue.h"
 #endif
 
 namespace svdq::testing {
@@ -94,18 +93,34 @@ inline std::string run_name(const ::testing::TestParamInfo<Run>& info) {
 class KernelTest : public ::testing::TestWithParam<Run> {
  protected:
 #if defined(__CUDACC__)
+  using Queue = cuda::Queue;
+  Queue& queue() { return queue_; }
+
   template <typename... Params>
   void launch(const char* name, const device::LaunchShape& shape, void (*kernel)(Params...),
               const typename device::Identity<Params>::type&... params) {
-    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                    cudaFuncAttributeMaxDynamicSharedMemorySize, shape.smem_bytes),
-               name);
-    kernel<<<dim3(shape.grid_x, shape.grid_y, shape.grid_z), shape.threads, shape.smem_bytes>>>(
-        params...);
-    check_cuda(cudaGetLastError(), name);
+    queue_.launch(name, shape, kernel, params...);
     check_cuda(cudaDeviceSynchronize(), name);
   }
+
+ private:
+  static GpuContext context(std::vector<std::unique_ptr<DeviceMemory>>& memory) {
+    cudaDeviceProp device;
+    check_cuda(cudaGetDeviceProperties(&device, 0), "device properties");
+    const auto allocate = [](void* owner, int64_t bytes) {
+      auto& all = *static_cast<std::vector<std::unique_ptr<DeviceMemory>>*>(owner);
+      all.push_back(std::make_unique<DeviceMemory>(static_cast<size_t>(bytes), nullptr));
+      return all.back()->data();
+    };
+    return {nullptr, device.multiProcessorCount, static_cast<int>(device.sharedMemPerBlockOptin),
+            allocate, &memory};
+  }
+  std::vector<std::unique_ptr<DeviceMemory>> memory_;
+  Queue queue_{context(memory_)};
 #else
+  using Queue = emulated::Queue;
+  Queue& queue() { return queue_; }
+
   emu::Options options() const {
     emu::Options options;
     options.order = static_cast<emu::Order>(GetParam());
@@ -115,9 +130,16 @@ class KernelTest : public ::testing::TestWithParam<Run> {
   template <typename... Params>
   void launch(const char* name, const device::LaunchShape& shape, void (*kernel)(Params...),
               const std::type_identity_t<Params>&... params) {
-    counters_ = emu::launch(options(), name, shape, kernel, params...);
+    queue_.launch(name, shape, kernel, params...);
   }
+  // Looks at the counters of each launch.
+  virtual void observe(const char*, const emu::Counters& counters) { counters_ = counters; }
   emu::Counters counters_;  // of the latest launch
+
+ private:
+  Queue queue_{options(), [this](const char* name, const emu::Counters& counters) {
+                 observe(name, counters);
+               }};
 #endif
 };
 

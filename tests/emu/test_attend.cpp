@@ -8,10 +8,12 @@
 namespace svdq {
 namespace {
 
+using gpu::AttendCut;
 using testing::AttendAnswer;
 using testing::AttendCase;
 using testing::AttendProblem;
-using testing::Cut;
+
+constexpr AttendCut kCut = {2, 64, 3};  // of tests about something else
 
 AttendParams captured;  // what AttendProblem hands to a backend
 
@@ -25,32 +27,21 @@ Backend capturing_backend() {
 
 class AttendKernels : public testing::KernelTest {
  protected:
-  template <int kDim>
-  AttendAnswer run_class(const AttendParams& p, const Cut& cut) {
-    return testing::attend_on_device<kDim>(
-        p, cut,
-        [&](const char* name, const device::LaunchShape& shape, auto kernel,
-            const auto&... params) {
-          launch(name, shape, kernel, params...);
 #if defined(SVDQ_EMULATED)
-          if (std::string(name) == "attend_pages") {
-            EXPECT_EQ(counters_.bank_conflicts(), 0);
-            for (const auto& site : counters_.sites) {
-              if (site.transfers != site.ideal && site.width == 16) ADD_FAILURE() << site.where();
-            }
-          }
+  void observe(const char* name, const emu::Counters& counters) override {
+    if (std::string(name) != "attend_pages") return;
+    EXPECT_EQ(counters.bank_conflicts(), 0);
+    for (const auto& site : counters.sites) {
+      if (site.transfers != site.ideal && site.width == 16) ADD_FAILURE() << site.where();
+    }
+  }
 #endif
-        });
+
+  AttendAnswer run(const AttendParams& p, const gpu::AttendCut* cut) {
+    return testing::attend_on_device(p, cut, queue());
   }
 
-  AttendAnswer run(const AttendParams& p, const Cut& cut) {
-    return p.layout.head_dim <= 64    ? run_class<64>(p, cut)
-           : p.layout.head_dim <= 128 ? run_class<128>(p, cut)
-           : p.layout.head_dim <= 256 ? run_class<256>(p, cut)
-                                      : run_class<512>(p, cut);
-  }
-
-  void check(const char* what, AttendCase c, uint64_t stream, const Cut& cut = {}) {
+  void check(const char* what, AttendCase c, uint64_t stream, const AttendCut& cut = kCut) {
     for (RopeMode rope : {RopeMode::kPost, RopeMode::kPre}) {
       c.rope = rope;
       check_mode(what, c, stream, cut);
@@ -58,13 +49,13 @@ class AttendKernels : public testing::KernelTest {
     }
   }
 
-  void check_mode(const char* what, const AttendCase& c, uint64_t stream, const Cut& cut) {
+  void check_mode(const char* what, const AttendCase& c, uint64_t stream, const AttendCut& cut) {
     SCOPED_TRACE(::testing::Message() << what << ", stream " << stream
                                       << (c.rope == RopeMode::kPre ? ", pre" : ", post"));
     AttendProblem problem(c, stream);
     problem.run(capturing_backend(), SerialExecutor());
     const AttendParams p = captured;
-    const AttendAnswer got = run(p, cut);
+    const AttendAnswer got = run(p, &cut);
     const testing::AttendReference reference(p);
     const int64_t rows = device::query_rows(p);
     int64_t row = 0;
@@ -193,7 +184,7 @@ TEST_P(AttendKernels, EveryRotation) {
     AttendCase c;
     c.rotary_half = half;
     c.first_positions = {7, 200000};
-    check_mode("rotation", c, 9000 + half, {});
+    check_mode("rotation", c, 9000 + half, kCut);
   }
 }
 
@@ -207,7 +198,7 @@ TEST_P(AttendKernels, AgreesWithTheCpuBackend) {
     AttendProblem problem(c, 9500);
     problem.run(capturing_backend(), SerialExecutor());
     const AttendParams p = captured;
-    const AttendAnswer got = run(p, {});
+    const AttendAnswer got = run(p, nullptr);
     problem.run(current_backend(), SerialExecutor());
     const testing::AttendReference reference(p);
     for (int b = 0; b < p.batch; ++b) {

@@ -1,0 +1,7 @@
+// The attend stage for head_dim up to 128, in a file of its own so that files compile side by side.
+#include "csrc/cuda/queue.cuh"
+#include "csrc/gpu/attend.h"
+
+namespace svdq::gpu {
+template void attend_class<128, cuda::Queue>(const AttendParams&, const AttendCut*, cuda::Queue&);
+}  // namespace svdq::gpu

@@ -1,0 +1,17 @@
+// The stages on CUDA devices, one function each: what csrc/torch calls for CUDA tensors. All queue
+// their work on context.stream and return; parameters as in kernels/params.h, with pointers to
+// device memory except for `layout.heads` and the page tables of the pack and unpack stages. They
+// throw svdq::Error for what the device cannot run.
+#pragma once
+
+#include "csrc/gpu/context.h"
+#include "kernels/params.h"
+
+namespace svdq::cuda {
+
+void pack_keys(const PackKeysParams& params, const GpuContext& context);
+void pack_values(const PackValuesParams& params, const GpuContext& context);
+void attend(const AttendParams& params, const GpuContext& context);
+void merge(const MergeParams& params, const GpuContext& context);
+
+}  // namespace svdq::cuda

@@ -1,0 +1,52 @@
+// Runs the stages of csrc/gpu under emulation.
+#pragma once
+
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "csrc/emu/launch.h"
+#include "csrc/gpu/queue.h"
+
+namespace svdq::emulated {
+
+class Queue {
+ public:
+  // Told after each launch what it counted.
+  using Observer = std::function<void(const char* name, const emu::Counters&)>;
+
+  explicit Queue(const emu::Options& options, Observer observer = nullptr)
+      : options_(options), observer_(std::move(observer)) {}
+
+  template <typename... Params>
+  void launch(const char* name, const device::LaunchShape& shape, void (*kernel)(Params...),
+              const std::type_identity_t<Params>&... params) {
+    static_assert((sizeof(Params) + ... + 0) <= 4096 - 8 * sizeof...(Params), "CUDA's limit");
+    const emu::Counters counters = emu::launch(options_, name, shape, kernel, params...);
+    if (observer_) observer_(name, counters);
+  }
+
+  // Bytes that nobody has written yet may not be read.
+  template <typename T>
+  T* allocate(int64_t count) {
+    memory_.push_back(std::make_unique<emu::Memory>(count * sizeof(T), false));
+    return static_cast<T*>(memory_.back()->data());
+  }
+
+  template <typename T>
+  void read(T* host, const T* device, int64_t count) {
+    std::memcpy(host, device, count * sizeof(T));
+  }
+
+  // The smallest device that any target gives.
+  const gpu::Machine& machine() const { return machine_; }
+
+ private:
+  emu::Options options_;
+  Observer observer_;
+  gpu::Machine machine_{2, 101376};
+  std::vector<std::unique_ptr<emu::Memory>> memory_;
+};
+
+}  // namespace svdq::emulated
