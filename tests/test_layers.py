@@ -17,7 +17,7 @@ OWN_INCLUDES = {
     "csrc/gpu": ("kernels/", "csrc/core/", "csrc/gpu/"),
     "csrc/cuda": ("kernels/", "csrc/core/", "csrc/gpu/", "csrc/cuda/"),
     "csrc/emulated": ("kernels/", "csrc/core/", "csrc/emu/", "csrc/gpu/", "csrc/emulated/"),
-    "csrc/torch": ("kernels/", "csrc/core/", "csrc/gpu/", "csrc/cuda/stages.h", "csrc/torch/"),
+    "csrc/torch": ("kernels/", "csrc/core/", "csrc/gpu/context.h", "csrc/cuda/stages.h", "csrc/torch/"),
     "tests/cpp": ("kernels/", "csrc/core/", "csrc/cpu/", "tests/cpp/"),
     "tests/emu": ("kernels/", "csrc/", "tests/"),
 }

@@ -5,8 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "csrc/core/backend.h"
-#include "csrc/torch/executor.h"
+#include "csrc/torch/target.h"
 #include "csrc/torch/tensor_checks.h"
 
 namespace svdq::torch_binding {
@@ -15,6 +14,7 @@ namespace {
 void check_lengths(const Checker& check, const at::Tensor& lens, const char* name, int64_t batch,
                    int64_t most) {
   check.tensor(lens, name, at::kInt, {batch});
+  if (!lens.is_cpu()) return;  // the host does not wait for a device; its kernels answer NaN
   for (int64_t b = 0; b < batch; ++b) {
     const int32_t len = lens.const_data_ptr<int32_t>()[b];
     check.require(len >= 0 && len <= most, std::string(name) + "[" + std::to_string(b) +
@@ -27,7 +27,7 @@ void check_lengths(const Checker& check, const at::Tensor& lens, const char* nam
 void check_exact_rows(const Checker& check, const at::Tensor& keys, const at::Tensor& values,
                       int64_t batch, int64_t heads, int64_t dim) {
   for (const auto& [tensor, name] : {std::pair{&keys, "exact_keys"}, {&values, "exact_values"}}) {
-    check.on_cpu(*tensor, name);
+    check.on_device(*tensor, name);
     check.shape(*tensor, name, {batch, heads, -1, dim});
     check.float_type(*tensor, name);
     TORCH_CHECK_VALUE(
@@ -48,10 +48,10 @@ std::tuple<at::Tensor, at::Tensor> attend(
     const std::optional<at::Tensor>& inv_freq, const std::optional<at::Tensor>& first_position,
     const at::Tensor& exact_keys, const at::Tensor& exact_values, const at::Tensor& exact_lens,
     int64_t sink_tokens, double sm_scale, bool causal) {
-  const Checker check("svdq::attend");
+  const Checker check("svdq::attend", query);
   const Layout layout = check.layout(layout_ints);
   const int64_t heads = layout.num_heads(), dim = layout.head_dim(), rank = layout.rank();
-  check.on_cpu(query, "query");
+  check.on_device(query, "query");
   check.shape(query, "query", {-1, -1, -1, dim});
   const DataType query_dtype = check.float_type(query, "query");
   const int64_t batch = query.size(0), num_qo_heads = query.size(1), q_len = query.size(2);
@@ -63,7 +63,7 @@ std::tuple<at::Tensor, at::Tensor> attend(
   check.tensor(page_table, "page_table", at::kInt, {batch, -1});
   check_lengths(check, cache_seqlens, "cache_seqlens", batch, page_table.size(1) * kPageTokens);
   const int64_t num_pages = std::min(k_pages.size(0), v_pages.size(0));
-  for (int64_t b = 0; b < batch; ++b) {
+  for (int64_t b = 0; b < batch && page_table.is_cpu(); ++b) {
     const int64_t used =
         (int64_t{cache_seqlens.const_data_ptr<int32_t>()[b]} + kPageTokens - 1) / kPageTokens;
     check.page_ids(page_table.const_data_ptr<int32_t>() + b * page_table.size(1), 0, used,
@@ -87,8 +87,8 @@ std::tuple<at::Tensor, at::Tensor> attend(
   at::Tensor out = at::empty(rows.sizes(), rows.options());
   at::Tensor lse = at::empty({batch, num_qo_heads, q_len}, rows.options().dtype(at::kFloat));
   if (rows.numel() == 0) return {out, lse};
-  current_backend().attend(
-      {
+  Target(query.device())
+      .attend({
           .layout = layout.view(),
           .rope = rope,
           .batch = static_cast<int>(batch),
@@ -119,34 +119,32 @@ std::tuple<at::Tensor, at::Tensor> attend(
           .causal = causal,
           .out = out.mutable_data_ptr(),
           .lse = lse.mutable_data_ptr<float>(),
-      },
-      TorchExecutor());
+      });
   return {out, lse};
 }
 
 std::tuple<at::Tensor, at::Tensor> merge(const at::Tensor& out_a, const at::Tensor& lse_a,
                                          const at::Tensor& out_b, const at::Tensor& lse_b) {
-  const Checker check("svdq::merge");
-  check.on_cpu(out_a, "out_a");
-  check.on_cpu(out_b, "out_b");
+  const Checker check("svdq::merge", out_a);
+  check.on_device(out_a, "out_a");
+  check.on_device(out_b, "out_b");
   check.shape(out_a, "out_a", {-1, -1, -1, -1});
   check.shape(out_b, "out_b", out_a.sizes().vec());
   const DataType dtype = check.float_type(out_a, "out_a");
   check.dtype(out_b, "out_b", out_a.scalar_type());
   const std::vector<int64_t> rows = {out_a.size(0), out_a.size(1), out_a.size(2)};
   for (const auto& [lse, name] : {std::pair{&lse_a, "lse_a"}, {&lse_b, "lse_b"}}) {
-    check.on_cpu(*lse, name);
+    check.on_device(*lse, name);
     check.dtype(*lse, name, at::kFloat);
     check.shape(*lse, name, rows);
   }
   const at::Tensor a = out_a.contiguous(), b = out_b.contiguous(), la = lse_a.contiguous(),
                    lb = lse_b.contiguous();
   at::Tensor out = at::empty(a.sizes(), a.options()), lse = at::empty(rows, la.options());
-  current_backend().merge(
-      {la.numel(), static_cast<int>(a.size(3)), dtype, a.const_data_ptr(),
-       la.const_data_ptr<float>(), b.const_data_ptr(), lb.const_data_ptr<float>(),
-       out.mutable_data_ptr(), lse.mutable_data_ptr<float>()},
-      TorchExecutor(a.numel()));
+  Target(out_a.device(), a.numel())
+      .merge({la.numel(), static_cast<int>(a.size(3)), dtype, a.const_data_ptr(),
+              la.const_data_ptr<float>(), b.const_data_ptr(), lb.const_data_ptr<float>(),
+              out.mutable_data_ptr(), lse.mutable_data_ptr<float>()});
   return {out, lse};
 }
 
@@ -165,6 +163,11 @@ TORCH_LIBRARY_FRAGMENT(svdq, m) {
 }
 
 TORCH_LIBRARY_IMPL(svdq, CPU, m) {
+  m.impl("attend", &attend);
+  m.impl("merge", &merge);
+}
+
+TORCH_LIBRARY_IMPL(svdq, CUDA, m) {
   m.impl("attend", &attend);
   m.impl("merge", &merge);
 }

@@ -5,10 +5,8 @@
 
 #include <limits>
 
-#include "csrc/core/backend.h"
 #include "csrc/core/bit_plan.h"
-#include "csrc/core/unpack.h"
-#include "csrc/torch/executor.h"
+#include "csrc/torch/target.h"
 #include "csrc/torch/tensor_checks.h"
 
 namespace svdq::torch_binding {
@@ -18,9 +16,12 @@ constexpr float kLargestHalf = 65504.0f;
 
 void check_within(const Checker& check, const TokenSource& source, const char* name, int64_t heads,
                   int64_t dim, float limit) {
+  const Target target(check.device(), heads * dim * source.num_tokens);
+  // While decoding, the host does not wait for a device; what is not a number gets code 0 there, or
+  // makes the scale of its own values NaN.
+  if (target.is_cuda() && source.num_tokens <= kPageTokens) return;
   check.require(
-      current_backend().all_within(source, static_cast<int>(heads), static_cast<int>(dim), limit,
-                                   TorchExecutor(heads * dim * source.num_tokens)),
+      target.all_within(source, static_cast<int>(heads), static_cast<int>(dim), limit),
       std::string(name) + (limit == kLargestHalf
                                ? " must be finite and at most 65504 in magnitude to be packed"
                                : " must be finite, got NaN or infinite numbers"));
@@ -38,17 +39,10 @@ const uint16_t* const_bfloat16_bits(const at::Tensor& tensor) {
   return static_cast<const uint16_t*>(tensor.const_data_ptr());
 }
 
-// Rows of `vectors` turned so that the component of largest magnitude, the first of equals, is
-// positive.
-void fix_signs(at::Tensor& vectors) {
-  const at::Tensor largest = vectors.abs().argmax(-1, true);
-  vectors.mul_(at::where(vectors.gather(-1, largest) < 0, -1.0f, 1.0f));
-}
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor> fit_basis(const at::Tensor& keys,
                                                          const std::optional<at::Tensor>& inv_freq,
                                                          int64_t position) {
-  const Checker check("svdq::fit_basis");
+  const Checker check("svdq::fit_basis", keys);
   check.shape(keys, "keys", {-1, -1, -1});
   const int64_t heads = keys.size(0), dim = keys.size(2);
   try {
@@ -66,19 +60,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fit_basis(const at::Tensor& keys,
   const auto options = keys.options().dtype(at::kFloat);
   at::Tensor mean = at::empty({heads, dim}, options),
              covariance = at::empty({heads, dim, dim}, options);
-  current_backend().covariance(
-      {source, static_cast<int>(heads), static_cast<int>(dim), rope, position,
-       mean.mutable_data_ptr<float>(), covariance.mutable_data_ptr<float>()},
-      TorchExecutor());
-  // Ascending eigenvalues, eigenvectors in columns.
-  const auto [values, vectors] = at::linalg_eigh(covariance);
-  at::Tensor components = vectors.transpose(1, 2).flip(1).contiguous();
-  fix_signs(components);
-  return {mean, components, values.flip(1).clamp_min(0).contiguous()};
+  const Target target(check.device());
+  target.covariance({source, static_cast<int>(heads), static_cast<int>(dim), rope, position,
+                     mean.mutable_data_ptr<float>(), covariance.mutable_data_ptr<float>()});
+  const auto [components, variance] = target.eigenvectors(covariance);
+  return {mean, components, variance};
 }
 
 at::Tensor allocate_bits(const at::Tensor& variance, at::IntArrayRef schedule) {
-  const Checker check("svdq::allocate_bits");
+  const Checker check("svdq::allocate_bits", variance);
   check.shape(variance, "variance", {-1, -1});
   check.dtype(variance, "variance", at::kFloat);
   Bands bands{};
@@ -97,7 +87,7 @@ at::Tensor allocate_bits(const at::Tensor& variance, at::IntArrayRef schedule) {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> fit_quantizer(
     const at::Tensor& keys, const std::optional<at::Tensor>& inv_freq, int64_t position,
     const at::Tensor& mean, const at::Tensor& components, at::IntArrayRef layout_ints, bool clip) {
-  const Checker check("svdq::fit_quantizer");
+  const Checker check("svdq::fit_quantizer", keys);
   const Layout layout = check.layout(layout_ints);
   const int64_t heads = layout.num_heads(), dim = layout.head_dim();
   const TokenSource source = check.tokens(keys, "keys", heads, dim);
@@ -110,11 +100,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fit_quantizer(
   at::Tensor basis = at::empty({layout.rank(), dim}, keys.options().dtype(at::kBFloat16));
   at::Tensor scale = at::empty({layout.rank()}, mean.options()),
              centred = at::empty({heads, dim}, mean.options());
-  current_backend().fit_quantizer(
-      {source, layout.view(), rope, position, clip, mean.const_data_ptr<float>(),
-       components.const_data_ptr<float>(), bfloat16_bits(basis), scale.mutable_data_ptr<float>(),
-       centred.mutable_data_ptr<float>()},
-      TorchExecutor());
+  Target(check.device())
+      .fit_quantizer({source, layout.view(), rope, position, clip, mean.const_data_ptr<float>(),
+                      components.const_data_ptr<float>(), bfloat16_bits(basis),
+                      scale.mutable_data_ptr<float>(), centred.mutable_data_ptr<float>()});
   return {basis, scale, centred};
 }
 
@@ -122,7 +111,7 @@ void pack_keys_(at::Tensor& k_pages, const at::Tensor& keys,
                 const std::optional<at::Tensor>& inv_freq, int64_t position,
                 const at::Tensor& basis, const at::Tensor& scale, const at::Tensor& mean,
                 at::IntArrayRef layout_ints, const at::Tensor& page_table, int64_t slot) {
-  const Checker check("svdq::pack_keys_");
+  const Checker check("svdq::pack_keys_", k_pages);
   const Layout layout = check.layout(layout_ints);
   const int64_t heads = layout.num_heads(), dim = layout.head_dim();
   const TokenSource source = check.tokens(keys, "keys", heads, dim);
@@ -133,16 +122,15 @@ void pack_keys_(at::Tensor& k_pages, const at::Tensor& keys,
   check.pages(page_table, slot, source.num_tokens, k_pages.size(0));
   const Rope rope = check.rope(inv_freq, layout.rope(), dim);
   check_finite(check, source, "keys", heads, dim);
-  current_backend().pack_keys(
-      {source, layout.view(), rope, position, const_bfloat16_bits(basis),
-       scale.const_data_ptr<float>(), mean.const_data_ptr<float>(),
-       k_pages.mutable_data_ptr<uint8_t>(), page_table.const_data_ptr<int32_t>(), slot},
-      TorchExecutor());
+  Target(check.device())
+      .pack_keys({source, layout.view(), rope, position, const_bfloat16_bits(basis),
+                  scale.const_data_ptr<float>(), mean.const_data_ptr<float>(),
+                  k_pages.mutable_data_ptr<uint8_t>(), page_table.const_data_ptr<int32_t>(), slot});
 }
 
 void pack_values_(at::Tensor& v_pages, const at::Tensor& values, at::IntArrayRef layout_ints,
                   const at::Tensor& page_table, int64_t slot) {
-  const Checker check("svdq::pack_values_");
+  const Checker check("svdq::pack_values_", v_pages);
   const Layout layout = check.layout(layout_ints);
   const TokenSource source = check.tokens(values, "values", layout.num_heads(), layout.head_dim());
   check.value_pool(v_pages, layout);
@@ -151,15 +139,14 @@ void pack_values_(at::Tensor& v_pages, const at::Tensor& values, at::IntArrayRef
   check.pages(page_table, slot, source.num_tokens, v_pages.size(0));
   check_within(check, source, "values", layout.num_heads(), layout.head_dim(),
                packed ? kLargestHalf : std::numeric_limits<float>::max());
-  current_backend().pack_values(
-      {source, layout.view(), static_cast<uint8_t*>(v_pages.mutable_data_ptr()),
-       page_table.const_data_ptr<int32_t>(), slot},
-      TorchExecutor());
+  Target(check.device())
+      .pack_values({source, layout.view(), static_cast<uint8_t*>(v_pages.mutable_data_ptr()),
+                    page_table.const_data_ptr<int32_t>(), slot});
 }
 
 void append_exact_(at::Tensor& exact_keys, at::Tensor& exact_values, const at::Tensor& keys,
                    const at::Tensor& values, int64_t start) {
-  const Checker check("svdq::append_exact_");
+  const Checker check("svdq::append_exact_", exact_keys);
   check.shape(exact_keys, "exact_keys", {-1, -1, -1});
   const int64_t heads = exact_keys.size(0), rows = exact_keys.size(1), dim = exact_keys.size(2);
   check.tokens(exact_keys, "exact_keys", heads, dim);
@@ -191,12 +178,12 @@ UnpackParams unpack_params(const Checker& check, const Layout& layout, const at:
 
 at::Tensor unpack_codes_op(const at::Tensor& k_pages, at::IntArrayRef layout_ints,
                            const at::Tensor& page_table, int64_t slot, int64_t num_tokens) {
-  const Checker check("svdq::unpack_codes");
+  const Checker check("svdq::unpack_codes", k_pages);
   const Layout layout = check.layout(layout_ints);
   check.tensor(k_pages, "k_pages", at::kByte, {-1, layout.k_page_bytes()});
   const UnpackParams params = unpack_params(check, layout, k_pages, page_table, slot, num_tokens);
   at::Tensor codes = at::empty({num_tokens, layout.rank()}, k_pages.options());
-  unpack_codes(params, TorchExecutor(), codes.mutable_data_ptr<uint8_t>());
+  Target(check.device()).unpack_codes(params, codes.mutable_data_ptr<uint8_t>());
   return codes;
 }
 
@@ -204,7 +191,7 @@ at::Tensor unpack_keys_op(const at::Tensor& k_pages, const std::optional<at::Ten
                           int64_t position, const at::Tensor& basis, const at::Tensor& scale,
                           const at::Tensor& mean, at::IntArrayRef layout_ints,
                           const at::Tensor& page_table, int64_t slot, int64_t num_tokens) {
-  const Checker check("svdq::unpack_keys");
+  const Checker check("svdq::unpack_keys", k_pages);
   const Layout layout = check.layout(layout_ints);
   const int64_t heads = layout.num_heads(), dim = layout.head_dim();
   check.tensor(k_pages, "k_pages", at::kByte, {-1, layout.k_page_bytes()});
@@ -213,21 +200,22 @@ at::Tensor unpack_keys_op(const at::Tensor& k_pages, const std::optional<at::Ten
   check.tensor(mean, "mean", at::kFloat, {heads, dim});
   const UnpackParams params = unpack_params(check, layout, k_pages, page_table, slot, num_tokens);
   at::Tensor keys = at::empty({heads, num_tokens, dim}, mean.options());
-  unpack_keys(params, TorchExecutor(), check.rope(inv_freq, layout.rope(), dim), position,
-              const_bfloat16_bits(basis), scale.const_data_ptr<float>(),
-              mean.const_data_ptr<float>(), keys.mutable_data_ptr<float>());
+  Target(check.device())
+      .unpack_keys(params, check.rope(inv_freq, layout.rope(), dim), position,
+                   const_bfloat16_bits(basis), scale.const_data_ptr<float>(),
+                   mean.const_data_ptr<float>(), keys.mutable_data_ptr<float>());
   return keys;
 }
 
 at::Tensor unpack_values_op(const at::Tensor& v_pages, at::IntArrayRef layout_ints,
                             const at::Tensor& page_table, int64_t slot, int64_t num_tokens) {
-  const Checker check("svdq::unpack_values");
+  const Checker check("svdq::unpack_values", v_pages);
   const Layout layout = check.layout(layout_ints);
   const DataType dtype = check.value_pool(v_pages, layout);
   const UnpackParams params = unpack_params(check, layout, v_pages, page_table, slot, num_tokens);
   at::Tensor values = at::empty({layout.num_heads(), num_tokens, layout.head_dim()},
                                 v_pages.options().dtype(at::kFloat));
-  unpack_values(params, TorchExecutor(), dtype, values.mutable_data_ptr<float>());
+  Target(check.device()).unpack_values(params, dtype, values.mutable_data_ptr<float>());
   return values;
 }
 
@@ -265,6 +253,18 @@ TORCH_LIBRARY_FRAGMENT(svdq, m) {
 }
 
 TORCH_LIBRARY_IMPL(svdq, CPU, m) {
+  m.impl("fit_basis", &fit_basis);
+  m.impl("allocate_bits", &allocate_bits);
+  m.impl("fit_quantizer", &fit_quantizer);
+  m.impl("pack_keys_", &pack_keys_);
+  m.impl("pack_values_", &pack_values_);
+  m.impl("append_exact_", &append_exact_);
+  m.impl("unpack_codes", &unpack_codes_op);
+  m.impl("unpack_keys", &unpack_keys_op);
+  m.impl("unpack_values", &unpack_values_op);
+}
+
+TORCH_LIBRARY_IMPL(svdq, CUDA, m) {
   m.impl("fit_basis", &fit_basis);
   m.impl("allocate_bits", &allocate_bits);
   m.impl("fit_quantizer", &fit_quantizer);

@@ -13,10 +13,12 @@
 
 namespace svdq::torch_binding {
 
-// The operator a check speaks for.
+// The operator a check speaks for, and the device that its tensors must lie on.
 class Checker {
  public:
-  explicit Checker(const char* op) : op_(op) {}
+  Checker(const char* op, const at::Tensor& on) : op_(op), device_(on.device()) {}
+
+  const at::Device& device() const { return device_; }
 
   void require(bool condition, const std::string& message) const {
     TORCH_CHECK_VALUE(condition, op_, ": ", message);
@@ -35,9 +37,13 @@ class Checker {
                       tensor.sizes());
   }
 
-  void on_cpu(const at::Tensor& tensor, const char* name) const {
-    TORCH_CHECK_VALUE(tensor.device().is_cpu() && tensor.layout() == at::kStrided, op_, ": ", name,
-                      " must be a dense CPU tensor, got ", tensor.layout(), " on ",
+  void on_device(const at::Tensor& tensor, const char* name) const {
+    on_device(tensor, name, device_);
+  }
+
+  void on_device(const at::Tensor& tensor, const char* name, const at::Device& device) const {
+    TORCH_CHECK_VALUE(tensor.device() == device && tensor.layout() == at::kStrided, op_, ": ", name,
+                      " must be a dense tensor on ", device, ", got ", tensor.layout(), " on ",
                       tensor.device());
   }
 
@@ -51,10 +57,10 @@ class Checker {
                       tensor.strides());
   }
 
-  // Dense CPU tensor of one dtype and shape, contiguous.
+  // Dense tensor of one dtype and shape, contiguous.
   void tensor(const at::Tensor& tensor, const char* name, at::ScalarType expected,
               std::vector<int64_t> sizes) const {
-    on_cpu(tensor, name);
+    on_device(tensor, name);
     dtype(tensor, name, expected);
     shape(tensor, name, std::move(sizes));
     contiguous(tensor, name);
@@ -77,7 +83,7 @@ class Checker {
   // [H, T, D] of a float type with a contiguous last dimension.
   TokenSource tokens(const at::Tensor& tensor, const char* name, int64_t num_heads,
                      int64_t head_dim) const {
-    on_cpu(tensor, name);
+    on_device(tensor, name);
     const DataType type = float_type(tensor, name);
     shape(tensor, name, {num_heads, -1, head_dim});
     TORCH_CHECK_VALUE(tensor.stride(2) == 1, op_, ": ", name,
@@ -114,12 +120,17 @@ class Checker {
     return {inv_freq.const_data_ptr<float>(), static_cast<int>(inv_freq.size(0))};
   }
 
-  // Pages that slots slot .. slot + num_tokens - 1 need: all in the table, all in the pool.
+  // Pages that slots slot .. slot + num_tokens - 1 need: all in the table, all in the pool. The
+  // table lies on the CPU whatever the device, so that a wrong page is found before anything is
+  // written.
   void pages(const at::Tensor& page_table, int64_t slot, int64_t num_tokens,
              int64_t num_pages) const {
     TORCH_CHECK_VALUE(slot >= 0, op_, ": slot must not be negative, got ", slot);
     TORCH_CHECK_VALUE(num_tokens >= 0, op_, ": num_tokens must not be negative, got ", num_tokens);
-    tensor(page_table, "page_table", at::kInt, {-1});
+    on_device(page_table, "page_table", at::kCPU);
+    dtype(page_table, "page_table", at::kInt);
+    shape(page_table, "page_table", {-1});
+    contiguous(page_table, "page_table");
     const int64_t slots = page_table.size(0) * kPageTokens;
     TORCH_CHECK_VALUE(num_tokens <= slots && slot <= slots - num_tokens, op_, ": page_table holds ",
                       slots, " slots, too few for num_tokens = ", num_tokens, " from slot ", slot,
@@ -141,7 +152,7 @@ class Checker {
   // where they are exact.
   DataType value_pool(const at::Tensor& v_pages, const Layout& layout) const {
     const ValueLayout& value = layout.value();
-    on_cpu(v_pages, "v_pages");
+    on_device(v_pages, "v_pages");
     contiguous(v_pages, "v_pages");
     if (value.packed()) {
       dtype(v_pages, "v_pages", at::kByte);
@@ -158,6 +169,7 @@ class Checker {
 
  private:
   const char* op_;
+  at::Device device_;
 };
 
 }  // namespace svdq::torch_binding
