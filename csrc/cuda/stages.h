@@ -9,6 +9,9 @@
 
 namespace svdq::cuda {
 
+// Is every number finite and at most `limit` in magnitude? Waits for the answer.
+bool all_within(const TokenSource& source, int num_heads, int head_dim, float limit,
+                const GpuContext& context);
 void pack_keys(const PackKeysParams& params, const GpuContext& context);
 void pack_values(const PackValuesParams& params, const GpuContext& context);
 void attend(const AttendParams& params, const GpuContext& context);
