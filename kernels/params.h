@@ -101,6 +101,15 @@ struct PackValuesParams {
   int64_t slot;
 };
 
+// What to read back: slots slot .. slot + num_tokens - 1 of one sequence.
+struct UnpackParams {
+  LayoutView layout;
+  const uint8_t* pages;       // [P, k_page_bytes] or [P, v_page_bytes]
+  const int32_t* page_table;  // page of each 64 slots
+  int64_t slot;
+  int64_t num_tokens;
+};
+
 struct AttendParams {
   LayoutView layout;
   Rope rope;

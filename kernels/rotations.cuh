@@ -31,6 +31,11 @@ SVDQ_DEVICE Floats2 rotation(int64_t position, float frequency) {
   return result;
 }
 
+// The turn by the sum of two angles: that of a page's first position and that of a slot.
+SVDQ_DEVICE Floats2 add_turns(const Floats2& a, const Floats2& b) {
+  return {a.x * b.x - a.y * b.y, a.y * b.x + a.x * b.y};
+}
+
 // Grid: x = 64 slots, then the pages of a sequence; z = sequence.
 SVDQ_KERNEL(kRotationThreads) rotations_kernel(RotationParams p) {
   const int page = block_x() - kPageTokens;

@@ -6,15 +6,6 @@
 
 namespace svdq {
 
-// What to read: slots slot .. slot + num_tokens - 1 of one sequence.
-struct UnpackParams {
-  LayoutView layout;
-  const uint8_t* pages;
-  const int32_t* page_table;
-  int64_t slot;
-  int64_t num_tokens;
-};
-
 // codes [num_tokens, R] uint8.
 void unpack_codes(const UnpackParams& params, const Executor& executor, uint8_t* codes);
 
