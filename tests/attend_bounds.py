@@ -14,6 +14,11 @@ m = log(sum_t p_t exp(e_t)) bounds how far the log-sum-exp moves. As probabiliti
 1, outputs move by at most ``sum_t p_t (exp(e_t + m) - 1) |v_t - out|``.
 
 Probabilities times the scales of packed values are rounded to 1/65535 of the largest on a page.
+
+The CUDA kernels, and so the backend that emulates them, give tensor cores halves: weights, rounded
+to 11 bits where a row's largest is 256; for rope "pre" also the reconstructed keys and the queries;
+and probabilities times scales, where a page's largest is at least 2^13. A half's error is spread
+evenly over +-2^-11 of the number, or +-2^-25 below the smallest normal half.
 """
 
 from dataclasses import dataclass
@@ -22,12 +27,19 @@ import torch
 from torch import Tensor
 
 from support import FLOAT_ERROR, ROUNDING, Cache
-from svdq import reference
+from svdq import _C, reference
 from svdq.layout import PAGE_TOKENS
 
 SIGMAS = 6
 EXP2_ERROR = 1e-6  # relative error of the backends' 2^x
 PROBABILITY_STEPS = 65535
+HALF_VARIANCE = 2.0**-20 / 12  # of a rounded half, as a share of its square
+TINY_HALF_VARIANCE = 2.0**-48 / 12
+
+
+def uses_halves() -> bool:
+    """Does the backend in use compute like the CUDA kernels?"""
+    return _C.backend() == "emulated"
 
 
 @dataclass
@@ -41,7 +53,10 @@ class Expected:
 
 
 def weight_variances(weights: Tensor, widths: Tensor) -> Tensor:
-    """Variance of the rounding error of integer weights [..., r] with one step per width."""
+    """Variance of the rounding error of weights [..., r]: integers with one step per width."""
+    if uses_halves() and weights.shape[-1]:
+        tiny = (weights.abs().amax(-1, keepdim=True) / 256).square() * TINY_HALF_VARIANCE
+        return weights.square() * HALF_VARIANCE + tiny
     variance = torch.zeros_like(weights)
     for width in widths.unique():
         band = widths == width
@@ -50,8 +65,31 @@ def weight_variances(weights: Tensor, widths: Tensor) -> Tensor:
     return variance
 
 
-def score_errors(cache: Cache, b: int, h: int, query: Tensor, codes: Tensor) -> Tensor:
-    """Bound on the errors of packed scores [g, L, n] for query [g, L, D] and codes [n, r]."""
+def product_variance(cache: Cache, query: Tensor, keys: Tensor) -> Tensor:
+    """Variance [g, L, n] of query . keys, [g, L, D] and [n, D], from rounding both to halves.
+
+    They are rounded in a frame that is turned, pair by pair, which leaves lengths of pairs alone.
+    """
+    half = 0 if cache.inv_freq is None else len(cache.inv_freq)
+
+    def squares(x: Tensor) -> Tensor:
+        pairs = x[..., :half].square() + x[..., half : 2 * half].square()
+        return torch.cat([pairs, x[..., 2 * half :].square()], dim=-1)
+
+    variance = 2 * HALF_VARIANCE * squares(query) @ squares(keys).T
+    scaled = (cache.sm_scale * 1.4427) ** -2  # queries are rounded in units of log2
+    return variance + TINY_HALF_VARIANCE * (
+        query.square().sum(-1)[..., None] + scaled * keys.square().sum(-1)
+    )
+
+
+def score_errors(
+    cache: Cache, b: int, h: int, query: Tensor, codes: Tensor, keys: Tensor
+) -> Tensor:
+    """Bound on the errors of packed scores [g, L, n] for query [g, L, D] and codes [n, r].
+
+    ``keys`` [n, D] is what the codes stand for.
+    """
     layout = cache.layout
     channels = reference.head_slices(layout)[h]
     widths = reference.channel_widths(layout)[channels]
@@ -67,6 +105,8 @@ def score_errors(cache: Cache, b: int, h: int, query: Tensor, codes: Tensor) -> 
         every = query[..., None, :].expand(*query.shape[:-1], len(codes), -1)
         turned = reference.rotate(every, positions, cache.inv_freq, inverse=True)
         variance = torch.einsum("gltd,td->glt", turned.square(), key_variance)
+        if uses_halves():
+            variance = variance + product_variance(cache, query, keys)
     # Float32: sums over D and over the channels of terms no larger than these, and some twenty more
     # roundings for scales, offsets and rotations.
     magnitude = cache.mean[b, h].double().abs() + (scale * top) @ basis.abs()
@@ -88,6 +128,13 @@ def value_errors(cache: Cache, b: int, h: int, p: Tensor) -> Tensor:
     for start in range(0, slots, PAGE_TOKENS):
         page = slice(max(start, cache.sink_tokens), start + PAGE_TOKENS)
         if page.start >= min(page.stop, slots):
+            continue
+        if uses_halves():
+            scales = scale[page].repeat_interleave(layout.v_group_size, dim=-1)
+            terms = padded[..., page, None] * (scales * codes[page])  # [g, L, tokens, D]
+            total += SIGMAS * (terms.square().sum(-2) * HALF_VARIANCE).sqrt()
+            largest = padded[..., page].amax(-1)[..., None] * scales.amax(0)
+            total += 2.0**-37 * largest * codes[page].sum(0)
             continue
         largest = padded[..., page].amax(-1, keepdim=True) * scale[page].amax(0)  # [g, L, groups]
         step = largest.repeat_interleave(layout.v_group_size, dim=-1) / PROBABILITY_STEPS
@@ -121,7 +168,9 @@ def expect(cache: Cache, query: Tensor) -> Expected:
             p = (scores - total[..., None]).exp().nan_to_num(nan=0.0)
             lengths = q.norm(dim=-1)[..., None] * k.norm(dim=-1)
             error = SIGMAS * cache.layout.head_dim**0.5 * FLOAT_ERROR * lengths * cache.sm_scale
-            error[..., :packed] += score_errors(cache, b, h, q, codes[:, channels])
+            error[..., :packed] += score_errors(
+                cache, b, h, q, codes[:, channels], keys[h].double()
+            )
             error += EXP2_ERROR + 4 * FLOAT_ERROR * scores.abs().nan_to_num(posinf=0.0)
             shift = torch.log1p((p * error.expm1()).sum(-1))
             spread = (v - o[..., None, :]).abs()  # [g, L, n, D]

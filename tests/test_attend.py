@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from attend_bounds import Expected, expect
+from attend_bounds import Expected, expect, uses_halves
 from support import Cache, assert_same, assert_within, make_cache, make_keys, make_layout, rms
 from svdq import ops, reference
 from svdq.layout import PageLayout
@@ -17,8 +17,11 @@ MIXED = (8, 4, 2, 1, 1, 0, 0, 0)
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 
 # Errors of the arithmetic, as a share of the error that quantizing the keys makes. They add up as
-# squares, so this much is 1 % more.
+# squares, so this much is 1 % more. Where weights are halves, 8-bit codes are the exception: an
+# error of 2^-11 of what multiplies a code of up to 127 from the middle comes near that of the code
+# itself, half a step; but then both are small.
 QUALITY = 0.15
+QUALITY_OF_8_BITS_IN_HALVES = 0.5
 
 
 @dataclass(frozen=True)
@@ -141,9 +144,18 @@ def exact_attention(cache: Cache, keys: list, query: torch.Tensor) -> torch.Tens
     return torch.cat(outs)
 
 
-@functools.cache
+def quality(name: str) -> float:
+    every_channel = CASES[name].schedule == (8,) and not CASES[name].bands
+    return QUALITY_OF_8_BITS_IN_HALVES if every_channel and uses_halves() else QUALITY
+
+
 def given(name: str) -> Given:
-    """A case, made and computed once for all backends."""
+    """A case, made and computed once for all backends that compute alike."""
+    return given_to(name, uses_halves())
+
+
+@functools.cache
+def given_to(name: str, halves: bool) -> Given:
     case = CASES[name]
     torch.manual_seed(0)
     if case.bands:
@@ -174,7 +186,7 @@ def test_attend(backend, name):
     assert (out.dtype, lse.dtype) == (case.query.dtype, torch.float32)
     check(out, lse, case.expected)
     if case.query.dtype == FLOAT32 and case.key_error:
-        assert rms(out - case.expected.out) <= QUALITY * case.key_error
+        assert rms(out - case.expected.out) <= quality(name) * case.key_error
 
 
 def test_the_bounds_notice_one_missing_token(backend):

@@ -18,6 +18,11 @@ extern const Backend kBackend;
 namespace portable {
 extern const Backend kBackend;
 }
+#if defined(SVDQ_WITH_EMULATION)
+namespace emulated {
+extern const Backend kBackend;
+}
+#endif
 
 namespace {
 
@@ -28,6 +33,9 @@ const Backend* const kBackends[] = {
     &avx2::kBackend,
 #endif
     &portable::kBackend,
+#if defined(SVDQ_WITH_EMULATION)
+    &emulated::kBackend,
+#endif
 };
 
 const Backend& find_backend(const std::string& name) {

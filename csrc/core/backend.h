@@ -22,7 +22,8 @@ struct Backend {
   void (*merge)(const MergeParams&, const Executor&);
 };
 
-// CPU backends that run here, best first.
+// CPU backends that run here, best first; "emulated", the CUDA kernels run by csrc/emu, comes last
+// where it was built.
 std::vector<const Backend*> available_backends();
 
 // The backend in use: the best one, or the one that the environment variable SVDQ_BACKEND names.

@@ -1,7 +1,7 @@
 // Emulation of CUDA blocks on the host: what a test or a backend uses. The kernels' own view of it
 // is csrc/emu/shim.h.
 //
-// Blocks run one after another; the threads of a block are fibers that run until they wait for each
+// Blocks are independent; the threads of a block are fibers that run until they wait for each
 // other (a barrier, a warp operation) or end. Every access that goes through the device layer is
 // checked; what is wrong with a kernel ends its launch with an Error that names kernel, block,
 // thread and source line. Launches from several host threads are independent.
@@ -13,6 +13,8 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "csrc/core/parallel.h"
 
 namespace svdq::emu {
 
@@ -31,6 +33,8 @@ struct Options {
   bool check_global = true;   // only registered memory may be touched
   bool count = true;          // fill Counters
   int shared_limit = 232448;  // bytes a block may have; the largest of any target
+  // Runs blocks side by side, where nothing is counted; null: one after another.
+  const Executor* executor = nullptr;
 };
 
 // Accesses of one source line, by warp: lanes that execute a load together are one request. Memory

@@ -1,0 +1,65 @@
+"""A real model decodes through the emulated CUDA kernels: SmolLM2, token for token as on the CPU."""
+
+import pytest
+import torch
+
+from svdq import SVDqCache, _C
+from svdq.evaluation.models import find_model, load_model, load_text, load_tokenizer, tokenize
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        "emulated" not in _C.backends(), reason="the extension was built without emulation"
+    ),
+]
+PROMPT, NEW = 252, 6
+
+
+@pytest.fixture(scope="module")
+def prompt():
+    try:
+        source = find_model()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    tokens = tokenize(load_tokenizer(source), load_text()[:4000])[None, :PROMPT]
+    model = load_model(source, torch.float32)
+    model.set_attn_implementation("svdq")
+    return model, tokens
+
+
+def decode(backend, prompt, rope):
+    """Tokens and logits of a greedy answer; its window overflows, so a page is packed on the way."""
+    model, tokens = prompt
+    before = _C.backend()
+    _C.set_backend(backend)
+    try:
+        cache = SVDqCache(model.config, rope=rope, min_fit_tokens=128)
+        with torch.inference_mode():
+            answer = model.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                past_key_values=cache,
+                do_sample=False,
+                min_new_tokens=NEW,
+                max_new_tokens=NEW,
+                output_logits=True,
+                return_dict_in_generate=True,
+                pad_token_id=model.config.eos_token_id,
+            )
+    finally:
+        _C.set_backend(before)
+    slots = {slot for layer in cache.layers for slot in layer.tokens.packed.slots}
+    return answer.sequences[0, PROMPT:].tolist(), torch.stack(answer.logits), slots
+
+
+@pytest.mark.parametrize("rope", ["pre", "post"])
+def test_smollm2_decodes_the_same_tokens(prompt, rope):
+    expected, expected_logits, expected_slots = decode(_C.backends()[0], prompt, rope)
+    got, logits, slots = decode("emulated", prompt, rope)
+    assert got == expected
+    assert slots == expected_slots == {192}
+    divergence = torch.nn.functional.kl_div(
+        logits.log_softmax(-1), expected_logits.log_softmax(-1), log_target=True, reduction="sum"
+    )
+    # Codes at rounding ties and the two kinds of arithmetic: far below what quantizing costs.
+    assert divergence / NEW < 1e-3
