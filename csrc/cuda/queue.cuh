@@ -5,6 +5,7 @@
 #include <nvtx3/nvToolsExt.h>
 
 #include "csrc/cuda/check.h"
+#include "csrc/cuda/linalg.h"
 #include "csrc/gpu/context.h"
 #include "csrc/gpu/queue.h"
 
@@ -22,7 +23,9 @@ class Range {
 class Queue {
  public:
   explicit Queue(const GpuContext& context)
-      : context_(context), machine_{context.num_sms, context.max_shared_bytes} {}
+      : context_(context),
+        machine_{context.num_sms, context.max_shared_bytes},
+        linear_algebra_(context) {}
 
   template <typename... Params>
   void launch(const char* name, const device::LaunchShape& shape, void (*kernel)(Params...),
@@ -51,12 +54,20 @@ class Queue {
     check(cudaStreamSynchronize(stream()), "read");
   }
 
+  void add_gram(const float* rows, int heads, int64_t tokens, int dim, float* gram) {
+    linear_algebra_.add_gram(rows, heads, tokens, dim, gram);
+  }
+  void eigenvectors(float* matrices, float* values, int heads, int dim, int* info) {
+    linear_algebra_.eigenvectors(matrices, values, heads, dim, info);
+  }
+
   const gpu::Machine& machine() const { return machine_; }
   cudaStream_t stream() const { return static_cast<cudaStream_t>(context_.stream); }
 
  private:
   GpuContext context_;
   gpu::Machine machine_;
+  LinearAlgebra linear_algebra_;
 };
 
 }  // namespace svdq::cuda

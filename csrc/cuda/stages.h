@@ -12,6 +12,11 @@ namespace svdq::cuda {
 // Is every number finite and at most `limit` in magnitude? Waits for the answer.
 bool all_within(const TokenSource& source, int num_heads, int head_dim, float limit,
                 const GpuContext& context);
+void covariance(const CovarianceParams& params, const GpuContext& context);
+// Eigenvectors of covariance [H, D, D], which is overwritten, as components [H, D, D], rows by
+// falling variance [H, D]. Waits for the solver's report.
+void components(float* covariance, int num_heads, int head_dim, float* components, float* variance,
+                const GpuContext& context);
 void pack_keys(const PackKeysParams& params, const GpuContext& context);
 void pack_values(const PackValuesParams& params, const GpuContext& context);
 // What these write is described in csrc/core/unpack.h.

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "csrc/emu/launch.h"
+#include "csrc/emulated/linalg.h"
 #include "csrc/gpu/queue.h"
 
 namespace svdq::emulated {
@@ -37,6 +38,14 @@ class Queue {
   template <typename T>
   void read(T* host, const T* device, int64_t count) {
     std::memcpy(host, device, count * sizeof(T));
+  }
+
+  // What cuBLAS and cuSOLVER do on a device (csrc/gpu/basis.h).
+  void add_gram(const float* rows, int heads, int64_t tokens, int dim, float* gram) {
+    emulated::add_gram(rows, heads, tokens, dim, gram, options_.check_global);
+  }
+  void eigenvectors(float* matrices, float* values, int heads, int dim, int* info) {
+    emulated::eigenvectors(matrices, values, heads, dim, info, options_.check_global);
   }
 
   // The smallest device that any target gives.

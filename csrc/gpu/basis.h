@@ -1,0 +1,73 @@
+// The basis stage on a GPU. Beside what csrc/gpu/queue.h lists, a Queue has
+//   add_gram(rows, heads, tokens, dim, gram)   gram [heads, dim, dim] += rows^T rows of each head;
+//                                              rows [heads, tokens, dim]
+//   eigenvectors(matrices, values, heads, dim, info)
+//                                              symmetric matrices [heads, dim, dim] become their
+//                                              eigenvectors, one a row, by rising eigenvalue, and
+//                                              values [heads, dim] the eigenvalues; info [heads] is
+//                                              0 where that succeeded
+#pragma once
+
+#include <vector>
+
+#include "csrc/gpu/rotations.h"
+#include "kernels/basis.cuh"
+
+namespace svdq::gpu {
+
+// Keys as rows whose rotations have been queued.
+inline device::KeyRows key_rows(const TokenSource& keys, const device::RotationParams& turns) {
+  return {keys, turns.rope.half, turns.slots, turns.pages, device::aligned_rows(keys)};
+}
+
+template <typename Queue>
+void covariance(const CovarianceParams& p, Queue& queue) {
+  // Rows of at most 64 MiB, and of no more tokens than a product still gains from.
+  constexpr int64_t kMostNumbers = int64_t{1} << 24, kMostTokens = 4096;
+  const int64_t row = int64_t{p.num_heads} * p.head_dim, matrices = row * p.head_dim;
+  const int64_t num_runs = divide_up(p.keys.num_tokens, kPageTokens);
+  const int64_t chunk_runs =
+      std::clamp<int64_t>(std::min(kMostNumbers / row, kMostTokens) / kPageTokens, 1, num_runs);
+
+  device::CovarianceWork w{
+      key_rows(p.keys, rotations(p.rope, p.position, nullptr, 1, num_runs, queue)), p.num_heads,
+      p.head_dim};
+  w.num_slots = static_cast<int>(chunk_runs);
+  w.shift = queue.template allocate<float>(row);
+  w.delta = queue.template allocate<float>(row);
+  w.sums = queue.template allocate<float>(chunk_runs * row);
+  w.rows =
+      queue.template allocate<float>(std::min(chunk_runs * kPageTokens, p.keys.num_tokens) * row);
+  w.gram = queue.template allocate<float>(matrices);
+  queue.launch("shift", device::shift_launch(w), device::shift_kernel, w);
+  for (w.first_run = 0; w.first_run < num_runs; w.first_run += chunk_runs) {
+    const int64_t runs = std::min(chunk_runs, num_runs - w.first_run);
+    w.first = w.first_run == 0;
+    w.chunk_tokens = std::min(runs * kPageTokens, p.keys.num_tokens - w.first_run * kPageTokens);
+    queue.launch("rows", device::rows_launch(w, static_cast<int>(runs)), device::rows_kernel, w);
+    queue.add_gram(w.rows, p.num_heads, w.chunk_tokens, p.head_dim, w.gram);
+  }
+  queue.launch("mean", device::mean_launch(w), device::mean_kernel, w, p.mean);
+  queue.launch("covariance", device::covariance_launch(w), device::covariance_kernel, w,
+               p.covariance);
+}
+
+// components [H, D, D], rows by falling variance, and variance [H, D] of `covariance` [H, D, D],
+// which is overwritten. Waits for the solver's report; throws Error if a head has no eigenvectors.
+template <typename Queue>
+void components(float* covariance, int num_heads, int head_dim, float* components, float* variance,
+                Queue& queue) {
+  float* values = queue.template allocate<float>(int64_t{num_heads} * head_dim);
+  int* info = queue.template allocate<int>(num_heads);
+  queue.eigenvectors(covariance, values, num_heads, head_dim, info);
+  const device::ComponentsParams p{num_heads, head_dim, covariance, values, components, variance};
+  queue.launch("components", device::components_launch(p), device::components_kernel, p);
+  std::vector<int> found(num_heads);
+  queue.read(found.data(), info, num_heads);
+  for (int h = 0; h < num_heads; ++h) {
+    SVDQ_CHECK(found[h] == 0, "no eigenvectors found for the covariance of head ", h,
+               ": the solver reports ", found[h]);
+  }
+}
+
+}  // namespace svdq::gpu

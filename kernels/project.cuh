@@ -1,0 +1,107 @@
+// The project stage: keys of one head as float rows, turned back to position 0 and centred, and the
+// latents of those rows on a basis. Pieces of other kernels; nothing is launched from here.
+//
+// Projection is a chain of single-rounded multiply-adds over ascending channels, the order that the
+// CPU backends use, so that the same keys, basis and ranges give the same codes everywhere. A
+// thread runs 4 such chains side by side, over one row and 4 channels of the basis, in 16-byte
+// loads of both.
+#pragma once
+
+#include "kernels/numbers.cuh"
+#include "kernels/pages.cuh"
+#include "kernels/rotations.cuh"
+
+namespace svdq::device {
+
+// Keys and the rotations that turn them back. A run is 64 consecutive positions.
+struct KeyRows {
+  TokenSource keys;
+  int half;                        // pairs that RoPE turned; 0: none
+  const Floats2* offset_rotation;  // [64, half], null where half == 0
+  const Floats2* page_rotation;    // [runs, half], of each run's offset 0; likewise
+  bool aligned;                    // aligned_rows(keys)
+};
+
+// Channels d .. d + 7 of a token at offset `offset` of run `run`, turned back to position 0.
+SVDQ_DEVICE Floats8 load_key(const KeyRows& k, int head, int64_t token, int64_t run, int offset,
+                             int d) {
+  const void* data = k.keys.data;
+  const int64_t row = head * k.keys.head_stride + token * k.keys.token_stride;
+  const int half = k.half;
+  Floats8 x = load_eight(data, k.keys.dtype, row + d, k.aligned);
+  if (d >= 2 * half) return x;
+  if (half % 8 == 0) {  // the other halves of the pairs are eight in a row, too
+    const bool first = d < half;
+    const int pair = first ? d : d - half;
+    const Floats8 other =
+        load_eight(data, k.keys.dtype, row + (first ? d + half : pair), k.aligned);
+    SVDQ_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      const Floats2 turn = add_turns(load(&k.page_rotation[run * half + pair + i]),
+                                     load(&k.offset_rotation[int64_t{offset} * half + pair + i]));
+      x.x[i] = x.x[i] * turn.x + (first ? other.x[i] : -other.x[i]) * turn.y;
+    }
+    return x;
+  }
+  SVDQ_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    if (d + i >= 2 * half) continue;
+    const bool first = d + i < half;
+    const int pair = first ? d + i : d + i - half;
+    const float other = load_number(data, k.keys.dtype, row + (first ? pair + half : pair));
+    const Floats2 turn = add_turns(load(&k.page_rotation[run * half + pair]),
+                                   load(&k.offset_rotation[int64_t{offset} * half + pair]));
+    x.x[i] = x.x[i] * turn.x + (first ? other : -other) * turn.y;
+  }
+  return x;
+}
+
+// 16 tokens of one head. Rows are apart by 4 banks, so that the 8 rows which 16-byte loads serve
+// at once meet in none.
+template <int kDim>
+struct RowPlan {
+  alignas(16) float row[kLanes][kDim + 4];
+};
+
+// Loads slots 16 group .. 16 group + 15 of a page, less `mean` [D]; slots outside the span are left
+// alone. All `threads` of a block take part.
+template <int kDim>
+SVDQ_DEVICE void load_rows(RowPlan<kDim>& s, const KeyRows& keys, int head, int dim,
+                           const PageSpan& span, int64_t run, int group, const float* mean,
+                           int threads) {
+  const int eights = dim / 8;
+  for (int i = thread_index(); i < kLanes * eights; i += threads) {
+    const int row = i / eights, d = i % eights * 8, slot = group * kLanes + row;
+    if (!span.has(slot)) continue;
+    const Floats8 x = load_key(keys, head, span.token + slot - span.first, run, slot, d);
+    SVDQ_UNROLL
+    for (int q = 0; q < 8; q += 4) {
+      Floats4 centred;
+      SVDQ_UNROLL
+      for (int k = 0; k < 4; ++k) centred.x[k] = x.x[q + k] - load(&mean[d + q + k]);
+      store(reinterpret_cast<Floats4*>(&s.row[row][d + q]), centred);
+    }
+  }
+}
+
+// Latents of a row on 4 rows of the basis, `basis` [4, dim] bfloat16.
+template <int kDim>
+SVDQ_DEVICE Floats4 project_row(const RowPlan<kDim>& s, int row, const uint16_t* basis, int dim) {
+  Floats4 latent = {};
+  for (int d = 0; d < dim; d += 8) {
+    const Floats4* from = reinterpret_cast<const Floats4*>(&s.row[row][d]);
+    const Floats4 low = load(from), high = load(from + 1);
+    SVDQ_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const Words4 words = load(reinterpret_cast<const Words4*>(basis + int64_t{j} * dim + d));
+      SVDQ_UNROLL
+      for (int i = 0; i < 8; ++i) {
+        const uint16_t bits = static_cast<uint16_t>(words.word[i / 2] >> i % 2 * 16);
+        latent.x[j] = fused(i < 4 ? low.x[i] : high.x[i - 4], bfloat16_to_float(bits), latent.x[j]);
+      }
+    }
+  }
+  return latent;
+}
+
+}  // namespace svdq::device
