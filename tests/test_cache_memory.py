@@ -108,9 +108,9 @@ def test_no_layer_keeps_its_prompt():
     held, given = [], []
     update = SVDqLayer.update
 
-    def watched_update(layer, keys, values, *args):
+    def watched_update(layer, keys, values, *args, **kwargs):
         given.extend(weakref.ref(x) for x in (keys, values))
-        return update(layer, keys, values, *args)
+        return update(layer, keys, values, *args, **kwargs)
 
     hooks = [
         block.register_forward_hook(

@@ -59,10 +59,10 @@ def keys_at(model, positions, layer_idx, monkeypatch):
     caught = []
     update = SVDqLayer.update
 
-    def watched_update(layer, keys, *args):
+    def watched_update(layer, keys, *args, **kwargs):
         if layer.index == layer_idx:
             caught.append(keys[0])
-        return update(layer, keys, *args)
+        return update(layer, keys, *args, **kwargs)
 
     monkeypatch.setattr(SVDqLayer, "update", watched_update)
     with torch.inference_mode():

@@ -12,10 +12,14 @@ from transformers.cache_utils import CacheLayerMixin
 from svdq import ops
 from svdq.exact import causal_attention_with_lse, ragged_attention
 from svdq.layout import PAGE_TOKENS
+from svdq.positions import read_positions
 from svdq.tokens import Settings, TokenStore
 
+DEVICES = ("cpu", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FUSED_QUERIES = PAGE_TOKENS  # longer chunks attend among themselves with PyTorch's kernel
+# On a CPU, longer chunks attend among themselves with PyTorch's kernel. On a GPU the attend stage
+# has tiles for them.
+FUSED_QUERIES = PAGE_TOKENS
 
 
 class NewTokens:
@@ -89,8 +93,10 @@ class SVDqLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         """Take shapes and dtype from the first keys, ``[B, H, T, D]``."""
         batch, heads, _, dim = key_states.shape
-        if key_states.device.type != "cpu":
-            raise NotImplementedError(f"SVDqCache runs on cpu tensors, got {key_states.device}")
+        if key_states.device.type not in DEVICES:
+            raise NotImplementedError(
+                f"SVDqCache runs on {' and '.join(DEVICES)} tensors, got {key_states.device}"
+            )
         if key_states.dtype not in DTYPES:
             raise ValueError(
                 f"layer {self.index}: keys must be one of {DTYPES}, got {key_states.dtype}"
@@ -98,7 +104,9 @@ class SVDqLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size, self.num_kv_heads, self.head_dim = batch, heads, dim
         self.padding = [0] * batch
-        self.tokens = TokenStore(self.settings, (batch, heads, dim), self.dtype, self.frequencies)
+        self.tokens = TokenStore(
+            self.settings, (batch, heads, dim), self.dtype, self.device, self.frequencies
+        )
         self.is_initialized = True
 
     def update(
@@ -133,11 +141,12 @@ class SVDqLayer(CacheLayerMixin):
         if self.seq_length == 0:
             self.lazy_initialization(key_states)
         expected = (self.batch_size, self.num_kv_heads, shape[2], self.head_dim)
-        if shape != expected or dtype != self.dtype:
+        device = key_states.device
+        if shape != expected or dtype != self.dtype or device != self.device:
             raise ValueError(
-                f"{where}: the cache goes on with {self.dtype} of shape {expected}, got {dtype} of "
-                f"{shape}; its batch changes through reorder_cache, batch_repeat_interleave and "
-                "batch_select_indices"
+                f"{where}: the cache goes on with {self.dtype} of shape {expected} on "
+                f"{self.device}, got {dtype} of {shape} on {device}; its batch changes through "
+                "reorder_cache, batch_repeat_interleave and batch_select_indices"
             )
         states = (key_states, value_states)
         new = NewTokens(self, *(x if x.stride(3) == 1 else x.contiguous() for x in states))
@@ -185,7 +194,8 @@ class SVDqLayer(CacheLayerMixin):
             out = self._prefill(module, query, keys, values, scaling, padding, position_ids)
         else:
             self._check_goes_on(padding, position_ids)
-            if length > FUSED_QUERIES and self.tokens.any_packed:
+            on_cpu = self.device.type == "cpu"
+            if on_cpu and length > FUSED_QUERIES and self.tokens.any_packed:
                 out = self._extend_by_chunk(query, keys, values, scaling)
             else:
                 out = self._extend(module, query, keys, values, scaling)
@@ -276,7 +286,7 @@ class SVDqLayer(CacheLayerMixin):
         if position_ids is None or self.frequencies is None:
             return [0] * self.batch_size
         rows = self._rows_of(position_ids)
-        first = [int(row[pad]) for row, pad in zip(rows, padding, strict=True)]
+        first = [row[pad] for row, pad in zip(rows, padding, strict=True)]
         self._check_positions(rows, first, padding)
         return first
 
@@ -292,8 +302,8 @@ class SVDqLayer(CacheLayerMixin):
             first = [self.tokens.packed.position[b] + self.tokens.count(b) for b in batch]
             self._check_positions(self._rows_of(position_ids), first, [0] * self.batch_size)
 
-    def _check_positions(self, rows: Tensor, first: list[int], padding: list[int]) -> None:
-        for b, row in enumerate(rows.tolist()):
+    def _check_positions(self, rows: list[list[int]], first: list[int], padding: list[int]) -> None:
+        for b, row in enumerate(rows):
             expected = first[b] - padding[b]
             for i in range(padding[b], len(row)):
                 if row[i] != expected + i:
@@ -302,13 +312,14 @@ class SVDqLayer(CacheLayerMixin):
                         f"{expected + i}, got {row[i]}; only rope='post' takes others"
                     )
 
-    def _rows_of(self, position_ids: Tensor) -> Tensor:
+    def _rows_of(self, position_ids: Tensor) -> list[list[int]]:
         if position_ids.ndim != 2 or position_ids.shape[0] not in (1, self.batch_size):
             raise ValueError(
                 f"layer {self.index}: position_ids must be [{self.batch_size} or 1, L], got "
                 f"{tuple(position_ids.shape)}"
             )
-        return position_ids.expand(self.batch_size, -1)
+        rows = read_positions(position_ids, self.seq_length)
+        return rows if len(rows) == self.batch_size else rows * self.batch_size
 
     # The rest of what transformers asks of a layer
 

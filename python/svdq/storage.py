@@ -20,6 +20,11 @@ normal_tensors = torch.inference_mode(False)
 ROW_STEP = 16  # exact rows are allocated in multiples of this
 
 
+def _integers(values: list, device: torch.device) -> Tensor:
+    """The int32 tensor that operators take."""
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
 class PackedStore:
     """Pages of one layer, shared by its sequences, and the basis of each sequence.
 
@@ -32,6 +37,7 @@ class PackedStore:
     layout : layout of the pages.
     batch_size : sequences, B.
     dtype : the model's dtype, in which exact values (16 and 32 bits) are held.
+    device : where everything lies.
 
     Attributes
     ----------
@@ -46,16 +52,21 @@ class PackedStore:
     """
 
     @normal_tensors
-    def __init__(self, layout: PageLayout, batch_size: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, layout: PageLayout, batch_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.layout = layout
+        self.device = device
         heads, dim, rank = layout.num_kv_heads, layout.head_dim, layout.rank
         exact_values = layout.v_bits > 8
         v_page = heads * PAGE_TOKENS * dim if exact_values else layout.v_page_bytes
-        self.k_pages = torch.empty((0, layout.k_page_bytes), dtype=torch.uint8)
-        self.v_pages = torch.empty((0, v_page), dtype=dtype if exact_values else torch.uint8)
-        self.basis = torch.zeros((batch_size, rank, dim), dtype=torch.bfloat16)
-        self.scale = torch.zeros((batch_size, rank))
-        self.mean = torch.zeros((batch_size, heads, dim))
+        self.k_pages = torch.empty((0, layout.k_page_bytes), dtype=torch.uint8, device=device)
+        self.v_pages = torch.empty(
+            (0, v_page), dtype=dtype if exact_values else torch.uint8, device=device
+        )
+        self.basis = torch.zeros((batch_size, rank, dim), dtype=torch.bfloat16, device=device)
+        self.scale = torch.zeros((batch_size, rank), device=device)
+        self.mean = torch.zeros((batch_size, heads, dim), device=device)
         self.fitted = [False] * batch_size
         self.slots = [0] * batch_size
         self.inv_freq: Tensor | None = None
@@ -65,7 +76,7 @@ class PackedStore:
     def set_first_position(self, first_position: list[int]) -> None:
         """Set the position of slot 0 of each sequence."""
         self.position = first_position
-        self.first_position = torch.tensor(first_position, dtype=torch.int32)
+        self.first_position = _integers(first_position, self.device)
 
     @property
     def used_pages(self) -> set[int]:
@@ -87,7 +98,7 @@ class PackedStore:
         """Pack sequence b's next tokens, ``[H, T, D]`` keys and values, behind its packed slots."""
         slot, end = self.slots[b], self.slots[b] + keys.shape[1]
         self._extend_pages(b, end)
-        table = self.page_table[b, : len(self.pages[b])]
+        table = torch.tensor(self.pages[b], dtype=torch.int32)  # pack stages read it on the host
         ops.pack_keys_(
             self.k_pages,
             keys,
@@ -173,8 +184,8 @@ class PackedStore:
         self.pages = pages
         longest = max((len(pages) for pages in self.pages), default=0)
         rows = [(*pages, *[0] * (longest - len(pages))) for pages in self.pages]
-        self.page_table = torch.tensor(rows, dtype=torch.int32).reshape(len(rows), longest)
-        self.cache_seqlens = torch.tensor(self.slots, dtype=torch.int32)
+        self.page_table = _integers(rows, self.device).reshape(len(rows), longest)
+        self.cache_seqlens = _integers(self.slots, self.device)
 
 
 class ExactRows:
@@ -189,9 +200,15 @@ class ExactRows:
 
     @normal_tensors
     def __init__(
-        self, batch_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+        self,
+        batch_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        self.keys = torch.empty((batch_size, num_kv_heads, 0, head_dim), dtype=dtype)
+        shape = (batch_size, num_kv_heads, 0, head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty_like(self.keys)
         self.set_count([0] * batch_size)
 
@@ -203,7 +220,7 @@ class ExactRows:
     def set_count(self, count: list[int]) -> None:
         """Say how many rows of each sequence are in use."""
         self.count = count
-        self.lens = torch.tensor(count, dtype=torch.int32)
+        self.lens = _integers(count, self.keys.device)
 
     def reserve(self, rows: int) -> None:
         """Make room for this many rows; grows by a quarter at least, so that appending is cheap."""

@@ -66,7 +66,7 @@ class TokenStore:
     ----------
     settings : how to compress.
     shape : B, H, D.
-    dtype : of the keys and values.
+    dtype, device : of the keys and values.
     frequencies : maps the largest position in use to the layer's inverse frequencies; None for
         layers whose keys are packed as they come.
     """
@@ -76,14 +76,17 @@ class TokenStore:
         settings: Settings,
         shape: tuple[int, int, int],
         dtype: torch.dtype,
+        device: torch.device,
         frequencies: Callable[[int], Tensor] | None,
     ) -> None:
         batch, heads, dim = shape
         layout = settings.layout(heads, dim, dtype)
         self.settings = settings
         self.frequencies = frequencies
-        self.rows = ExactRows(batch, heads, dim, dtype)
-        self.packed = PackedStore(layout, batch, dtype) if layout is not None else None
+        self.rows = ExactRows(batch, heads, dim, dtype, device)
+        self.packed = None
+        if layout is not None:
+            self.packed = PackedStore(layout, batch, dtype, device)
         least = 4 * dim if settings.min_fit_tokens is None else settings.min_fit_tokens
         self.fit_tokens = max(least, self.steady_rows)
 
@@ -203,7 +206,8 @@ class TokenStore:
         """Fit sequence b's basis on its keys, [H, T, D] from slot 0, without sinks: outliers."""
         packed, sinks = self.packed, self.settings.sink_tokens
         if packed.inv_freq is None and self.frequencies is not None:
-            packed.inv_freq = self.frequencies(max(packed.position) + keys.shape[1] - 1)
+            last = max(packed.position) + keys.shape[1] - 1
+            packed.inv_freq = self.frequencies(last).to(keys.device)
         packed.fit(b, keys[:, sinks:], sinks, self.settings.clip)
 
     def _pack_sequence(self, b: int) -> bool:

@@ -112,7 +112,7 @@ def packed_case(
     inv_freq = None
     if rope == "pre":
         inv_freq = 1.0 / ROPE_THETA ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-    store = PackedStore(page_layout(shape, schedule, rope, v_bits), 1, dtype)
+    store = PackedStore(page_layout(shape, schedule, rope, v_bits), 1, dtype, keys.device)
     store.inv_freq = inv_freq
     store.fit(0, keys, 0, True)
     store.pack(0, keys, values)
