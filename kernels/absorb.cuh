@@ -80,7 +80,7 @@ SVDQ_DEVICE void finish_tile(AbsorbPlan<kDim>& s, const Bands& bands, const Atte
   }
 }
 
-// Grid: x = 1, y = head and row tile, z = sequence.
+// Grid: x = head and row tile, z = sequence.
 template <int kDim>
 SVDQ_KERNEL(kAttendThreads)
 absorb_kernel(AttendParams p, AttendWork work, HeadTable heads) {
@@ -148,7 +148,7 @@ columns_kernel(AttendParams p, AttendWork work, HeadTable heads) {
 
 template <int kDim>
 LaunchShape absorb_launch(const AttendParams& p, const AttendWork& work) {
-  return {1, p.layout.num_heads * work.row_tiles, p.batch, kAttendThreads,
+  return {p.layout.num_heads * work.row_tiles, 1, p.batch, kAttendThreads,
           static_cast<int>(sizeof(AbsorbPlan<kDim>))};
 }
 

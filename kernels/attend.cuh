@@ -41,22 +41,53 @@ SVDQ_DEVICE void wait_copies_but(int pending) {
   }
 }
 
+// Starts to copy the key lines of a page of one head; returns where they end.
+SVDQ_DEVICE uint8_t* copy_keys(uint8_t* to, const uint8_t* keys, const Bands& bands, int threads) {
+  for_each_band(bands, [&]<int kWidth>(int count) {
+    const int bytes = count * kWidth * kPageTokens / 8;
+    copy_lines<kWidth>(to, keys, bytes, threads);
+    to += bytes;
+    keys += bytes;
+  });
+  return to;
+}
+
 // Starts to copy a page of one head: key lines, then (packed) values.
 template <int kValueBits>
 SVDQ_DEVICE void copy_page(uint8_t* to, const uint8_t* keys, const uint8_t* values,
                            const Bands& bands, const ValueLayout& value) {
-  for_each_band(bands, [&]<int kWidth>(int count) {
-    const int bytes = count * kWidth * kPageTokens / 8;
-    copy_lines<kWidth>(to, keys, bytes, kAttendThreads);
-    to += bytes;
-    keys += bytes;
-  });
+  to = copy_keys(to, keys, bands, kAttendThreads);
   if constexpr (kValueBits != 0) {
     const int head = static_cast<int>(value.code_offset());
     copy_lines<0>(to, values, head, kAttendThreads);  // scales and zero points
     copy_lines<kValueBits>(to + head, values + head, static_cast<int>(value.page_bytes()) - head,
                            kAttendThreads);
   }
+}
+
+// Pages of a split that hold a token that counts; none of a length that the table cannot hold.
+struct PageRun {
+  int first, last;  // pages first .. last - 1
+  int length;       // tokens of the sequence
+  bool readable;
+};
+
+SVDQ_DEVICE PageRun page_run(const AttendParams& p, const AttendWork& work, const BlockRows& rows,
+                             int split) {
+  const int length = load(&p.cache_seqlens[rows.sequence]);
+  const bool readable = length >= 0 && length <= work.max_pages * kPageTokens;
+  int first = split * work.split_pages, last = first + work.split_pages;
+  if (first < p.sink_tokens / kPageTokens) first = p.sink_tokens / kPageTokens;
+  if (last > (length + kPageTokens - 1) / kPageTokens)
+    last = (length + kPageTokens - 1) / kPageTokens;
+  if (p.sink_tokens >= length || !readable) last = 0;
+  return {first, last, length, readable};
+}
+
+SVDQ_DEVICE TokenRange tokens_of_page(const AttendParams& p, const PageRun& run, int page) {
+  const int first = page * kPageTokens;
+  return {p.sink_tokens > first ? p.sink_tokens - first : 0,
+          run.length - first < kPageTokens ? run.length - first : kPageTokens};
 }
 
 // Softmax of the scores of a page, spread over the threads as scorers leave them. Leaves
@@ -116,7 +147,7 @@ SVDQ_DEVICE void write_states(Plan& s, const RowState (&state)[2], const AttendW
   }
 }
 
-// Grid: x = split, y = head and row tile, z = sequence. kValueBits 0: exact values.
+// Grid: x = head and row tile, y = split, z = sequence. kValueBits 0: exact values.
 template <typename Scores, int kValueBits>
 SVDQ_KERNEL(kAttendThreads)
 attend_pages_kernel(AttendParams p, AttendWork work, HeadTable heads) {
@@ -125,16 +156,11 @@ attend_pages_kernel(AttendParams p, AttendWork work, HeadTable heads) {
   const HeadPlan head = head_plan(heads, rows.head);
   const Bands& bands = Scores::bands(head);
   const ValueLayout& value = p.layout.value;
-  const int dim = p.layout.head_dim, split = block_x();
-
-  // Pages of this split that hold a token that counts; none of a length that the table cannot hold.
-  const int length = load(&p.cache_seqlens[rows.sequence]);
-  bool readable = length >= 0 && length <= work.max_pages * kPageTokens;
-  int page = split * work.split_pages, last = page + work.split_pages;
-  if (page < p.sink_tokens / kPageTokens) page = p.sink_tokens / kPageTokens;
-  if (last > (length + kPageTokens - 1) / kPageTokens)
-    last = (length + kPageTokens - 1) / kPageTokens;
-  if (p.sink_tokens >= length || !readable) last = 0;
+  const int dim = p.layout.head_dim, split = block_y();
+  const PageRun run = page_run(p, work, rows, split);
+  const int last = run.last;
+  int page = run.first;
+  bool readable = run.readable;
 
   const int32_t* page_table = p.page_table + int64_t{rows.sequence} * p.table_stride;
   const int64_t value_offset = int64_t{rows.head} * value.page_bytes();
@@ -162,9 +188,7 @@ attend_pages_kernel(AttendParams p, AttendWork work, HeadTable heads) {
     sync_threads();
     fetch(page + work.stages - 1);
 
-    const int first_slot = page * kPageTokens;
-    const TokenRange tokens{p.sink_tokens > first_slot ? p.sink_tokens - first_slot : 0,
-                            length - first_slot < kPageTokens ? length - first_slot : kPageTokens};
+    const TokenRange tokens = tokens_of_page(p, run, page);
     float score[4];
     scores.score(stage(page), page, score);
     SVDQ_UNROLL
@@ -191,7 +215,7 @@ attend_pages_kernel(AttendParams p, AttendWork work, HeadTable heads) {
 
 template <typename Scores>
 LaunchShape attend_pages_launch(const AttendParams& p, const AttendWork& work) {
-  return {work.page_splits, p.layout.num_heads * work.row_tiles, p.batch, kAttendThreads,
+  return {p.layout.num_heads * work.row_tiles, work.page_splits, p.batch, kAttendThreads,
           kPagesPlanBytes<Scores> + work.stages * work.stage_bytes};
 }
 

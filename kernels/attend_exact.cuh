@@ -31,15 +31,15 @@ SVDQ_DEVICE void score_rows(ExactPlan<kDim>& s, const AttendParams& p, int64_t f
   }
 }
 
-// Grid: x = split of the exact rows, y = head and row tile, z = sequence.
+// Grid: x = head and row tile, y = split of the exact rows, z = sequence.
 template <int kDim>
 SVDQ_KERNEL(kAttendThreads)
 attend_exact_kernel(AttendParams p, AttendWork work) {
   ExactPlan<kDim>& s = shared_memory<ExactPlan<kDim>>();
   const BlockRows rows = block_rows(p, work);
   const int dim = p.layout.head_dim, length = load(&p.exact_lens[rows.sequence]);
-  const int split = work.page_splits + block_x();
-  const int begin = block_x() * work.split_exact;
+  const int split = work.page_splits + block_y();
+  const int begin = block_y() * work.split_exact;
   const bool readable = length >= 0 && length <= p.exact_rows;
   int end = begin + work.split_exact < length ? begin + work.split_exact : length;
   if (!readable) end = begin;
@@ -85,7 +85,7 @@ attend_exact_kernel(AttendParams p, AttendWork work) {
 
 template <int kDim>
 LaunchShape attend_exact_launch(const AttendParams& p, const AttendWork& work) {
-  return {work.exact_splits, p.layout.num_heads * work.row_tiles, p.batch, kAttendThreads,
+  return {p.layout.num_heads * work.row_tiles, work.exact_splits, p.batch, kAttendThreads,
           static_cast<int>(sizeof(ExactPlan<kDim>))};
 }
 

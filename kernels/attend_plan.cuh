@@ -4,10 +4,12 @@
 //   absorb, or columns and rotations   what multiplies codes, once for all splits
 //   attend_pages  packed pages -> partial results, one per split of the page table
 //   attend_exact  exact rows   -> partial results, one per split of the rows
+//                 (both for 8 query rows a block; attend_page_tiles and attend_exact_tiles for more)
 //   merge_splits  partial results -> out, lse
 //
 // The query rows of a KV head are its query heads times the query length, in the order of the query
-// tensor; a block takes 8 of them, the width of a tensor-core tile. How work is cut depends on
+// tensor; a block takes a tile of 8 of them, the width of a tensor-core product, or several tiles.
+// Head and tile lie along x of the grid, which has room for any query length. How work is cut depends on
 // shapes alone, partial results are merged in a fixed order, and no kernel reads back on the host:
 // results are deterministic and the launches can be captured in a graph.
 #pragma once
@@ -18,7 +20,7 @@
 
 namespace svdq::device {
 
-inline constexpr int kRowTile = 8;          // query rows of a block
+inline constexpr int kRowTile = 8;          // query rows of a tile
 inline constexpr int kAttendThreads = 128;  // 4 warps: one per group of 16 tokens of a page
 inline constexpr int kAttendWarps = kAttendThreads / kWarpSize;
 static_assert(kAttendWarps == kGroups);
@@ -30,7 +32,10 @@ SVDQ_HOST_DEVICE constexpr int max_steps(int head_dim) {
 }
 
 struct AttendWork {
-  int row_tiles;     // of a KV head
+  int row_tiles;     // of a KV head, a multiple of those of a block
+  int page_tiles;    // of a block along pages: 1, or 2 and more for attend_page_tiles
+  int exact_tiles;   // of a block along exact rows, likewise
+  int query_steps;   // of 16 channels of a query's operand in attend_page_tiles
   int page_splits;   // blocks along the pages of a sequence
   int split_pages;   // pages of a block
   int exact_splits;  // blocks along the exact rows
@@ -56,28 +61,30 @@ SVDQ_HOST_DEVICE constexpr int64_t query_rows(const AttendParams& p) {
   return p.num_qo_heads / p.layout.num_heads * p.q_len;
 }
 
-// Which rows a block serves: its coordinates y = head * row_tiles + tile and z = sequence.
+// Which rows a block serves: its coordinates x = head and row tile (or tiles), z = sequence.
 struct BlockRows {
-  int sequence, head, tile;
+  int sequence, head;
+  int tile;  // the first
   int64_t sequence_head;
   int64_t first;  // row of the KV head
-  int count;      // rows that exist, 1 .. kRowTile
+  int count;      // rows that exist; none or fewer in tiles that fill up the last block
 
-  // Row of this tile in step, offset and the partial results.
+  // Row of these tiles in step, offset and the partial results.
   SVDQ_HOST_DEVICE constexpr int64_t slot(int row_tiles, int row) const {
     return (sequence_head * row_tiles + tile) * kRowTile + row;
   }
 };
 
-SVDQ_DEVICE BlockRows block_rows(const AttendParams& p, const AttendWork& work) {
+SVDQ_DEVICE BlockRows block_rows(const AttendParams& p, const AttendWork& work, int tiles = 1) {
+  const int blocks = tiles == 1 ? work.row_tiles : work.row_tiles / tiles;  // of a head
   BlockRows rows;
   rows.sequence = block_z();
-  rows.head = block_y() / work.row_tiles;
-  rows.tile = block_y() % work.row_tiles;
+  rows.head = block_x() / blocks;
+  rows.tile = block_x() % blocks * tiles;
   rows.sequence_head = int64_t{rows.sequence} * p.layout.num_heads + rows.head;
   rows.first = int64_t{rows.tile} * kRowTile;
   const int64_t left = query_rows(p) - rows.first;
-  rows.count = static_cast<int>(left < kRowTile ? left : kRowTile);
+  rows.count = static_cast<int>(left < tiles * kRowTile ? left : tiles * kRowTile);
   return rows;
 }
 

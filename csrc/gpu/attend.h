@@ -2,8 +2,11 @@
 // Everything follows from shapes; no length is read on the host.
 #pragma once
 
+#include <numeric>
+
 #include "csrc/gpu/rotations.h"
 #include "kernels/attend_exact.cuh"
+#include "kernels/attend_tiles.cuh"
 #include "kernels/merge.cuh"
 
 namespace svdq::gpu {
@@ -13,6 +16,10 @@ struct AttendCut {
   int split_pages;  // pages of a block, at least 1
   int split_exact;  // exact rows of a block, a multiple of 64
   int stages;       // pages in flight or in use, 2 to 4
+  // 8-row tiles of a block: 1, or an even number up to kMaxTiles. More than 1 asks for values,
+  // exact rows alike, that tiles_pages or tiles_exact takes.
+  int page_tiles = 1;
+  int exact_tiles = 1;
 };
 
 // Bytes of a page that go through shared memory: the largest head's keys, and packed values.
@@ -22,48 +29,115 @@ inline int stage_bytes(const LayoutView& layout) {
   return keys + (layout.value.packed() ? static_cast<int>(layout.value.page_bytes()) : 0);
 }
 
-template <typename Scores>
+// The same where blocks take several tiles: values of 16 bits go through shared memory too.
+template <int kDim>
+int tiles_stage_bytes(const LayoutView& layout) {
+  const int values = kPageTokens * device::TokenMatrix<kDim>::kRowBytes;
+  return stage_bytes(layout) + (layout.value.packed() ? 0 : values);
+}
+
+// Steps of 16 channels of the largest head's query operand.
+inline int query_steps(const LayoutView& layout) {
+  if (layout.rope == RopeMode::kPre) return layout.head_dim / 16;
+  int most = 0;
+  for (int h = 0; h < layout.num_heads; ++h) {
+    int steps = 0;
+    for (int count : layout.heads[h].tail.count) steps += device::band_steps(count);
+    most = std::max(most, steps);
+  }
+  return most;
+}
+
+// Whether blocks may take several tiles. Float values have no tensor-core product of their
+// accuracy, so they keep plain arithmetic.
+inline bool tiles_pages(const AttendParams& p) {
+  return p.layout.value.packed() || p.v_dtype != DataType::kFloat32;
+}
+
+// Exact rows must be read in vectors, and queries rounded to the keys' dtype would not do.
+inline bool tiles_exact(const AttendParams& p) {
+  const auto aligned = [](const void* data, int64_t to) {
+    return reinterpret_cast<uintptr_t>(data) % to == 0;
+  };
+  return p.exact_dtype != DataType::kFloat32 && p.exact_dtype == p.query_dtype &&
+         aligned(p.query, 4) && aligned(p.exact_keys, 16) && aligned(p.exact_values, 16) &&
+         p.exact_batch_stride % 8 == 0 && p.exact_head_stride % 8 == 0;
+}
+
+// Tiles of a block for so many query rows of a KV head. The tiled kernels pay from the second tile
+// on: they unpack, copy and reconstruct a page once for both, and spare 5 in 8 instructions.
+template <int kDim>
+int tiles_of_block(int64_t rows) {
+  if (rows <= device::kRowTile) return 1;
+  const int64_t pairs = divide_up(rows, device::kWarpRows);
+  return static_cast<int>(std::min<int64_t>(device::kMaxTiles<kDim>, 2 * pairs));
+}
+
+// Scores and TiledScores serve blocks of one tile and of more.
+template <typename Scores, typename TiledScores>
 AttendCut plan_cut(const AttendParams& p, const Machine& machine) {
+  constexpr int kDim = Scores::kDim;
   constexpr int kBlocksPerSm = 4;   // enough to hide each other's barriers
   constexpr int kLeastPages = 4;    // fewer do not pay for a partial result
   constexpr int kLeastExact = 128;  // likewise
-  const int64_t tiles = divide_up(device::query_rows(p), device::kRowTile);
-  const int64_t blocks = tiles * p.layout.num_heads * p.batch;
-  const int64_t wanted = divide_up(int64_t{kBlocksPerSm} * machine.num_sms, blocks);
-  const auto share = [&](int64_t length, int64_t least) {
+  const int64_t rows = device::query_rows(p);
+  const auto share = [&](int64_t length, int64_t least, int tiles) {
+    const int64_t blocks = divide_up(rows, tiles * device::kRowTile) * p.layout.num_heads * p.batch;
+    const int64_t wanted = divide_up(int64_t{kBlocksPerSm} * machine.num_sms, blocks);
     return std::max(least, divide_up(length, wanted));
   };
-  const int bytes = stage_bytes(p.layout), fixed = device::kPagesPlanBytes<Scores>;
-  const int stages = std::min(4, (machine.max_shared_bytes - fixed) / bytes);
-  SVDQ_CHECK(stages >= 2, "attend needs ", fixed + 2 * bytes,
+
+  AttendCut cut{};
+  cut.exact_tiles = tiles_exact(p) ? tiles_of_block<kDim>(rows) : 1;
+  cut.page_tiles = tiles_pages(p) ? tiles_of_block<kDim>(rows) : 1;
+  const auto fixed = [&](int tiles) {
+    return tiles == 1 ? device::kPagesPlanBytes<Scores>
+                      : device::page_tiles_fixed_bytes<TiledScores>(tiles, query_steps(p.layout));
+  };
+  const auto bytes = [&](int tiles) {
+    return tiles == 1 ? stage_bytes(p.layout) : tiles_stage_bytes<kDim>(p.layout);
+  };
+  const auto stages = [&](int tiles) {
+    return std::min(4, (machine.max_shared_bytes - fixed(tiles)) / bytes(tiles));
+  };
+  while (cut.page_tiles > 1 && stages(cut.page_tiles) < 2)
+    cut.page_tiles = std::max(1, cut.page_tiles - 2);
+  cut.stages = stages(cut.page_tiles);
+  SVDQ_CHECK(cut.stages >= 2, "attend needs ", fixed(1) + 2 * bytes(1),
              " bytes of shared memory a block for head_dim ", p.layout.head_dim, " and pages of ",
-             bytes, " bytes a head; this device gives ", machine.max_shared_bytes);
-  return {static_cast<int>(share(p.table_stride, kLeastPages)),
-          static_cast<int>(divide_up(share(p.exact_rows, kLeastExact), kPageTokens) * kPageTokens),
-          stages};
+             bytes(1), " bytes a head; this device gives ", machine.max_shared_bytes);
+  cut.split_pages = static_cast<int>(share(p.table_stride, kLeastPages, cut.page_tiles));
+  const int64_t exact = share(p.exact_rows, kLeastExact, cut.exact_tiles);
+  cut.split_exact = static_cast<int>(divide_up(exact, kPageTokens) * kPageTokens);
+  return cut;
 }
 
-template <typename Queue>
+template <int kDim, typename Queue>
 device::AttendWork plan_work(const AttendParams& p, const AttendCut& cut, Queue& queue) {
   const LayoutView& layout = p.layout;
   device::AttendWork work{};
-  work.row_tiles = static_cast<int>(divide_up(device::query_rows(p), device::kRowTile));
+  work.page_tiles = cut.page_tiles;
+  work.exact_tiles = cut.exact_tiles;
+  work.query_steps = query_steps(layout);
+  const int64_t block_tiles = std::lcm(cut.page_tiles, cut.exact_tiles);
+  const int64_t tiles = divide_up(device::query_rows(p), block_tiles * device::kRowTile);
+  work.row_tiles = static_cast<int>(tiles * block_tiles);
   work.max_pages = static_cast<int>(p.table_stride);
   work.split_pages = cut.split_pages;
   work.page_splits = static_cast<int>(divide_up(work.max_pages, cut.split_pages));
   work.split_exact = cut.split_exact;
   work.exact_splits = static_cast<int>(divide_up(p.exact_rows, cut.split_exact));
   work.stages = cut.stages;
-  work.stage_bytes = stage_bytes(layout);
+  work.stage_bytes = cut.page_tiles == 1 ? stage_bytes(layout) : tiles_stage_bytes<kDim>(layout);
 
   const int64_t heads = int64_t{p.batch} * layout.num_heads;
-  const int64_t tiles =
+  const int64_t operands =
       heads * (layout.rope == RopeMode::kPre ? layout.head_dim / device::kRowTile : work.row_tiles);
   const int64_t slots = heads * work.row_tiles * device::kRowTile * work.splits();
   work.weights = queue.template allocate<device::Words2>(
-      tiles * device::max_steps(layout.head_dim) * device::kWarpSize);
-  work.step = queue.template allocate<float>(tiles * device::kRowTile);
-  work.offset = queue.template allocate<float>(tiles * device::kRowTile);
+      operands * device::max_steps(layout.head_dim) * device::kWarpSize);
+  work.step = queue.template allocate<float>(operands * device::kRowTile);
+  work.offset = queue.template allocate<float>(operands * device::kRowTile);
   work.partial_out = queue.template allocate<float>(slots * layout.head_dim);
   work.partial_max = queue.template allocate<float>(slots);
   work.partial_sum = queue.template allocate<float>(slots);
@@ -81,34 +155,67 @@ void attend_pages(const AttendParams& p, const device::AttendWork& work,
                heads);
 }
 
+template <typename Scores, typename Queue>
+void attend_page_tiles(const AttendParams& p, const device::AttendWork& work,
+                       const device::HeadTable& heads, Queue& queue) {
+  constexpr int kDim = Scores::kDim;
+  const auto run = [&]<typename Values>() {
+    queue.launch("attend_page_tiles", device::attend_page_tiles_launch<Scores>(p, work),
+                 device::attend_page_tiles_kernel<Scores, Values>, p, work, heads);
+  };
+  if (p.layout.value.bits == 4) {
+    run.template operator()<device::PackedTileValues<kDim, 4>>();
+  } else if (p.layout.value.bits == 2) {
+    run.template operator()<device::PackedTileValues<kDim, 2>>();
+  } else if (p.v_dtype == DataType::kBFloat16) {
+    run.template operator()<device::ExactTileValues<kDim, DataType::kBFloat16>>();
+  } else {
+    run.template operator()<device::ExactTileValues<kDim, DataType::kFloat16>>();
+  }
+}
+
+template <int kDim, typename Queue>
+void attend_exact(const AttendParams& p, const device::AttendWork& work, Queue& queue) {
+  if (work.exact_tiles == 1) {
+    queue.launch("attend_exact", device::attend_exact_launch<kDim>(p, work),
+                 device::attend_exact_kernel<kDim>, p, work);
+    return;
+  }
+  const auto kernel = p.exact_dtype == DataType::kBFloat16
+                          ? device::attend_exact_tiles_kernel<kDim, DataType::kBFloat16>
+                          : device::attend_exact_tiles_kernel<kDim, DataType::kFloat16>;
+  queue.launch("attend_exact_tiles", device::attend_exact_tiles_launch<kDim>(p, work), kernel, p,
+               work);
+}
+
 // `cut` null: planned.
 template <int kDim, typename Queue>
 void attend_class(const AttendParams& p, const AttendCut* cut, Queue& queue) {
   using Absorbed = device::AbsorbedScores<kDim>;
   using Reconstructed = device::ReconstructedScores<kDim>;
+  using AbsorbedTiles = device::AbsorbedTiles<kDim>;
+  using ReconstructedTiles = device::ReconstructedTiles<kDim>;
   const bool pre = p.layout.rope == RopeMode::kPre;
   const device::HeadTable heads = head_table(p.layout);
-  device::AttendWork work = plan_work(p,
-                                      cut   ? *cut
-                                      : pre ? plan_cut<Reconstructed>(p, queue.machine())
-                                            : plan_cut<Absorbed>(p, queue.machine()),
-                                      queue);
+  const AttendCut planned = cut   ? *cut
+                            : pre ? plan_cut<Reconstructed, ReconstructedTiles>(p, queue.machine())
+                                  : plan_cut<Absorbed, AbsorbedTiles>(p, queue.machine());
+  device::AttendWork work = plan_work<kDim>(p, planned, queue);
   if (work.page_splits > 0 && pre) {
     const auto turns = rotations(p.rope, 0, p.first_position, p.batch, work.max_pages, queue);
     work.offset_rotation = turns.slots;
     work.page_rotation = turns.pages;
     queue.launch("columns", device::columns_launch<kDim>(p, work), device::columns_kernel<kDim>, p,
                  work, heads);
-    attend_pages<Reconstructed>(p, work, heads, queue);
+    work.page_tiles == 1 ? attend_pages<Reconstructed>(p, work, heads, queue)
+                         : attend_page_tiles<ReconstructedTiles>(p, work, heads, queue);
   } else if (work.page_splits > 0) {
     queue.launch("absorb", device::absorb_launch<kDim>(p, work), device::absorb_kernel<kDim>, p,
                  work, heads);
-    attend_pages<Absorbed>(p, work, heads, queue);
+    work.page_tiles == 1 ? attend_pages<Absorbed>(p, work, heads, queue)
+                         : attend_page_tiles<AbsorbedTiles>(p, work, heads, queue);
   }
-  if (work.exact_splits > 0) {
-    queue.launch("attend_exact", device::attend_exact_launch<kDim>(p, work),
-                 device::attend_exact_kernel<kDim>, p, work);
-  }
+  if (work.exact_splits > 0) attend_exact<kDim>(p, work, queue);
   queue.launch("merge_splits", device::merge_splits_launch(p, work), device::merge_splits_kernel, p,
                work);
 }

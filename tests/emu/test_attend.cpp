@@ -1,9 +1,6 @@
 // The kernels of the attend stage against plain loops in double, over widths, shapes, lengths and
 // cuts, and against the CPU backend.
-#include "tests/emu/attend_device.h"
-
-#include "tests/cpp/attend_problem.h"
-#include "tests/emu/attend_reference.h"
+#include "tests/emu/attend_test.h"
 
 namespace svdq {
 namespace {
@@ -15,70 +12,10 @@ using testing::AttendProblem;
 
 constexpr AttendCut kCut = {2, 64, 3};  // of tests about something else
 
-AttendParams captured;  // what AttendProblem hands to a backend
-
-// A backend that only looks.
-Backend capturing_backend() {
-  Backend backend{};
-  backend.name = "capture";
-  backend.attend = [](const AttendParams& p, const Executor&) { captured = p; };
-  return backend;
-}
-
-class AttendKernels : public testing::KernelTest {
+class AttendKernels : public testing::AttendTest {
  protected:
-#if defined(SVDQ_EMULATED)
-  void observe(const char* name, const emu::Counters& counters) override {
-    if (std::string(name) != "attend_pages") return;
-    EXPECT_EQ(counters.bank_conflicts(), 0);
-    for (const auto& site : counters.sites) {
-      if (site.transfers != site.ideal && site.width == 16) ADD_FAILURE() << site.where();
-    }
-  }
-#endif
-
-  AttendAnswer run(const AttendParams& p, const gpu::AttendCut* cut) {
-    return testing::attend_on_device(p, cut, queue());
-  }
-
-  void check(const char* what, AttendCase c, uint64_t stream, const AttendCut& cut = kCut) {
-    for (RopeMode rope : {RopeMode::kPost, RopeMode::kPre}) {
-      c.rope = rope;
-      check_mode(what, c, stream, cut);
-      if (HasFatalFailure()) return;
-    }
-  }
-
-  void check_mode(const char* what, const AttendCase& c, uint64_t stream, const AttendCut& cut) {
-    SCOPED_TRACE(::testing::Message() << what << ", stream " << stream
-                                      << (c.rope == RopeMode::kPre ? ", pre" : ", post"));
-    AttendProblem problem(c, stream);
-    problem.run(capturing_backend(), SerialExecutor());
-    const AttendParams p = captured;
-    const AttendAnswer got = run(p, &cut);
-    const testing::AttendReference reference(p);
-    const int64_t rows = device::query_rows(p);
-    int64_t row = 0;
-    for (int b = 0; b < p.batch; ++b) {
-      for (int h = 0; h < p.layout.num_heads; ++h) {
-        for (int64_t r = 0; r < rows; ++r, ++row) {
-          const auto where = [&] {
-            return ::testing::Message() << "sequence " << b << " KV head " << h << " row " << r;
-          };
-          const testing::Expected expected = reference.row(b, h, r);
-          if (std::isinf(expected.lse)) {
-            ASSERT_EQ(got.lse[row], expected.lse) << where();
-          } else {
-            ASSERT_NEAR(got.lse[row], expected.lse, expected.lse_tolerance) << where();
-          }
-          for (int d = 0; d < c.head_dim; ++d) {
-            const double out = testing::read_number(
-                &got.out[(row * c.head_dim + d) * testing::size_of(c.dtype)], c.dtype);
-            ASSERT_NEAR(out, expected.out[d], expected.tolerance[d]) << where() << " channel " << d;
-          }
-        }
-      }
-    }
+  void check(const char* what, const AttendCase& c, uint64_t stream, const AttendCut& cut = kCut) {
+    AttendTest::check(what, c, stream, &cut);
   }
 };
 
@@ -184,7 +121,7 @@ TEST_P(AttendKernels, EveryRotation) {
     AttendCase c;
     c.rotary_half = half;
     c.first_positions = {7, 200000};
-    check_mode("rotation", c, 9000 + half, kCut);
+    check_mode("rotation", c, 9000 + half, &kCut);
   }
 }
 
@@ -196,8 +133,7 @@ TEST_P(AttendKernels, AgreesWithTheCpuBackend) {
     c.q_len = 3;
     c.sink_tokens = 4;
     AttendProblem problem(c, 9500);
-    problem.run(capturing_backend(), SerialExecutor());
-    const AttendParams p = captured;
+    const AttendParams p = testing::captured_params(problem);
     const AttendAnswer got = run(p, nullptr);
     problem.run(current_backend(), SerialExecutor());
     const testing::AttendReference reference(p);

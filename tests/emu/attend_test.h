@@ -1,0 +1,83 @@
+// What the tests of the attend kernels share: a problem made of random pages and rows, run on the
+// device and compared with plain loops in double.
+#pragma once
+
+#include "tests/emu/attend_device.h"
+
+#include "tests/cpp/attend_problem.h"
+#include "tests/emu/attend_reference.h"
+
+namespace svdq::testing {
+
+// What AttendProblem hands to a backend; memory belongs to the problem.
+inline AttendParams captured_params(AttendProblem& problem) {
+  static AttendParams captured;
+  Backend backend{};
+  backend.name = "capture";
+  backend.attend = [](const AttendParams& p, const Executor&) { captured = p; };
+  problem.run(backend, SerialExecutor());
+  return captured;
+}
+
+class AttendTest : public KernelTest {
+ protected:
+#if defined(SVDQ_EMULATED)
+  // Pages are read without bank conflicts, and packed data in whole sectors.
+  void observe(const char* name, const emu::Counters& counters) override {
+    KernelTest::observe(name, counters);
+    if (std::string(name) == "attend_exact") return;
+    if (std::string(name).find("attend_") != 0) return;
+    EXPECT_EQ(counters.bank_conflicts(), 0) << name;
+    for (const auto& site : counters.sites) {
+      if (site.transfers != site.ideal && site.width == 16) ADD_FAILURE() << site.where();
+    }
+  }
+#endif
+
+  AttendAnswer run(const AttendParams& p, const gpu::AttendCut* cut) {
+    return attend_on_device(p, cut, queue());
+  }
+
+  // Both RoPE modes; `cut` null: as planned.
+  void check(const char* what, AttendCase c, uint64_t stream, const gpu::AttendCut* cut) {
+    for (RopeMode rope : {RopeMode::kPost, RopeMode::kPre}) {
+      c.rope = rope;
+      check_mode(what, c, stream, cut);
+      if (HasFatalFailure()) return;
+    }
+  }
+
+  void check_mode(const char* what, const AttendCase& c, uint64_t stream,
+                  const gpu::AttendCut* cut) {
+    SCOPED_TRACE(::testing::Message() << what << ", stream " << stream
+                                      << (c.rope == RopeMode::kPre ? ", pre" : ", post"));
+    AttendProblem problem(c, stream);
+    const AttendParams p = captured_params(problem);
+    const AttendAnswer got = run(p, cut);
+    const AttendReference reference(p);
+    const int64_t rows = device::query_rows(p);
+    int64_t row = 0;
+    for (int b = 0; b < p.batch; ++b) {
+      for (int h = 0; h < p.layout.num_heads; ++h) {
+        for (int64_t r = 0; r < rows; ++r, ++row) {
+          const auto where = [&] {
+            return ::testing::Message() << "sequence " << b << " KV head " << h << " row " << r;
+          };
+          const Expected expected = reference.row(b, h, r);
+          if (std::isinf(expected.lse)) {
+            ASSERT_EQ(got.lse[row], expected.lse) << where();
+          } else {
+            ASSERT_NEAR(got.lse[row], expected.lse, expected.lse_tolerance) << where();
+          }
+          for (int d = 0; d < c.head_dim; ++d) {
+            const double out =
+                read_number(&got.out[(row * c.head_dim + d) * size_of(c.dtype)], c.dtype);
+            ASSERT_NEAR(out, expected.out[d], expected.tolerance[d]) << where() << " channel " << d;
+          }
+        }
+      }
+    }
+  }
+};
+
+}  // namespace svdq::testing
