@@ -9,7 +9,7 @@
 //   copy_async(shared, global, bytes)          cp.async of 16 bytes, from `bytes` on zeros
 //   commit_copies(), wait_copies<N>()          close a group; wait until N groups are in flight
 //   sync_threads, sync_warp, shuffle, shuffle_xor, shuffle_down, ballot
-//   exp2_fast, log2_fast, fused, sine_cosine, round_double, round_to_int
+//   exp2_fast, log2_fast, fused, square_root, sine_cosine, round_double, round_to_int
 //   conversions of half and bfloat16, pack_half2, half2_fma, permute_bytes
 //   SVDQ_DEVICE_CHECK(condition)               checked under emulation, nothing otherwise
 //
@@ -130,6 +130,7 @@ SVDQ_DEVICE float exp2_fast(float x) {
 SVDQ_DEVICE float log2_fast(float x) { return __log2f(x); }
 // a * b + c rounded once, whatever the compiler would make of it.
 SVDQ_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+SVDQ_DEVICE float square_root(float x) { return __fsqrt_rn(x); }
 SVDQ_DEVICE double round_double(double x) { return rint(x); }
 SVDQ_DEVICE void sine_cosine(float x, float& sine, float& cosine) { sincosf(x, &sine, &cosine); }
 SVDQ_DEVICE int round_to_int(float x) { return __float2int_rn(x); }

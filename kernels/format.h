@@ -53,6 +53,11 @@ inline constexpr int kNumWidths = 4;
 inline constexpr int kWidths[kNumWidths] = {8, 4, 2, 1};  // band order inside a page
 inline constexpr int kMaxHeadDim = 512;
 
+// kWidths[w], also in device code, which cannot index an array of the host.
+SVDQ_HOST_DEVICE constexpr int band_width(int w) { return 8 >> w; }
+static_assert(band_width(0) == kWidths[0] && band_width(1) == kWidths[1] &&
+              band_width(2) == kWidths[2] && band_width(3) == kWidths[3]);
+
 static_assert(kLanes * kQuad == kLineBytes, "a line is 16 lanes of 4 codes");
 
 // Number of channels that a band of this width must be a multiple of, so that it ends on a line.
@@ -74,7 +79,7 @@ struct Bands {
   // Width of channel j of these, 0 past the last one.
   SVDQ_HOST_DEVICE constexpr int width(int j) const {
     for (int w = 0; w < kNumWidths; ++w) {
-      if (j < count[w]) return kWidths[w];
+      if (j < count[w]) return band_width(w);
       j -= count[w];
     }
     return 0;

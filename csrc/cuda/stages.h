@@ -17,6 +17,7 @@ void covariance(const CovarianceParams& params, const GpuContext& context);
 // falling variance [H, D]. Waits for the solver's report.
 void components(float* covariance, int num_heads, int head_dim, float* components, float* variance,
                 const GpuContext& context);
+void fit_quantizer(const QuantizerParams& params, const GpuContext& context);
 void pack_keys(const PackKeysParams& params, const GpuContext& context);
 void pack_values(const PackValuesParams& params, const GpuContext& context);
 // What these write is described in csrc/core/unpack.h.

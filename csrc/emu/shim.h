@@ -159,6 +159,7 @@ inline uint32_t ballot(bool predicate, uint32_t members = kWarp, Site site = Sit
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float log2_fast(float x) { return std::log2(x); }
 inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
+inline float square_root(float x) { return std::sqrt(x); }
 inline double round_double(double x) { return std::nearbyint(x); }
 inline void sine_cosine(float x, float& sine, float& cosine) {
   sine = std::sin(x);

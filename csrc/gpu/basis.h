@@ -10,15 +10,10 @@
 
 #include <vector>
 
-#include "csrc/gpu/rotations.h"
+#include "csrc/gpu/project.h"
 #include "kernels/basis.cuh"
 
 namespace svdq::gpu {
-
-// Keys as rows whose rotations have been queued.
-inline device::KeyRows key_rows(const TokenSource& keys, const device::RotationParams& turns) {
-  return {keys, turns.rope.half, turns.slots, turns.pages, device::aligned_rows(keys)};
-}
 
 template <typename Queue>
 void covariance(const CovarianceParams& p, Queue& queue) {
@@ -29,9 +24,10 @@ void covariance(const CovarianceParams& p, Queue& queue) {
   const int64_t chunk_runs =
       std::clamp<int64_t>(std::min(kMostNumbers / row, kMostTokens) / kPageTokens, 1, num_runs);
 
-  device::CovarianceWork w{
-      key_rows(p.keys, rotations(p.rope, p.position, nullptr, 1, num_runs, queue)), p.num_heads,
-      p.head_dim};
+  device::CovarianceWork w{};
+  w.keys = key_rows(p.keys, p.rope, p.position, num_runs, queue);
+  w.num_heads = p.num_heads;
+  w.head_dim = p.head_dim;
   w.num_slots = static_cast<int>(chunk_runs);
   w.shift = queue.template allocate<float>(row);
   w.delta = queue.template allocate<float>(row);
