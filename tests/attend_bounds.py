@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cuda_support import runs_on_cuda
 from support import FLOAT_ERROR, ROUNDING, Cache
 from svdq import _C, reference
 from svdq.layout import PAGE_TOKENS
@@ -39,7 +40,7 @@ TINY_HALF_VARIANCE = 2.0**-48 / 12
 
 def uses_halves() -> bool:
     """Does the backend in use compute like the CUDA kernels?"""
-    return _C.backend() == "emulated"
+    return runs_on_cuda() or _C.backend() == "emulated"
 
 
 @dataclass

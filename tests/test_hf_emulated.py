@@ -1,9 +1,9 @@
-"""A real model decodes through the emulated CUDA kernels: SmolLM2, token for token as on the CPU."""
+"""SmolLM2 decodes through the emulated CUDA kernels, token for token as on the CPU."""
 
 import pytest
 import torch
 
-from svdq import SVDqCache, _C
+from svdq import _C, SVDqCache
 from svdq.evaluation.models import find_model, load_model, load_text, load_tokenizer, tokenize
 
 pytestmark = [
@@ -28,7 +28,7 @@ def prompt():
 
 
 def decode(backend, prompt, rope):
-    """Tokens and logits of a greedy answer; its window overflows, so a page is packed on the way."""
+    """Tokens and logits of a greedy answer that is long enough to pack a page on the way."""
     model, tokens = prompt
     before = _C.backend()
     _C.set_backend(backend)

@@ -86,6 +86,11 @@ PYBIND11_MODULE(_C, m) {
       py::arg("width"), py::arg("channel"), py::arg("token"),
       "Byte and shift of a value code inside its codes.");
 
+#if defined(SVDQ_WITH_CUDA)
+  m.attr("BUILT_WITH_CUDA") = true;
+#else
+  m.attr("BUILT_WITH_CUDA") = false;
+#endif
   m.def(
       "backends",
       [] {

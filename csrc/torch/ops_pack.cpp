@@ -63,7 +63,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fit_basis(const at::Tensor& keys,
   const Target target(check.device());
   target.covariance({source, static_cast<int>(heads), static_cast<int>(dim), rope, position,
                      mean.mutable_data_ptr<float>(), covariance.mutable_data_ptr<float>()});
-  const auto [components, variance] = target.eigenvectors(covariance);
+  const auto [components, variance] = target.components(covariance);
   return {mean, components, variance};
 }
 

@@ -72,20 +72,20 @@ void Target::covariance(const CovarianceParams& params) const {
   current_backend().covariance(params, TorchExecutor(numbers_));
 }
 
-std::tuple<at::Tensor, at::Tensor> Target::eigenvectors(const at::Tensor& matrices) const {
+std::tuple<at::Tensor, at::Tensor> Target::components(at::Tensor& covariance) const {
 #if defined(SVDQ_WITH_CUDA)
   if (cuda_) {
-    const at::Tensor components = at::empty_like(matrices),
-                     variance = at::empty(matrices.sizes().slice(0, 2), matrices.options());
-    cuda::eigenvectors({static_cast<int>(matrices.size(0)), static_cast<int>(matrices.size(1)),
-                        matrices.const_data_ptr<float>(), components.mutable_data_ptr<float>(),
-                        variance.mutable_data_ptr<float>()},
-                       cuda_->context);
+    const int64_t heads = covariance.size(0), dim = covariance.size(1);
+    at::Tensor components = at::empty_like(covariance),
+               variance = at::empty({heads, dim}, covariance.options());
+    cuda::components(covariance.mutable_data_ptr<float>(), static_cast<int>(heads),
+                     static_cast<int>(dim), components.mutable_data_ptr<float>(),
+                     variance.mutable_data_ptr<float>(), cuda_->context);
     return {components, variance};
   }
 #endif
   // Ascending eigenvalues, eigenvectors in columns.
-  const auto [values, vectors] = at::linalg_eigh(matrices);
+  const auto [values, vectors] = at::linalg_eigh(covariance);
   at::Tensor components = vectors.transpose(1, 2).flip(1).contiguous();
   // The component of largest magnitude, the first of equals, is positive.
   const at::Tensor largest = components.abs().argmax(-1, true);

@@ -25,11 +25,13 @@ class Target {
   bool is_cuda() const { return device_.is_cuda(); }
 
   // The stages (kernels/params.h). On CUDA they queue work on torch's current stream and return,
-  // except all_within, which waits for its answer.
+  // except all_within and components, which wait for
+  // an answer.
   bool all_within(const TokenSource& source, int num_heads, int head_dim, float limit) const;
   void covariance(const CovarianceParams& params) const;
-  // Eigenvectors as rows and eigenvalues, largest first, of symmetric matrices [H, D, D].
-  std::tuple<at::Tensor, at::Tensor> eigenvectors(const at::Tensor& matrices) const;
+  // Eigenvectors as rows [H, D, D] by falling eigenvalue [H, D], of `covariance` [H, D, D], which
+  // may be overwritten.
+  std::tuple<at::Tensor, at::Tensor> components(at::Tensor& covariance) const;
   void fit_quantizer(const QuantizerParams& params) const;
   void pack_keys(const PackKeysParams& params) const;
   void pack_values(const PackValuesParams& params) const;
