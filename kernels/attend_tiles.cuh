@@ -72,6 +72,7 @@ attend_page_tiles_kernel(AttendParams p, AttendWork work, HeadTable heads) {
     softmax_tiles(score, state, factor);
     values.add(stage(page) + key_bytes, value, score, factor, share.part);
   }
+  wait_copies<0>();  // of pages behind one that cannot be read
 
   const int dim = p.layout.head_dim;
   values.write(tile_output(work, rows, share, split, dim), int64_t{work.splits()} * dim, dim,

@@ -34,8 +34,12 @@ class PackedTileValues {
   // Scales and zero points of slots that do not count may be anything, NaN too.
   SVDQ_DEVICE static void clear(uint8_t* page, const ValueLayout& value, TokenRange tokens,
                                 int threads) {
-    for (int i = thread_index(); i < 2 * value.groups() * kPageTokens; i += threads) {
-      if (!tokens.has(i % kPageTokens)) store(reinterpret_cast<uint16_t*>(page) + i, 0);
+    uint32_t* pairs = reinterpret_cast<uint32_t*>(page);
+    for (int i = thread_index(); i < value.groups() * kPageTokens; i += threads) {
+      const int token = 2 * i % kPageTokens;
+      const uint32_t keep =
+          (tokens.has(token) ? 0xffffu : 0u) | (tokens.has(token + 1) ? 0xffff0000u : 0u);
+      store(&pairs[i], load(&pairs[i]) & keep);
     }
   }
 

@@ -2,6 +2,8 @@
 // device and compared with plain loops in double.
 #pragma once
 
+#include <set>
+
 #include "tests/emu/attend_device.h"
 
 #include "tests/cpp/attend_problem.h"
@@ -25,14 +27,18 @@ class AttendTest : public KernelTest {
   // Pages are read without bank conflicts, and packed data in whole sectors.
   void observe(const char* name, const emu::Counters& counters) override {
     KernelTest::observe(name, counters);
+    launched_.insert(name);
     if (std::string(name) == "attend_exact") return;
     if (std::string(name).find("attend_") != 0) return;
-    EXPECT_EQ(counters.bank_conflicts(), 0) << name;
     for (const auto& site : counters.sites) {
-      if (site.transfers != site.ideal && site.width == 16) ADD_FAILURE() << site.where();
+      if (site.transfers != site.ideal && (site.shared || site.width == 16))
+        ADD_FAILURE() << name << ": " << site.transfers << " instead of " << site.ideal << ", "
+                      << site.where();
     }
   }
 #endif
+
+  std::set<std::string> launched_;  // names of kernels, under emulation
 
   AttendAnswer run(const AttendParams& p, const gpu::AttendCut* cut) {
     return attend_on_device(p, cut, queue());

@@ -7,16 +7,16 @@ namespace {
 
 using gpu::AttendCut;
 using testing::AttendCase;
+using testing::AttendProblem;
 
 class AttendTiles : public testing::AttendTest {
  protected:
-  // As planned, and the kernels that shall have run did.
   void check_planned(const char* what, const AttendCase& c, uint64_t stream) {
     check(what, c, stream, nullptr);
   }
 
-  // A small problem whose queries, outputs and exact rows are halves.
-  static AttendCase halves(int q_len, int group) {
+  // 20 rows a KV head, halves everywhere, one head and one sequence.
+  static AttendCase small_case(int q_len = 5, int group = 4) {
     AttendCase c;
     c.q_len = q_len;
     c.group = group;
@@ -28,8 +28,199 @@ class AttendTiles : public testing::AttendTest {
   }
 };
 
-TEST_P(AttendTiles, EveryShortQuery) {
-  for (int q_len = 1; q_len <= 16; ++q_len) check_planned("q_len", halves(q_len, 4), 100 + q_len);
+TEST_P(AttendTiles, EveryQueryLengthAndGroup) {
+  std::vector<int> q_lens = {17, 40, 100};
+  for (int q_len = 1; q_len <= 16; ++q_len) q_lens.push_back(q_len);
+  for (int group : {1, 4, 7}) {
+    for (int q_len : q_lens) {
+      AttendCase c = small_case(q_len, group);
+      c.head_dim = 32;
+      c.rotary_half = 16;
+      c.bands = {{{4, 0, 4, 8}}};
+      launched_.clear();
+      check_planned("q_len", c, 1000 * group + q_len);
+      if (HasFatalFailure()) return;
+#if defined(SVDQ_EMULATED)
+      for (const char* name : {"attend_page_tiles", "attend_exact_tiles"})
+        EXPECT_EQ(launched_.count(name), q_len * group > 8) << name;
+#endif
+    }
+  }
+}
+
+TEST_P(AttendTiles, EveryWidthAlone) {
+  for (int w = 0; w < kNumWidths; ++w) {
+    for (int count : {8, 40}) {
+      AttendCase c = small_case();
+      Bands bands{};
+      bands.count[w] = count;
+      c.bands = {bands};
+      check_planned("one width", c, 10 * w + count);
+    }
+  }
+}
+
+TEST_P(AttendTiles, EveryHeadDim) {
+  for (int head_dim : {16, 64, 80, 128, 144, 256, 512}) {
+    AttendCase c = small_case();
+    c.dtype = c.exact_dtype = DataType::kBFloat16;
+    c.head_dim = head_dim;
+    c.rotary_half = head_dim / 2;
+    c.v_group_size = head_dim == 80 ? 80 : 16;
+    c.bands = {{{4, 4, 0, 8}}, {{0, 8, 4, 0}}};
+    check_planned("head_dim", c, 200 + head_dim);
+  }
+}
+
+// As many rows as a block takes.
+TEST_P(AttendTiles, FullBlocks) {
+  for (int head_dim : {128, 256, 512}) {
+    AttendCase c = small_case(9, 7);
+    c.head_dim = head_dim;
+    c.rotary_half = head_dim / 2;
+    c.bands = {{{4, 0, 4, 0}}};
+    c.cache_seqlens = {35};
+    check_planned("full", c, 600 + head_dim);
+  }
+}
+
+TEST_P(AttendTiles, EveryLength) {
+  for (int tokens : {0, 1, 63, 64, 129}) {
+    AttendCase c = small_case();
+    c.cache_seqlens = {tokens, 5, 0};
+    c.exact_lens = {0, 64, 65};
+    check_planned("length", c, 1000 + tokens);
+  }
+}
+
+TEST_P(AttendTiles, EveryCut) {
+  uint64_t stream = 3000;
+  for (const AttendCut& cut :
+       {AttendCut{1, 64, 2, 2, 8}, AttendCut{3, 128, 3, 4, 4}, AttendCut{9, 192, 4, 6, 2},
+        AttendCut{2, 64, 3, 8, 1}, AttendCut{2, 64, 2, 1, 4}, AttendCut{5, 256, 4, 8, 6}}) {
+    AttendCase c = small_case(11, 7);
+    c.head_dim = 32;
+    c.rotary_half = 16;
+    c.bands = {{{4, 0, 4, 8}}};
+    c.cache_seqlens = {215};
+    c.exact_lens = {140};
+    check("cut", c, ++stream, &cut);
+  }
+}
+
+TEST_P(AttendTiles, EveryValueFormat) {
+  uint64_t stream = 5000;
+  for (DataType dtype : {DataType::kBFloat16, DataType::kFloat16, DataType::kFloat32}) {
+    for (int bits : {2, 4, dtype == DataType::kFloat32 ? 32 : 16}) {
+      for (int group_size : {16, 64}) {
+        AttendCase c = small_case();
+        c.dtype = c.exact_dtype = dtype;
+        c.v_bits = bits;
+        c.v_group_size = group_size;
+        check_planned("values", c, stream += 10);
+      }
+    }
+  }
+}
+
+// Queries that are not of the exact rows' dtype are not rounded to it.
+TEST_P(AttendTiles, EveryMixOfDtypes) {
+  constexpr DataType kTypes[] = {DataType::kFloat32, DataType::kBFloat16, DataType::kFloat16};
+  for (DataType dtype : kTypes) {
+    for (DataType exact : kTypes) {
+      AttendCase c = small_case();
+      c.dtype = dtype;
+      c.exact_dtype = exact;
+      check_planned("dtypes", c, 6000 + 10 * static_cast<int>(dtype) + static_cast<int>(exact));
+    }
+  }
+}
+
+TEST_P(AttendTiles, SinksAreSkipped) {
+  for (int sinks : {1, 64, 66, 70}) {
+    AttendCase c = small_case();
+    c.sink_tokens = sinks;
+    check_planned("sinks", c, 7000 + sinks);
+  }
+}
+
+TEST_P(AttendTiles, NotCausal) {
+  for (int q_len : {5, 40}) {
+    AttendCase c = small_case(q_len);
+    c.causal = false;
+    check_planned("not causal", c, 8000 + q_len);
+  }
+}
+
+TEST_P(AttendTiles, EveryRotation) {
+  for (int half : {0, 1, 13, 32}) {
+    AttendCase c = small_case();
+    c.rotary_half = half;
+    c.cache_seqlens = {130, 70};
+    c.exact_lens = {9, 8};
+    c.first_positions = {7, 200000};
+    check_mode("rotation", c, 9000 + half, nullptr);
+  }
+}
+
+// A length that the page table cannot hold, or a page that the pools do not, is no reason to read
+// what is not there.
+TEST_P(AttendTiles, WhatCannotBeReadIsNaN) {
+  const AttendCase c = small_case();
+  AttendProblem problem(c, 9900);
+  const AttendParams good = testing::captured_params(problem);
+  const std::vector<int32_t> too_long = {static_cast<int32_t>(good.table_stride) * kPageTokens + 1};
+  const std::vector<int32_t> exact_too_long = {good.exact_rows + 1};
+  std::vector<int32_t> table(good.page_table, good.page_table + good.table_stride);
+  table[1] = static_cast<int32_t>(good.num_pages);
+  AttendParams bad[] = {good, good, good};
+  bad[0].cache_seqlens = too_long.data();
+  bad[1].exact_lens = exact_too_long.data();
+  bad[2].page_table = table.data();
+  for (const AttendParams& p : bad) {
+    for (float lse : run(p, nullptr).lse) ASSERT_TRUE(std::isnan(lse));
+  }
+}
+
+// Results do not depend on the order in which threads run.
+TEST_P(AttendTiles, EveryOrderGivesTheSameBits) {
+  const AttendCase c = small_case(40, 4);
+  AttendProblem problem(c, 9950);
+  const AttendParams p = testing::captured_params(problem);
+  const testing::AttendAnswer once = run(p, nullptr), again = run(p, nullptr);
+  EXPECT_EQ(once.out, again.out);
+  EXPECT_EQ(once.lse, again.lse);
+#if defined(SVDQ_EMULATED)
+  emulated::Queue forward{emu::Options{}};
+  const testing::AttendAnswer other = testing::attend_on_device(p, nullptr, forward);
+  EXPECT_EQ(once.out, other.out);
+  EXPECT_EQ(once.lse, other.lse);
+#endif
+}
+
+// CUDA gives 65535 blocks along y and z and 2^31 - 1 along x.
+TEST_P(AttendTiles, LongQueriesFitTheGrid) {
+  AttendCase c = small_case();
+  AttendProblem problem(c, 9960);
+  AttendParams p = testing::captured_params(problem);
+  p.q_len = 1 << 20;
+  const gpu::Machine machine{132, 101376};
+  using Scores = device::AbsorbedScores<64>;
+  using Tiles = device::AbsorbedTiles<64>;
+  const AttendCut cut = gpu::plan_cut<Scores, Tiles>(p, machine);
+  EXPECT_EQ(cut.page_tiles, device::kMaxTiles<64>);
+  EXPECT_EQ(cut.exact_tiles, device::kMaxTiles<64>);
+  device::AttendWork work{};
+  work.row_tiles = static_cast<int>(device::query_rows(p) / device::kRowTile);
+  work.page_tiles = work.exact_tiles = device::kMaxTiles<64>;
+  work.page_splits = work.exact_splits = 2;
+  for (const device::LaunchShape& shape :
+       {device::absorb_launch<64>(p, work), device::attend_pages_launch<Scores>(p, work),
+        device::attend_page_tiles_launch<Tiles>(p, work), device::attend_exact_launch<64>(p, work),
+        device::attend_exact_tiles_launch<64>(p, work)}) {
+    EXPECT_LE(shape.grid_y, 2);
+    EXPECT_GE(shape.grid_x, work.row_tiles / device::kMaxTiles<64>);
+  }
 }
 
 SVDQ_KERNEL_TESTS(AttendTiles);
