@@ -17,7 +17,7 @@ namespace svdq::device {
 inline constexpr int kBasisThreads = 128;
 
 struct CovarianceWork {
-  KeyRows keys;
+  TokenRows keys;
   int num_heads, head_dim;
   int64_t first_run;     // of this launch
   int64_t chunk_tokens;  // of this launch
@@ -43,7 +43,7 @@ SVDQ_DEVICE void sum_columns(ColumnPlan& s, const CovarianceWork& w, int64_t run
   const int d = thread_index() % eights * 8, group = thread_index() / eights;
   Floats8 sum = {};
   for (int row = group; row < count && group < groups; row += groups) {
-    Floats8 x = load_key(w.keys, block_y(), run * kPageTokens + row, run, row, d);
+    Floats8 x = load_channels(w.keys, block_y(), run * kPageTokens + row, run, row, d);
     fn(row, d, x);
     SVDQ_UNROLL
     for (int i = 0; i < 8; ++i) sum.x[i] += x.x[i];
@@ -63,7 +63,7 @@ SVDQ_DEVICE float column_sum(const ColumnPlan& s, int dim, int d) {
 }
 
 SVDQ_DEVICE int run_length(const CovarianceWork& w, int64_t run) {
-  const int64_t rest = w.keys.keys.num_tokens - run * kPageTokens;
+  const int64_t rest = w.keys.source.num_tokens - run * kPageTokens;
   return static_cast<int>(rest < kPageTokens ? rest : kPageTokens);
 }
 
@@ -107,7 +107,7 @@ SVDQ_KERNEL(kBasisThreads) rows_kernel(CovarianceWork w) {
 // Grid: y = head.
 SVDQ_KERNEL(kBasisThreads) mean_kernel(CovarianceWork w, float* mean) {
   const int dim = w.head_dim;
-  const double inverse = 1.0 / static_cast<double>(w.keys.keys.num_tokens);
+  const double inverse = 1.0 / static_cast<double>(w.keys.source.num_tokens);
   for (int d = thread_index(); d < dim; d += kBasisThreads) {
     const int64_t at = int64_t{block_y()} * dim + d;
     double sum = 0;
@@ -125,7 +125,7 @@ inline constexpr int kCovarianceRows = 16;  // of a block
 // matrix product may round the two differently.
 SVDQ_KERNEL(kBasisThreads) covariance_kernel(CovarianceWork w, float* covariance) {
   const int dim = w.head_dim;
-  const double inverse = 1.0 / static_cast<double>(w.keys.keys.num_tokens);
+  const double inverse = 1.0 / static_cast<double>(w.keys.source.num_tokens);
   const float* delta = w.delta + int64_t{block_y()} * dim;
   const int64_t head = int64_t{block_y()} * dim * dim;
   for (int k = thread_index(); k < kCovarianceRows * dim; k += kBasisThreads) {

@@ -2,31 +2,21 @@
 // quantized by token and group, and their codes laid into page lines; for a prefill or for one page
 // that leaves the window. Grid: x = page, y = head.
 //
-// Projection is a chain of single-rounded multiply-adds over ascending channels, the order that the
-// CPU backends use, so that the same keys, basis and ranges give the same bytes everywhere; it
-// costs rank * D multiply-adds a token, which is nothing beside the prefill that made the token.
+// Projection costs rank * D multiply-adds a token, which is nothing beside the prefill that made
+// the token; so it keeps the CPU's order of them (kernels/project.cuh) and gives the same bytes.
 #pragma once
 
 #include "kernels/heads.cuh"
-#include "kernels/numbers.cuh"
-#include "kernels/pages.cuh"
+#include "kernels/project.cuh"
 #include "kernels/unpack.cuh"
 
 namespace svdq::device {
 
 inline constexpr int kPackThreads = 128;
-inline constexpr int kPackWarps = kPackThreads / kWarpSize;
-
-// Rotations by slot and to the pages' first positions; null where the layout codes keys after RoPE.
-struct PackWork {
-  const Floats2* offset_rotation;  // [64, half]
-  const Floats2* page_rotation;    // [pages spanned, half], of each page's slot 0
-  int64_t first_run;               // of the pages spanned, the first one of this launch
-};
 
 template <int kDim>
 struct PackPlan {
-  float row[kLanes][kDim + 1];  // 16 tokens at a time; rows apart in the banks
+  RowPlan<kDim> rows;  // 16 tokens at a time
   alignas(4) uint8_t code[kDim][kPageTokens + 4];
 };
 
@@ -82,36 +72,6 @@ SVDQ_DEVICE void write_lines(const PackPlan<kDim>& s, const PageSpan& span, int 
   }
 }
 
-// Loads 16 slots of one head; slots outside the span are left alone.
-template <int kDim>
-SVDQ_DEVICE void load_rows(PackPlan<kDim>& s, const TokenSource& from, int head, int head_dim,
-                           const PageSpan& span, int group) {
-  for (int i = thread_index(); i < kLanes * head_dim; i += kPackThreads) {
-    const int slot = group * kLanes + i / head_dim, d = i % head_dim;
-    if (!span.has(slot)) continue;
-    const int64_t at =
-        head * from.head_stride + (span.token + slot - span.first) * from.token_stride;
-    store(&s.row[i / head_dim][d], load_number(from.data, from.dtype, at + d));
-  }
-}
-
-// Turns pairs back to position 0: the angle is that of the page's first position plus the slot's.
-template <int kDim>
-SVDQ_DEVICE void unrotate_rows(PackPlan<kDim>& s, const PackWork& work, int half,
-                               const PageSpan& span, int group) {
-  for (int i = thread_index(); i < kLanes * half; i += kPackThreads) {
-    const int row = i / half, pair = i % half, slot = group * kLanes + row;
-    if (!span.has(slot)) continue;
-    const Floats2 base = load(&work.page_rotation[(work.first_run + block_x()) * half + pair]);
-    const Floats2 offset = load(&work.offset_rotation[int64_t{slot} * half + pair]);
-    const float c = base.x * offset.x - base.y * offset.y;
-    const float sine = base.y * offset.x + base.x * offset.y;
-    const float x = load(&s.row[row][pair]), y = load(&s.row[row][pair + half]);
-    store(&s.row[row][pair], x * c + y * sine);
-    store(&s.row[row][pair + half], y * c - x * sine);
-  }
-}
-
 // Calls fn.template operator()<width>(count) for every band of a head, core channels first.
 template <typename Fn>
 SVDQ_DEVICE void for_each_part(const HeadPlan& head, const Fn& fn) {
@@ -119,49 +79,42 @@ SVDQ_DEVICE void for_each_part(const HeadPlan& head, const Fn& fn) {
   for_each_band(head.tail, fn);
 }
 
-// Codes of `count` channels of 16 slots, from row `basis_row` of the basis on: each half warp takes
-// a channel, a lane a slot.
-template <int kWidth, int kDim>
-SVDQ_DEVICE void quantize_latents(PackPlan<kDim>& s, const PackKeysParams& p, int64_t basis_row,
-                                  int first, int count, const float* mean, const PageSpan& span,
-                                  int group) {
-  constexpr float kMid = static_cast<float>((1 << kWidth) - 1) / 2;
+// Codes of 16 slots: each half warp takes 4 channels, which have one width, and a lane a slot.
+template <int kDim>
+SVDQ_DEVICE void quantize_latents(PackPlan<kDim>& s, const PackKeysParams& p, const HeadPlan& head,
+                                  const PageSpan& span, int group) {
+  constexpr int kTeams = kPackThreads / kLanes;
   const int dim = p.layout.head_dim, lane = lane_index() % kLanes, slot = group * kLanes + lane;
   if (!span.has(slot)) return;
-  for (int j = warp_index() * 2 + lane_index() / kLanes; j < count; j += kPackWarps * 2) {
-    const uint16_t* basis = p.basis + (basis_row + j) * dim;
-    float latent = 0.0f;
-    for (int d = 0; d < dim; ++d) {
-      latent =
-          fused(load(&s.row[lane][d]) - load(&mean[d]), bfloat16_to_float(load(&basis[d])), latent);
+  for (int j = thread_index() / kLanes * kQuad; j < head.rank(); j += kTeams * kQuad) {
+    const int64_t channel = head.first_channel + j;
+    const int width = channel_width(head, j);
+    const float mid = static_cast<float>((1 << width) - 1) / 2;
+    const Floats4 latent = project_row(s.rows, lane, p.basis + channel * dim, dim);
+    SVDQ_UNROLL
+    for (int k = 0; k < kQuad; ++k) {
+      const float scale = load(&p.scale[channel + k]);
+      const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+      store(&s.code[j + k][slot], quantize(fused(latent.x[k], inverse, mid), width));
     }
-    const float scale = load(&p.scale[basis_row + j]);
-    const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-    store(&s.code[first + j][slot], quantize(fused(latent, inverse, kMid), kWidth));
   }
 }
 
 template <int kDim>
 SVDQ_KERNEL(kPackThreads)
-pack_keys_kernel(PackKeysParams p, PackWork work, HeadTable heads, PageIds ids) {
+pack_keys_kernel(PackKeysParams p, TokenRows keys, HeadTable heads, PageIds ids,
+                 int64_t first_run) {
   PackPlan<kDim>& s = shared_memory<PackPlan<kDim>>();
   const int dim = p.layout.head_dim, head_index = block_y();
   const HeadPlan head = head_plan(heads, head_index);
-  const PageSpan span = page_span(ids, p.slot, p.keys.num_tokens, work.first_run, block_x());
+  const PageSpan span = page_span(ids, p.slot, p.keys.num_tokens, first_run, block_x());
   const float* mean = p.mean + int64_t{head_index} * dim;
 
   for (int group = 0; group < kGroups; ++group) {
-    load_rows(s, p.keys, head_index, dim, span, group);
+    load_rows(s.rows, keys, head_index, dim, span, first_run + block_x(), group, mean,
+              kPackThreads);
     sync_threads();
-    if (p.rope.half > 0) {
-      unrotate_rows(s, work, p.rope.half, span, group);
-      sync_threads();
-    }
-    int first = 0;
-    for_each_part(head, [&]<int kWidth>(int count) {
-      quantize_latents<kWidth>(s, p, head.first_channel + first, first, count, mean, span, group);
-      first += count;
-    });
+    quantize_latents(s, p, head, span, group);
     sync_threads();
   }
 
@@ -178,12 +131,18 @@ pack_keys_kernel(PackKeysParams p, PackWork work, HeadTable heads, PageIds ids) 
 template <int kDim>
 SVDQ_DEVICE void quantize_group(PackPlan<kDim>& s, const ValueLayout& value, int row, int slot,
                                 int group, uint8_t* page) {
-  const int first = group * value.group_size;
-  float least = load(&s.row[row][first]), most = least;
-  for (int d = first + 1; d < first + value.group_size; ++d) {
-    const float x = load(&s.row[row][d]);
-    least = x < least ? x : least;
-    most = x > most ? x : most;
+  const int first = group * value.group_size, last = first + value.group_size;
+  const auto four = [&](int d) {
+    return load(reinterpret_cast<const Floats4*>(&s.rows.row[row][d]));
+  };
+  float least = four(first).x[0], most = least;
+  for (int d = first; d < last; d += 4) {
+    const Floats4 values = four(d);
+    SVDQ_UNROLL
+    for (float x : values.x) {
+      least = x < least ? x : least;
+      most = x > most ? x : most;
+    }
   }
   const uint16_t scale_bits =
       float_to_half((most - least) / static_cast<float>((1 << value.bits) - 1));
@@ -193,20 +152,25 @@ SVDQ_DEVICE void quantize_group(PackPlan<kDim>& s, const ValueLayout& value, int
   store(reinterpret_cast<uint16_t*>(page + value.zero_offset()) + at, zero_bits);
   const float scale = half_to_float(scale_bits), zero = half_to_float(zero_bits);
   const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-  for (int d = first; d < first + value.group_size; ++d)
-    store(&s.code[d][slot], quantize((load(&s.row[row][d]) - zero) * inverse, value.bits));
+  for (int d = first; d < last; d += 4) {
+    const Floats4 values = four(d);
+    SVDQ_UNROLL
+    for (int k = 0; k < 4; ++k)
+      store(&s.code[d + k][slot], quantize((values.x[k] - zero) * inverse, value.bits));
+  }
 }
 
-// Packed values, 2 or 4 bits.
+// Packed values, 2 or 4 bits; `aligned` as in TokenRows.
 template <int kDim, int kBits>
 SVDQ_KERNEL(kPackThreads)
-pack_values_kernel(PackValuesParams p, PageIds ids, int64_t first_run) {
+pack_values_kernel(PackValuesParams p, bool aligned, PageIds ids, int64_t first_run) {
   PackPlan<kDim>& s = shared_memory<PackPlan<kDim>>();
   const ValueLayout& value = p.layout.value;
   const PageSpan span = page_span(ids, p.slot, p.values.num_tokens, first_run, block_x());
+  const TokenRows rows{p.values, 0, nullptr, nullptr, aligned};
   uint8_t* page = p.pages + span.page * p.layout.v_page_bytes + block_y() * value.page_bytes();
   for (int group = 0; group < kGroups; ++group) {
-    load_rows(s, p.values, block_y(), value.head_dim, span, group);
+    load_rows(s.rows, rows, block_y(), value.head_dim, span, 0, group, nullptr, kPackThreads);
     sync_threads();
     for (int i = thread_index(); i < kLanes * value.groups(); i += kPackThreads) {
       const int row = i % kLanes, slot = group * kLanes + row;

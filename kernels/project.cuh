@@ -13,32 +13,34 @@
 
 namespace svdq::device {
 
-// Keys and the rotations that turn them back. A run is 64 consecutive positions.
-struct KeyRows {
-  TokenSource keys;
+// Tokens to be read as rows, and the rotations that turn keys back. A run is 64 consecutive
+// positions.
+struct TokenRows {
+  TokenSource source;
   int half;                        // pairs that RoPE turned; 0: none
   const Floats2* offset_rotation;  // [64, half], null where half == 0
   const Floats2* page_rotation;    // [runs, half], of each run's offset 0; likewise
-  bool aligned;                    // aligned_rows(keys)
+  bool aligned;                    // aligned_rows(source)
 };
 
 // Channels d .. d + 7 of a token at offset `offset` of run `run`, turned back to position 0.
-SVDQ_DEVICE Floats8 load_key(const KeyRows& k, int head, int64_t token, int64_t run, int offset,
-                             int d) {
-  const void* data = k.keys.data;
-  const int64_t row = head * k.keys.head_stride + token * k.keys.token_stride;
-  const int half = k.half;
-  Floats8 x = load_eight(data, k.keys.dtype, row + d, k.aligned);
+SVDQ_DEVICE Floats8 load_channels(const TokenRows& from, int head, int64_t token, int64_t run,
+                                  int offset, int d) {
+  const void* data = from.source.data;
+  const int64_t row = head * from.source.head_stride + token * from.source.token_stride;
+  const int half = from.half;
+  Floats8 x = load_eight(data, from.source.dtype, row + d, from.aligned);
   if (d >= 2 * half) return x;
   if (half % 8 == 0) {  // the other halves of the pairs are eight in a row, too
     const bool first = d < half;
     const int pair = first ? d : d - half;
     const Floats8 other =
-        load_eight(data, k.keys.dtype, row + (first ? d + half : pair), k.aligned);
+        load_eight(data, from.source.dtype, row + (first ? d + half : pair), from.aligned);
     SVDQ_UNROLL
     for (int i = 0; i < 8; ++i) {
-      const Floats2 turn = add_turns(load(&k.page_rotation[run * half + pair + i]),
-                                     load(&k.offset_rotation[int64_t{offset} * half + pair + i]));
+      const Floats2 turn =
+          add_turns(load(&from.page_rotation[run * half + pair + i]),
+                    load(&from.offset_rotation[int64_t{offset} * half + pair + i]));
       x.x[i] = x.x[i] * turn.x + (first ? other.x[i] : -other.x[i]) * turn.y;
     }
     return x;
@@ -48,9 +50,9 @@ SVDQ_DEVICE Floats8 load_key(const KeyRows& k, int head, int64_t token, int64_t 
     if (d + i >= 2 * half) continue;
     const bool first = d + i < half;
     const int pair = first ? d + i : d + i - half;
-    const float other = load_number(data, k.keys.dtype, row + (first ? pair + half : pair));
-    const Floats2 turn = add_turns(load(&k.page_rotation[run * half + pair]),
-                                   load(&k.offset_rotation[int64_t{offset} * half + pair]));
+    const float other = load_number(data, from.source.dtype, row + (first ? pair + half : pair));
+    const Floats2 turn = add_turns(load(&from.page_rotation[run * half + pair]),
+                                   load(&from.offset_rotation[int64_t{offset} * half + pair]));
     x.x[i] = x.x[i] * turn.x + (first ? other : -other) * turn.y;
   }
   return x;
@@ -63,22 +65,23 @@ struct RowPlan {
   alignas(16) float row[kLanes][kDim + 4];
 };
 
-// Loads slots 16 group .. 16 group + 15 of a page, less `mean` [D]; slots outside the span are left
-// alone. All `threads` of a block take part.
+// Loads slots 16 group .. 16 group + 15 of a page, less `mean` [D] unless that is null; slots
+// outside the span are left alone. All `threads` of a block take part.
 template <int kDim>
-SVDQ_DEVICE void load_rows(RowPlan<kDim>& s, const KeyRows& keys, int head, int dim,
+SVDQ_DEVICE void load_rows(RowPlan<kDim>& s, const TokenRows& from, int head, int dim,
                            const PageSpan& span, int64_t run, int group, const float* mean,
                            int threads) {
   const int eights = dim / 8;
   for (int i = thread_index(); i < kLanes * eights; i += threads) {
     const int row = i / eights, d = i % eights * 8, slot = group * kLanes + row;
     if (!span.has(slot)) continue;
-    const Floats8 x = load_key(keys, head, span.token + slot - span.first, run, slot, d);
+    const Floats8 x = load_channels(from, head, span.token + slot - span.first, run, slot, d);
     SVDQ_UNROLL
     for (int q = 0; q < 8; q += 4) {
       Floats4 centred;
       SVDQ_UNROLL
-      for (int k = 0; k < 4; ++k) centred.x[k] = x.x[q + k] - load(&mean[d + q + k]);
+      for (int k = 0; k < 4; ++k)
+        centred.x[k] = mean ? x.x[q + k] - load(&mean[d + q + k]) : x.x[q + k];
       store(reinterpret_cast<Floats4*>(&s.row[row][d + q]), centred);
     }
   }

@@ -20,7 +20,7 @@ inline constexpr int kFitShares = 64;                   // of a head's runs; of 
 inline constexpr int kMostSamples = kFitShares * kPageTokens;
 
 struct QuantizerWork {
-  KeyRows keys;
+  TokenRows keys;
   int64_t num_runs;
   int shares;         // min(num_runs, kFitShares)
   int first_head;     // of this launch
@@ -80,7 +80,7 @@ template <int kDim, bool kSearch>
 SVDQ_DEVICE void project_run(LatentPlan<kDim>& s, const QuantizerParams& p, const QuantizerWork& w,
                              const HeadPlan& head, int head_index, int64_t run, bool first) {
   const int dim = p.layout.head_dim, lane = lane_index() % kLanes;
-  const int64_t rest = w.keys.keys.num_tokens - run * kPageTokens;
+  const int64_t rest = w.keys.source.num_tokens - run * kPageTokens;
   const PageSpan span{0, run * kPageTokens, 0,
                       static_cast<int>(rest < kPageTokens ? rest : kPageTokens)};
   const int64_t capacity = int64_t{w.shares} * kPageTokens;

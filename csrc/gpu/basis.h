@@ -25,7 +25,7 @@ void covariance(const CovarianceParams& p, Queue& queue) {
       std::clamp<int64_t>(std::min(kMostNumbers / row, kMostTokens) / kPageTokens, 1, num_runs);
 
   device::CovarianceWork w{};
-  w.keys = key_rows(p.keys, p.rope, p.position, num_runs, queue);
+  w.keys = token_rows(p.keys, p.rope, p.position, num_runs, queue);
   w.num_heads = p.num_heads;
   w.head_dim = p.head_dim;
   w.num_slots = static_cast<int>(chunk_runs);

@@ -1,7 +1,7 @@
 // The pack stage on a GPU: keys and values of a prefill, or of a page that leaves the window.
 #pragma once
 
-#include "csrc/gpu/rotations.h"
+#include "csrc/gpu/project.h"
 #include "kernels/pack.cuh"
 
 namespace svdq::gpu {
@@ -11,12 +11,11 @@ void pack_keys_class(const PackKeysParams& p, Queue& queue) {
   const device::HeadTable heads = head_table(p.layout);
   const int64_t pages = device::spanned_pages(p.slot, p.keys.num_tokens);
   const int64_t first_position = p.position - p.slot % kPageTokens;
-  const auto turns = rotations(p.rope, first_position, nullptr, 1, pages, queue);
+  const auto rows = token_rows(p.keys, p.rope, first_position, pages, queue);
   for_each_page_run(p.page_table, p.slot, p.keys.num_tokens,
                     [&](const device::PageIds& ids, int64_t first, int count) {
-                      const device::PackWork work{turns.slots, turns.pages, first};
                       queue.launch("pack_keys", device::pack_keys_launch<kDim>(p, count),
-                                   device::pack_keys_kernel<kDim>, p, work, heads, ids);
+                                   device::pack_keys_kernel<kDim>, p, rows, heads, ids, first);
                     });
 }
 
@@ -27,15 +26,20 @@ void pack_keys(const PackKeysParams& p, Queue& queue) {
 
 template <int kDim, typename Queue>
 void pack_values_class(const PackValuesParams& p, Queue& queue) {
-  const int bits = p.layout.value.bits;
-  const auto kernel = bits == 2    ? device::pack_values_kernel<kDim, 2>
-                      : bits == 4  ? device::pack_values_kernel<kDim, 4>
-                      : bits == 16 ? device::copy_values_kernel<uint16_t>
-                                   : device::copy_values_kernel<uint32_t>;
+  const ValueLayout& value = p.layout.value;
+  const auto pack =
+      value.bits == 2 ? device::pack_values_kernel<kDim, 2> : device::pack_values_kernel<kDim, 4>;
+  const auto copy = value.bits == 16 ? device::copy_values_kernel<uint16_t>
+                                     : device::copy_values_kernel<uint32_t>;
+  const bool aligned = device::aligned_rows(p.values);
   for_each_page_run(p.page_table, p.slot, p.values.num_tokens,
                     [&](const device::PageIds& ids, int64_t first, int count) {
-                      queue.launch("pack_values", device::pack_values_launch<kDim>(p, count),
-                                   kernel, p, ids, first);
+                      const auto shape = device::pack_values_launch<kDim>(p, count);
+                      if (value.packed()) {
+                        queue.launch("pack_values", shape, pack, p, aligned, ids, first);
+                      } else {
+                        queue.launch("copy_values", shape, copy, p, ids, first);
+                      }
                     });
 }
 

@@ -71,7 +71,7 @@ void fit_quantizer_class(const QuantizerParams& p, Queue& queue) {
   w.shares = static_cast<int>(std::min<int64_t>(w.num_runs, device::kFitShares));
   w.centre = queue.template allocate<float>(layout.rank);
   if (layout.rank > 0) {
-    w.keys = key_rows(p.keys, p.rope, p.position, w.num_runs, queue);
+    w.keys = token_rows(p.keys, p.rope, p.position, w.num_runs, queue);
     const int64_t eights = int64_t{most_channels(layout, 0, heads)} * dim / 8;
     queue.launch("basis",
                  {static_cast<int>(divide_up(eights, device::kFitThreads)), heads, 1,
