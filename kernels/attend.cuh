@@ -205,6 +205,7 @@ attend_pages_kernel(AttendParams p, AttendWork work, HeadTable heads) {
       exact.add(values, p.v_dtype, 0, dim, s.p, tokens, s.factor);
     }
   }
+  wait_copies<0>();  // of pages behind one that cannot be read
 
   sync_threads();
   const int64_t stride = int64_t{work.splits()} * dim;
