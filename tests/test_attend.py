@@ -216,6 +216,7 @@ def test_queries_before_the_first_exact_row_see_nothing(backend):
     assert_within(out[:, :, 2], cache.exact_values[:, :, 0].expand(1, 2, 64), 1e-6)
 
 
+@pytest.mark.libraries
 @pytest.mark.parametrize("name", ["q-len-5", "batch-pre"])
 def test_strided_query(backend, name):
     """[B, L, Hq, D] as projections leave it, seen as [B, Hq, L, D]."""
@@ -342,6 +343,7 @@ def test_no_sequences_and_no_pages(backend):
     assert (out.shape, lse.shape) == ((0, 4, 1, 64), (0, 4, 1))
 
 
+@pytest.mark.libraries
 def test_operators_chain(backend):
     """Fit, pack and attend by the operators alone: 8 bits and float32 values are close to exact."""
     heads, dim, tokens = 2, 64, 300

@@ -364,6 +364,7 @@ def test_numbers_that_are_not_finite(backend, dtype):
                 check_refusal("append_exact_", {**rows, **new, "start": 3}, names[0], "finite")
 
 
+@pytest.mark.libraries
 def test_the_largest_numbers_are_taken(backend):
     top = torch.finfo(torch.float32).max
     ops.fit_basis(torch.zeros(1, 5, 16).index_fill(1, torch.tensor([2]), 1e18))

@@ -6,6 +6,8 @@ import torch
 from support import FLOAT_ERROR, assert_within, make_inv_freq, make_keys
 from svdq import ops, reference
 
+pytestmark = pytest.mark.libraries
+
 # A covariance is summed from float32 products, in runs of 64 * 64 tokens: rounding errors of
 # relative size FLOAT_ERROR that add up like a random walk, taken at four deviations. Eigenvalues
 # are off by no more than the norm of the error (Weyl).

@@ -17,7 +17,13 @@ OWN_INCLUDES = {
     "csrc/gpu": ("kernels/", "csrc/core/", "csrc/gpu/"),
     "csrc/cuda": ("kernels/", "csrc/core/", "csrc/gpu/", "csrc/cuda/"),
     "csrc/emulated": ("kernels/", "csrc/core/", "csrc/emu/", "csrc/gpu/", "csrc/emulated/"),
-    "csrc/torch": ("kernels/", "csrc/core/", "csrc/gpu/context.h", "csrc/cuda/stages.h", "csrc/torch/"),
+    "csrc/torch": (
+        "kernels/",
+        "csrc/core/",
+        "csrc/gpu/context.h",
+        "csrc/cuda/stages.h",
+        "csrc/torch/",
+    ),
     "tests/cpp": ("kernels/", "csrc/core/", "csrc/cpu/", "tests/cpp/"),
     "tests/emu": ("kernels/", "csrc/", "tests/"),
 }
@@ -43,7 +49,9 @@ def ids(path: Path) -> str:
 
 
 CXX_FILES = [
-    p for folder in ("kernels", "csrc", "tests/cpp", "tests/emu") for p in files_of(folder, CXX_SUFFIXES)
+    p
+    for folder in ("kernels", "csrc", "tests/cpp", "tests/emu")
+    for p in files_of(folder, CXX_SUFFIXES)
 ]
 PYTHON_FILES = [
     p for folder in ("python", "tests", "benchmarks", "scripts") for p in files_of(folder, {".py"})

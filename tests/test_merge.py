@@ -70,6 +70,7 @@ def test_order_does_not_matter(backend):
         assert_within(got, expected, 4 * FLOAT_ERROR * float(expected.abs().amax()))
 
 
+@pytest.mark.libraries
 def test_strided_parts(backend):
     shape = (2, 3, 4, 64)
     a, b = random_part(shape, torch.float32), random_part(shape, torch.float32)

@@ -226,6 +226,7 @@ def test_unpack_keys(rope, rotary_dim):
         assert_same(codes, reference.unpack_codes(k_pages, *where[:4]))
 
 
+@pytest.mark.libraries
 @pytest.mark.parametrize("width", WIDTHS)
 def test_error_is_at_most_half_a_step(backend, width):
     """With all channels coded over their full range, a key is off by half a step along each."""

@@ -119,6 +119,7 @@ def test_clipping_samples_long_sequences_evenly(backend):
     assert (got <= 1.1 * best).all()  # two samples of 4096 tokens differ by some percent
 
 
+@pytest.mark.libraries
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("num_tokens", [1, 50])
 def test_constant_keys(backend, clip, num_tokens):
@@ -132,6 +133,7 @@ def test_constant_keys(backend, clip, num_tokens):
     assert (scale < 1e-5).all()
 
 
+@pytest.mark.libraries
 def test_heads_have_their_own_ranges(backend):
     layout = PageLayout(64, ((8, 8, 0, 0), (0, 0, 0, 0), (0, 4, 8, 16)))
     keys = make_keys(3, 300, 64)
