@@ -31,29 +31,26 @@ SVDQ_DEVICE Floats8 load_channels(const TokenRows& from, int head, int64_t token
   const int half = from.half;
   Floats8 x = load_eight(data, from.source.dtype, row + d, from.aligned);
   if (d >= 2 * half) return x;
-  if (half % 8 == 0) {  // the other halves of the pairs are eight in a row, too
-    const bool first = d < half;
-    const int pair = first ? d : d - half;
-    const Floats8 other =
-        load_eight(data, from.source.dtype, row + (first ? d + half : pair), from.aligned);
+  // The other channels of the pairs: eight in a row, too, unless `half` cuts the eight in two.
+  Floats8 other;
+  if (half % 8 == 0) {
+    other =
+        load_eight(data, from.source.dtype, row + (d < half ? d + half : d - half), from.aligned);
+  } else {
     SVDQ_UNROLL
     for (int i = 0; i < 8; ++i) {
-      const Floats2 turn =
-          add_turns(load(&from.page_rotation[run * half + pair + i]),
-                    load(&from.offset_rotation[int64_t{offset} * half + pair + i]));
-      x.x[i] = x.x[i] * turn.x + (first ? other.x[i] : -other.x[i]) * turn.y;
+      const int partner = d + i < half ? d + i + half : d + i < 2 * half ? d + i - half : d + i;
+      other.x[i] = load_number(data, from.source.dtype, row + partner);
     }
-    return x;
   }
   SVDQ_UNROLL
   for (int i = 0; i < 8; ++i) {
-    if (d + i >= 2 * half) continue;
-    const bool first = d + i < half;
-    const int pair = first ? d + i : d + i - half;
-    const float other = load_number(data, from.source.dtype, row + (first ? pair + half : pair));
+    const bool first = d + i < half, second = !first && d + i < 2 * half;
+    const int pair = first ? d + i : second ? d + i - half : 0;
     const Floats2 turn = add_turns(load(&from.page_rotation[run * half + pair]),
                                    load(&from.offset_rotation[int64_t{offset} * half + pair]));
-    x.x[i] = x.x[i] * turn.x + (first ? other : -other) * turn.y;
+    const float turned = x.x[i] * turn.x + (first ? other.x[i] : -other.x[i]) * turn.y;
+    x.x[i] = first || second ? turned : x.x[i];
   }
   return x;
 }

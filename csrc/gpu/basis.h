@@ -15,14 +15,14 @@
 
 namespace svdq::gpu {
 
+// Rows take `scratch` numbers at a time, or those of 64 tokens.
 template <typename Queue>
-void covariance(const CovarianceParams& p, Queue& queue) {
-  // Rows of at most 64 MiB, and of no more tokens than a product still gains from.
-  constexpr int64_t kMostNumbers = int64_t{1} << 24, kMostTokens = 4096;
+void covariance(const CovarianceParams& p, Queue& queue, int64_t scratch = kScratchNumbers) {
+  constexpr int64_t kMostTokens = 4096;  // longer products gain nothing
   const int64_t row = int64_t{p.num_heads} * p.head_dim, matrices = row * p.head_dim;
   const int64_t num_runs = divide_up(p.keys.num_tokens, kPageTokens);
   const int64_t chunk_runs =
-      std::clamp<int64_t>(std::min(kMostNumbers / row, kMostTokens) / kPageTokens, 1, num_runs);
+      std::clamp<int64_t>(std::min(scratch / row, kMostTokens) / kPageTokens, 1, num_runs);
 
   device::CovarianceWork w{};
   w.keys = token_rows(p.keys, p.rope, p.position, num_runs, queue);

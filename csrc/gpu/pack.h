@@ -8,6 +8,8 @@ namespace svdq::gpu {
 
 template <int kDim, typename Queue>
 void pack_keys_class(const PackKeysParams& p, Queue& queue) {
+  check_aligned(p.basis, "basis");
+  check_aligned(p.pages, "k_pages");
   const device::HeadTable heads = head_table(p.layout);
   const int64_t pages = device::spanned_pages(p.slot, p.keys.num_tokens);
   const int64_t first_position = p.position - p.slot % kPageTokens;
@@ -26,6 +28,7 @@ void pack_keys(const PackKeysParams& p, Queue& queue) {
 
 template <int kDim, typename Queue>
 void pack_values_class(const PackValuesParams& p, Queue& queue) {
+  check_aligned(p.pages, "v_pages");
   const ValueLayout& value = p.layout.value;
   const auto pack =
       value.bits == 2 ? device::pack_values_kernel<kDim, 2> : device::pack_values_kernel<kDim, 4>;

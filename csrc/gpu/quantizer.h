@@ -13,14 +13,14 @@ inline int most_channels(const LayoutView& layout, int first, int last) {
   return most;
 }
 
-// Searches ranges for as many heads at once as 64 MiB of latents hold, one at least.
+// Searches ranges for as many heads at once as have `scratch` latents, one at least.
 template <int kDim, typename Queue>
 void search_ranges(const QuantizerParams& p, device::QuantizerWork w,
-                   const device::HeadTable& heads, Queue& queue) {
+                   const device::HeadTable& heads, int64_t scratch, Queue& queue) {
   const LayoutView& layout = p.layout;
   const int64_t capacity = int64_t{w.shares} * kPageTokens;
   const int64_t most_rank =
-      std::max<int64_t>((int64_t{1} << 24) / capacity, most_channels(layout, 0, layout.num_heads));
+      std::max<int64_t>(scratch / capacity, most_channels(layout, 0, layout.num_heads));
   // A sample of fewer runs than there are leaves out the last one, which may be short.
   const int count = static_cast<int>(std::min(p.keys.num_tokens, capacity));
   w.latents = queue.template allocate<float>(std::min<int64_t>(most_rank, layout.rank) * capacity);
@@ -62,7 +62,9 @@ void full_ranges(const QuantizerParams& p, device::QuantizerWork w, const device
 }
 
 template <int kDim, typename Queue>
-void fit_quantizer_class(const QuantizerParams& p, Queue& queue) {
+void fit_quantizer_class(const QuantizerParams& p, int64_t scratch, Queue& queue) {
+  check_aligned(p.components, "components");
+  check_aligned(p.basis, "basis");
   const LayoutView& layout = p.layout;
   const int dim = layout.head_dim, heads = layout.num_heads;
   const device::HeadTable table = head_table(layout);
@@ -77,7 +79,8 @@ void fit_quantizer_class(const QuantizerParams& p, Queue& queue) {
                  {static_cast<int>(divide_up(eights, device::kFitThreads)), heads, 1,
                   device::kFitThreads, 0},
                  device::basis_kernel, p, table);
-    p.clip ? search_ranges<kDim>(p, w, table, queue) : full_ranges<kDim>(p, w, table, queue);
+    p.clip ? search_ranges<kDim>(p, w, table, scratch, queue)
+           : full_ranges<kDim>(p, w, table, queue);
   }
   queue.launch(
       "centred_mean",
@@ -86,8 +89,9 @@ void fit_quantizer_class(const QuantizerParams& p, Queue& queue) {
 }
 
 template <typename Queue>
-void fit_quantizer(const QuantizerParams& p, Queue& queue) {
-  with_dim_class(p.layout.head_dim, [&]<int kDim>() { fit_quantizer_class<kDim>(p, queue); });
+void fit_quantizer(const QuantizerParams& p, Queue& queue, int64_t scratch = kScratchNumbers) {
+  with_dim_class(p.layout.head_dim,
+                 [&]<int kDim>() { fit_quantizer_class<kDim>(p, scratch, queue); });
 }
 
 }  // namespace svdq::gpu

@@ -43,6 +43,15 @@ void with_dim_class(int head_dim, const Fn& fn) {
   }
 }
 
+// Most numbers of a scratch buffer that can be filled piece by piece: 64 MiB of floats.
+inline constexpr int64_t kScratchNumbers = int64_t{1} << 24;
+
+// What kernels read 16 bytes at a time.
+inline void check_aligned(const void* data, const char* name) {
+  SVDQ_CHECK(reinterpret_cast<uintptr_t>(data) % 16 == 0, name,
+             " must start at a multiple of 16 bytes for CUDA kernels");
+}
+
 inline device::HeadTable head_table(const LayoutView& layout) {
   SVDQ_CHECK(layout.num_heads <= device::kMaxKvHeads, "the layout has ", layout.num_heads,
              " KV heads; CUDA kernels take up to ", device::kMaxKvHeads);

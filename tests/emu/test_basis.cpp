@@ -26,6 +26,7 @@ struct BasisCase {
   DataType dtype;
   int64_t position;
   int first_channel = 0;  // of the rows that are read; not 0: no vector may be
+  int64_t scratch = gpu::kScratchNumbers;
 };
 
 class BasisKernels : public testing::KernelTest {
@@ -124,7 +125,14 @@ TEST_P(BasisKernels, CovarianceOfRowsThatNoVectorStartsAt) {
     check({67, 48, 16, dtype, 5, 1}, 840 + static_cast<uint64_t>(dtype));
 }
 
-// More than one product adds to the matrix.
+// Several products add to the matrix, the last of a few tokens.
+TEST_P(BasisKernels, CovarianceInPieces) {
+  for (int64_t runs : {1, 2, 3}) {
+    check({64 * 5 + 3, 32, 16, DataType::kBFloat16, 9, 0, runs * 64 * kHeads * 32 + 1},
+          844 + static_cast<uint64_t>(runs));
+  }
+}
+
 TEST_P(BasisKernels, CovarianceOfManyTokens) {
   check({testing::environment_number("SVDQ_TEST_TOKENS", 4096 + 70), 16, 8, DataType::kBFloat16, 3},
         850);

@@ -27,6 +27,7 @@ struct FitCase {
   testing::HeadBands bands = {{{4, 8, 4, 8}}, {{0, 4, 8, 16}}};
   int first_channel = 0;  // of the rows that are read; not 0: no vector may be
   int64_t position = 300;
+  int64_t scratch = gpu::kScratchNumbers;
 };
 
 // A number in double and what float may have made of it.
@@ -180,7 +181,7 @@ class QuantizerKernels : public testing::KernelTest {
     p.basis = basis.data();
     p.scale = scale.data();
     p.centred_mean = centred_mean.data();
-    gpu::fit_quantizer(p, queue());
+    gpu::fit_quantizer(p, queue(), c.scratch);
     return {basis.read(), scale.read(), centred_mean.read()};
   }
 
@@ -330,6 +331,19 @@ TEST_P(QuantizerKernels, ManyTokens) {
     c.dtype = DataType::kBFloat16;
     c.bands = {{{0, 4, 4, 8}}};
     check(c, 960 + clip);
+  }
+}
+
+// Searches that take one head or two at a time, past heads without channels.
+TEST_P(QuantizerKernels, HeadByHead) {
+  for (int64_t channels : {1, 28}) {
+    FitCase c;
+    c.num_tokens = 64;
+    c.head_dim = 32;
+    c.bands = {{{0, 0, 0, 0}}, {{4, 0, 0, 8}}, {{0, 4, 4, 8}},
+               {{0, 0, 0, 0}}, {{4, 4, 4, 0}}, {{0, 0, 0, 0}}};
+    c.scratch = channels * 64;
+    check(c, 950 + static_cast<uint64_t>(channels));
   }
 }
 
