@@ -4,7 +4,7 @@
 with ``attn_implementation="svdq"`` then accepts an :class:`SVDqCache` as ``past_key_values``.
 """
 
-from svdq import ops, presets
+from svdq import fakes, ops, presets  # noqa: F401  (fakes registers itself)
 from svdq.attention import register
 from svdq.cache import SVDqCache
 from svdq.layout import PageLayout

@@ -1,4 +1,4 @@
-"""The operators ``torch.ops.svdq.*`` with types, shapes and units, and their fake kernels.
+"""The operators ``torch.ops.svdq.*`` with types, shapes and units.
 
 Dimensions are named alike everywhere: B sequences, H KV heads, Hq query heads, T tokens, L query
 length, D head_dim, R coded channels of all heads together (``layout.rank``), P pages of a pool, E
@@ -6,6 +6,13 @@ exact rows. Operators that fit or pack work on one sequence (ragged batches are 
 sequences, heads are batched); ``attend`` works on a batch. Errors are ``RuntimeError`` or
 ``ValueError`` that name the operator, the argument, what was expected and what came; an operator
 that mutates a tensor checks everything before it writes.
+
+Tensors of one call lie on one device, the CPU or a CUDA device, except that ``page_table`` of the
+pack and unpack operators lies on the CPU always. On CUDA devices work is queued on the current
+stream. Nothing waits for the device but ``fit_basis``, and the check that numbers are finite, which
+is made of more than 64 tokens alone: while decoding, a key that is not finite gets codes 0, a value
+makes its own scale NaN. ``attend`` cannot look at lengths and page ids there; those out of range
+make the outputs of their sequence NaN and nothing is read. A layer may have up to 128 KV heads.
 
 Wherever ``keys`` are taken they are rotated keys, as a Hugging Face model hands them to its cache.
 ``inv_freq`` is the model's inverse frequencies, ``[rotary_dim / 2]`` float32, for layouts with
@@ -16,13 +23,11 @@ are not turned. ``position`` is the position of the first token of ``keys``.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from svdq import _C  # noqa: F401  (loads the operators)
-from svdq.layout import WIDTHS, PageLayout
+from svdq.layout import PageLayout
 
 __all__ = [
     "allocate_bits",
@@ -291,106 +296,3 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     out, lse : attention over the union; zeros and -inf where both are empty.
     """
     return _ops.merge(out_a, lse_a, out_b, lse_b)
-
-
-# Fake kernels: shapes and dtypes alone, for torch.compile and opcheck.
-
-
-def _register_fake(name: str):
-    """Register a fake kernel that, like the real one, refuses tensors on different devices."""
-
-    def register(fake):
-        @functools.wraps(fake)
-        def checked(*args, **kwargs):
-            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-            devices = sorted({str(x.device) for x in tensors})
-            if len(devices) > 1:
-                raise ValueError(
-                    f"svdq::{name}: tensors must be on one device, got {' and '.join(devices)}"
-                )
-            return fake(*args, **kwargs)
-
-        return torch.library.register_fake(f"svdq::{name}")(checked)
-
-    return register
-
-
-@_register_fake("fit_basis")
-def _(keys, inv_freq, position):
-    heads, _, dim = keys.shape
-    new = lambda *shape: keys.new_empty(shape, dtype=torch.float32)  # noqa: E731
-    return new(heads, dim), new(heads, dim, dim), new(heads, dim)
-
-
-@_register_fake("allocate_bits")
-def _(variance, schedule):
-    return torch.empty((variance.shape[0], len(WIDTHS)), dtype=torch.int32, device="cpu")
-
-
-@_register_fake("fit_quantizer")
-def _(keys, inv_freq, position, mean, components, layout, clip):
-    rank, dim = PageLayout.from_ints(layout).rank, mean.shape[1]
-    basis = keys.new_empty((rank, dim), dtype=torch.bfloat16)
-    return basis, mean.new_empty((rank,)), torch.empty_like(mean)
-
-
-@_register_fake("pack_keys_")
-def _(k_pages, keys, inv_freq, position, basis, scale, mean, layout, page_table, slot):
-    return None
-
-
-@_register_fake("pack_values_")
-def _(v_pages, values, layout, page_table, slot):
-    return None
-
-
-@_register_fake("append_exact_")
-def _(exact_keys, exact_values, keys, values, start):
-    return None
-
-
-@_register_fake("unpack_codes")
-def _(k_pages, layout, page_table, slot, num_tokens):
-    return k_pages.new_empty((num_tokens, PageLayout.from_ints(layout).rank))
-
-
-@_register_fake("unpack_keys")
-def _(k_pages, inv_freq, position, basis, scale, mean, layout, page_table, slot, num_tokens):
-    heads, dim = mean.shape
-    return mean.new_empty((heads, num_tokens, dim))
-
-
-@_register_fake("unpack_values")
-def _(v_pages, layout, page_table, slot, num_tokens):
-    pages = PageLayout.from_ints(layout)
-    shape = (pages.num_kv_heads, num_tokens, pages.head_dim)
-    return v_pages.new_empty(shape, dtype=torch.float32)
-
-
-@_register_fake("attend")
-def _(
-    query,
-    k_pages,
-    v_pages,
-    page_table,
-    cache_seqlens,
-    basis,
-    scale,
-    mean,
-    layout,
-    inv_freq,
-    first_position,
-    exact_keys,
-    exact_values,
-    exact_lens,
-    sink_tokens,
-    sm_scale,
-    causal,
-):
-    out = query.new_empty(query.shape)
-    return out, query.new_empty(query.shape[:3], dtype=torch.float32)
-
-
-@_register_fake("merge")
-def _(out_a, lse_a, out_b, lse_b):
-    return torch.empty_like(out_a), torch.empty_like(lse_a)
