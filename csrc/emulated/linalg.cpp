@@ -89,6 +89,7 @@ void eigenvectors(float* matrices, float* values, int heads, int dim, int* info,
     std::vector<double> matrix(out, out + int64_t{dim} * dim), vectors(matrix.size());
     for (int i = 0; i < dim; ++i) vectors[i * dim + i] = 1;
     info[h] = diagonalise(matrix, vectors, dim) ? 0 : 1;
+    if (info[h]) continue;  // nothing to sort
     std::vector<int> order(dim);
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(),

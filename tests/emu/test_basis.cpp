@@ -248,6 +248,22 @@ TEST_P(BasisKernels, SignsFollowTheFirstOfEquals) {
   }
 }
 
+#if !defined(__CUDACC__)  // what cuSOLVER makes of NaN is its own affair
+TEST_P(BasisKernels, SolverFailureNamesTheHead) {
+  constexpr int kDim = 16;
+  std::vector<float> matrices(kHeads * kDim * kDim, 0.0f);
+  matrices[kDim * kDim + 1] = matrices[kDim * kDim + kDim] = std::nanf("");
+  const DeviceArray<float> covariance(matrices), components(matrices.size()),
+      variance(kHeads * kDim);
+  try {
+    gpu::components(covariance.data(), kHeads, kDim, components.data(), variance.data(), queue());
+    FAIL() << "no error";
+  } catch (const Error& error) {
+    EXPECT_NE(std::string(error.what()).find("head 1"), std::string::npos) << error.what();
+  }
+}
+#endif
+
 SVDQ_KERNEL_TESTS(BasisKernels);
 
 }  // namespace
