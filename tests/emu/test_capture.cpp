@@ -1,0 +1,60 @@
+// The stages of decoding can be captured in a CUDA graph: they compile, and work, with a queue that
+// has no way to wait for the device.
+#include "tests/emu/attend_test.h"
+
+#include "csrc/gpu/pack.h"
+
+namespace svdq {
+namespace {
+
+// A queue without read().
+template <typename Queue>
+class Blind {
+ public:
+  explicit Blind(Queue& queue) : queue_(queue) {}
+
+  template <typename Kernel, typename... Params>
+  void launch(const char* name, const device::LaunchShape& shape, Kernel kernel,
+              const Params&... params) {
+    queue_.launch(name, shape, kernel, params...);
+  }
+  template <typename T>
+  T* allocate(int64_t count) {
+    return queue_.template allocate<T>(count);
+  }
+  const gpu::Machine& machine() const { return queue_.machine(); }
+
+ private:
+  Queue& queue_;
+};
+
+class Capture : public testing::AttendTest {};
+
+TEST_P(Capture, AttendNeverWaits) {
+  for (int q_len : {1, 20}) {
+    testing::AttendCase c;
+    c.q_len = q_len;
+    testing::AttendProblem problem(c, 1);
+    const AttendParams p = testing::captured_params(problem);
+    Blind blind(queue());
+    const testing::AttendAnswer got = testing::attend_on_device(p, nullptr, blind);
+    EXPECT_EQ(got.out, run(p, nullptr).out);
+  }
+}
+
+TEST_P(Capture, MergeAndPackNeverWait) {
+  Blind blind(queue());
+  gpu::merge(MergeParams{}, blind);
+  const Layout layout(testing::layout_ints(RopeMode::kPost, 64, {{{4, 8, 4, 8}}}));
+  PackKeysParams keys{};
+  keys.layout = layout.view();
+  gpu::pack_keys(keys, blind);  // of no tokens: what counts is that it compiles
+  PackValuesParams values{};
+  values.layout = layout.view();
+  gpu::pack_values(values, blind);
+}
+
+SVDQ_KERNEL_TESTS(Capture);
+
+}  // namespace
+}  // namespace svdq
