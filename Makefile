@@ -15,17 +15,19 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 COMPAT := 4.57
 COMPAT_TESTS := $(wildcard tests/test_cache*.py tests/test_generate*.py tests/test_hf_*.py)
 
-CXX_FILES := $(wildcard kernels/*.h kernels/*.cuh csrc/*/*.h csrc/*/*.cpp)
+CXX_FILES := $(wildcard kernels/*.h kernels/*.cuh csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
 CXX_TESTS := $(wildcard tests/*/*.h tests/*/*.cpp)
 say = @printf '\n== %s\n'
 
-# Builds the folder $(1) and runs its tests; of their output, what passed and what compiled is left out.
+# Builds and runs the tests $(2) (svdq_...) of the folder $(1); of their output, what passed and what compiled is
+# left out.
 define run_cpp_tests
-	@cmake --build $(1) -j $(JOBS) -- --no-print-directory | { grep -Ev '^(\[|-- )' || true; }
-	@ctest --test-dir $(1) -j $(JOBS) --output-on-failure | { grep -Ev ' Passed |^ +Start |^Internal|^Test project|^$$' || true; }
+	@cmake --build $(1) -j $(JOBS) --target $(2) -- --no-print-directory | { grep -Ev '^(\[|-- )' || true; }
+	@ctest --test-dir $(1) -j $(JOBS) -L $(2) --output-on-failure \
+	  | { grep -Ev ' Passed |^ +Start |^Internal|^Test project|^Label|^svdq_|^$$' || true; }
 endef
 
-.PHONY: help setup demo test test-cpp test-python test-compat sanitize lint format clean FORCE
+.PHONY: help setup demo test test-cpp test-emulated test-python test-compat sanitize cuda-check lint format clean FORCE
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | column -t -s '|'
@@ -36,11 +38,15 @@ setup: $(STAMPS)/extension $(STAMPS)/packages  ## .venv with everything: the svd
 demo: setup  ## a language model with its key cache at about one bit a number
 	$(BIN)/svdq demo
 
-test: test-cpp test-python  ## GoogleTest for the C++ part, pytest for the package
+test: test-cpp test-emulated test-python  ## GoogleTest for the C++ part and the emulated kernels, pytest for the package
 
 test-cpp: build/cpp/CMakeCache.txt
 	$(say) 'C++ tests'
-	$(call run_cpp_tests,build/cpp)
+	$(call run_cpp_tests,build/cpp,svdq_tests)
+
+test-emulated: build/cpp/CMakeCache.txt
+	$(say) 'CUDA kernels, emulated'
+	$(call run_cpp_tests,build/cpp,svdq_emu_tests)
 
 test-python: setup
 	$(say) 'Python tests'
@@ -48,13 +54,18 @@ test-python: setup
 
 sanitize: build/sanitize/CMakeCache.txt  ## the C++ tests under AddressSanitizer and UBSan
 	$(say) 'C++ tests under sanitizers'
-	$(call run_cpp_tests,build/sanitize)
+	$(call run_cpp_tests,build/sanitize,svdq_tests)
 
 test-compat: setup $(STAMPS)/transformers-$(COMPAT)  ## the Hugging Face tests on the oldest supported transformers
 	$(say) 'Hugging Face tests on transformers $(COMPAT)'
 	@PYTHONPATH=$(VENV)/transformers-$(COMPAT) $(BIN)/python -c \
 	  'import transformers as t; print("transformers", t.__version__); assert t.__version__.startswith("$(COMPAT).")'
 	@PYTHONPATH=$(VENV)/transformers-$(COMPAT) $(BIN)/python -m pytest $(COMPAT_TESTS)
+
+cuda-check: $(STAMPS)/extension  ## registers, spills and shared memory of the compiled CUDA kernels
+	$(say) 'Compiled CUDA kernels'
+	@$(BIN)/python scripts/check_kernels.py
+	@cd / && $(abspath $(BIN))/python -c 'from svdq import _C; assert _C.BUILT_WITH_CUDA; print("svdq._C imports")'
 
 lint: $(STAMPS)/packages  ## ruff, clang-format and typos, changing nothing
 	$(say) 'Lint'
@@ -83,10 +94,16 @@ $(STAMPS)/torch: pyproject.toml $(STAMPS)/system
 	@$(PIP) torch setuptools wheel ninja
 	@touch $@
 
-$(STAMPS)/extension: $(CXX_FILES) setup.py $(STAMPS)/sources $(STAMPS)/torch
-	@echo 'Compiling the extension'
+# The CUDA compiler of torch's own CUDA release; nothing for a torch without CUDA.
+$(STAMPS)/cuda: pyproject.toml scripts/cuda_build.py $(STAMPS)/torch
+	@$(BIN)/python scripts/cuda_build.py install
+	@touch $@
+
+$(STAMPS)/extension: $(CXX_FILES) setup.py $(STAMPS)/sources $(STAMPS)/build-options $(STAMPS)/cuda
+	@echo 'Compiling the extension and its CUDA kernels (the first time minutes)'
 	@mkdir -p build
 	@$(BIN)/python setup.py build_ext --inplace > build/extension.log 2>&1 || { cat build/extension.log; exit 1; }
+	@grep '^svdq: ' build/extension.log || true
 	@touch $@
 
 # Installing compiles nothing any more: it finds the objects of the extension.
@@ -100,6 +117,10 @@ $(STAMPS)/packages: pyproject.toml setup.py $(STAMPS)/torch | $(STAMPS)/extensio
 $(STAMPS)/sources: FORCE | $(STAMPS)/system
 	@echo '$(CXX_FILES)' | cmp -s - $@ || echo '$(CXX_FILES)' > $@
 
+# What the environment asks of the build, renewed when it changes.
+$(STAMPS)/build-options: FORCE | $(STAMPS)/system
+	@echo '$(SVDQ_CUDA) $(SVDQ_CUDA_ARCHS)' | cmp -s - $@ || echo '$(SVDQ_CUDA) $(SVDQ_CUDA_ARCHS)' > $@
+
 $(STAMPS)/transformers-$(COMPAT): $(STAMPS)/packages
 	@echo 'Installing transformers $(COMPAT) beside the newest'
 	@rm -rf $(VENV)/transformers-$(COMPAT)
@@ -108,7 +129,7 @@ $(STAMPS)/transformers-$(COMPAT): $(STAMPS)/packages
 
 CMAKE := cmake -S . -DSVDQ_WERROR=ON
 build/cpp/CMakeCache.txt: CMakeLists.txt $(STAMPS)/system
-	@$(CMAKE) -B build/cpp > /dev/null && touch $@
+	@$(CMAKE) -B build/cpp -DSVDQ_EMULATION=ON > /dev/null && touch $@
 
 build/sanitize/CMakeCache.txt: CMakeLists.txt $(STAMPS)/system
 	@$(CMAKE) -B build/sanitize -DSVDQ_SANITIZE=ON > /dev/null && touch $@

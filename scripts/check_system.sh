@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes sure of what pip cannot bring: a C++20 compiler, CMake, GoogleTest, and a Python with venv and headers.
+# Makes sure of what pip cannot bring: a C++20 compiler, CMake, GoogleTest, Boost.Context, and a Python with venv and headers.
 # Missing Debian packages are installed where we are root; otherwise one line says what to install.
 # Usage: scripts/check_system.sh [python]
 set -euo pipefail
@@ -8,6 +8,7 @@ oldest_gcc=12
 
 has_compiler() { [ "$(g++ -dumpversion 2>/dev/null | cut -d. -f1 || true)" -ge "$oldest_gcc" ] 2>/dev/null; }
 has_gtest() { echo '#include <gtest/gtest.h>' | g++ -std=c++20 -fsyntax-only -x c++ - 2>/dev/null; }
+has_boost() { echo '#include <boost/context/fiber.hpp>' | g++ -std=c++20 -fsyntax-only -x c++ - 2>/dev/null; }
 has_venv() { "$python" -c 'import ensurepip, venv' 2>/dev/null; }
 has_headers() {
   "$python" -c 'import os, sysconfig as s; assert os.path.exists(s.get_path("include") + "/Python.h")' 2>/dev/null
@@ -18,6 +19,7 @@ missing_packages() {
   command -v make >/dev/null || echo make
   command -v cmake >/dev/null || echo cmake
   has_gtest || echo libgtest-dev
+  has_boost || echo libboost-context-dev
   command -v "$python" >/dev/null || echo python3
   has_venv || echo python3-venv
   has_headers || echo python3-dev

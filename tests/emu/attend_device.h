@@ -5,6 +5,9 @@
 
 #include "tests/emu/device_test.h"
 
+#if defined(__CUDACC__)
+#include "csrc/cuda/attend_classes.cuh"
+#endif
 #include "csrc/gpu/attend.h"
 #include "tests/cpp/testing.h"
 
