@@ -32,7 +32,9 @@
 #include <cuda_fp16.h>
 
 #define SVDQ_DEVICE __device__ __forceinline__
-#define SVDQ_KERNEL(threads) static __global__ void __launch_bounds__(threads)
+// One block is enough for a multiprocessor: left to itself, ptxas spills a register or two to fit one
+// block more.
+#define SVDQ_KERNEL(threads) static __global__ void __launch_bounds__(threads, 1)
 #define SVDQ_UNROLL _Pragma("unroll")
 #define SVDQ_DEVICE_CHECK(condition) \
   do {                               \
