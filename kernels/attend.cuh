@@ -11,9 +11,9 @@
 // memory is read and written without bank conflicts.
 //
 // Where a KV head has more rows, attend_tiles.cuh serves up to 64 of them a block. The same pages
-// for 512 queries of 4 heads, per row and page: 306 bytes loaded instead of 1656 (weights and
-// tables included), 5.5 mma as here and 195 warp instructions instead of 568; before RoPE, 1266
-// bytes instead of 9536, 11 mma instead of 32 and 327 instructions instead of 1187.
+// for 512 queries of 4 heads, per row and page: 142 bytes loaded instead of 968 (weights and
+// tables included), 5.5 mma as here and 195 warp instructions instead of 568; before RoPE, 1070
+// bytes instead of 8112, 11 mma instead of 32 and 327 instructions instead of 1187.
 #pragma once
 
 #include "kernels/accumulate.cuh"
