@@ -1,6 +1,7 @@
 // The kernels of the attend stage against plain loops in double, over widths, shapes, lengths and
 // cuts, and against the CPU backend.
 #include "tests/emu/attend_test.h"
+#include "tests/emu/chosen_case.h"
 
 namespace svdq {
 namespace {
@@ -191,6 +192,13 @@ TEST_P(AttendKernels, MergeOperator) {
           << row << " " << d;
     }
   }
+}
+
+// A case of the environment's, as planned or cut as it says.
+TEST_P(AttendKernels, Chosen) {
+  const testing::ChosenCase chosen;
+  const auto cut = chosen.cut();
+  check_mode("chosen", chosen.attend(), 20000 + chosen.seed(), cut ? &*cut : nullptr);
 }
 
 SVDQ_KERNEL_TESTS(AttendKernels);

@@ -3,6 +3,7 @@
 
 #include "csrc/gpu/pack.h"
 #include "tests/cpp/reference.h"
+#include "tests/emu/chosen_case.h"
 
 namespace svdq {
 namespace {
@@ -23,8 +24,6 @@ struct PackCase {
   int64_t position = 1000;  // of the first token
 };
 
-constexpr int kPoolPages = 9;
-
 class PackKernels : public testing::KernelTest {
  protected:
   template <typename T>
@@ -36,8 +35,9 @@ class PackKernels : public testing::KernelTest {
   // Pages scattered in a pool, full of bytes that only the slots in question may lose.
   void prepare(const PackCase& c, int64_t page_bytes) {
     table_.clear();
-    for (int page = 0; page < 4; ++page) table_.push_back(2 * (3 - page) + 1);
-    pages_.resize(kPoolPages * page_bytes);
+    const int64_t pages = device::spanned_pages(0, c.slot + c.num_tokens);
+    for (int64_t page = pages; page-- > 0;) table_.push_back(static_cast<int32_t>(2 * page + 1));
+    pages_.resize((2 * pages + 1) * page_bytes);
     random_.fill(pages_);
     tokens_ = std::make_unique<Tokens>(static_cast<int>(c.bands.size()), c.num_tokens, c.head_dim,
                                        c.dtype);
@@ -205,6 +205,16 @@ TEST_P(PackKernels, BeforeRope) {
     c.slot = position == 0 ? 0 : 37;
     check_keys(c, 400 + position);
   }
+}
+
+// A case of the environment's.
+TEST_P(PackKernels, Chosen) {
+  const testing::ChosenCase chosen;
+  const PackCase c = {chosen.rope(),   chosen.head_dim(),     chosen.bands(),
+                      chosen.v_bits(), chosen.v_group_size(), chosen.dtype(),
+                      chosen.slot(),   chosen.tokens(),       chosen.position()};
+  check_keys(c, 20000 + chosen.seed());
+  check_values(c, 30000 + chosen.seed());
 }
 
 // Rotations of the device against double.
