@@ -16,7 +16,7 @@ COMPAT := 4.57
 COMPAT_TESTS := $(wildcard tests/test_cache*.py tests/test_generate*.py tests/test_hf_*.py)
 
 CXX_FILES := $(wildcard kernels/*.h kernels/*.cuh csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
-CXX_TESTS := $(wildcard tests/*/*.h tests/*/*.cpp)
+CXX_TESTS := $(wildcard tests/*/*.h tests/*/*.cpp scripts/*.cpp)
 say = @printf '\n== %s\n'
 
 # Builds and runs the tests $(2) (svdq_...) of the folder $(1); of their output, what passed and what compiled is
@@ -62,8 +62,9 @@ test-compat: setup $(STAMPS)/transformers-$(COMPAT)  ## the Hugging Face tests o
 	  'import transformers as t; print("transformers", t.__version__); assert t.__version__.startswith("$(COMPAT).")'
 	@PYTHONPATH=$(VENV)/transformers-$(COMPAT) $(BIN)/python -m pytest $(COMPAT_TESTS)
 
-cuda-check: $(STAMPS)/extension  ## registers, spills and shared memory of the compiled CUDA kernels
+cuda-check: $(STAMPS)/extension build/cpp/CMakeCache.txt  ## registers, spills and shared memory of the compiled CUDA kernels
 	$(say) 'Compiled CUDA kernels'
+	@cmake --build build/cpp -j $(JOBS) --target svdq_launches -- --no-print-directory | { grep -Ev '^(\[|-- )' || true; }
 	@$(BIN)/python scripts/check_kernels.py
 	@cd / && $(abspath $(BIN))/python -c 'from svdq import _C; assert _C.BUILT_WITH_CUDA; print("svdq._C imports")'
 
