@@ -27,6 +27,8 @@ class Kernel:
     """One kernel as compiled for one architecture."""
 
     name: str
+    symbol: str
+    object: Path
     arch: str
     registers: int
     stack: int
@@ -75,9 +77,10 @@ def read_logs(folder: Path = cuda_build.OBJECTS) -> list[Kernel]:
         for m in re.finditer(pattern, log.read_text(), re.S):
             shared = re.search(r"(\d+) bytes smem", m[6])
             static = int(shared[1]) if shared else 0
-            found.append((m[1], m[2], int(m[5]), int(m[3]), int(m[4]), static))
+            numbers = (int(m[5]), int(m[3]), int(m[4]), static)
+            found.append((m[1], log.with_suffix(".o"), m[2], *numbers))
     names = demangle([kernel[0] for kernel in found])
-    return [Kernel(name, *kernel[1:]) for name, kernel in zip(names, found, strict=True)]
+    return [Kernel(name, *kernel) for name, kernel in zip(names, found, strict=True)]
 
 
 def read_launches() -> list[dict]:
