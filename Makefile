@@ -62,7 +62,7 @@ test-compat: setup $(STAMPS)/transformers-$(COMPAT)  ## the Hugging Face tests o
 	  'import transformers as t; print("transformers", t.__version__); assert t.__version__.startswith("$(COMPAT).")'
 	@PYTHONPATH=$(VENV)/transformers-$(COMPAT) $(BIN)/python -m pytest $(COMPAT_TESTS)
 
-cuda-check: $(STAMPS)/extension build/cpp/CMakeCache.txt  ## registers, spills and shared memory of the compiled CUDA kernels
+cuda-check: setup build/cpp/CMakeCache.txt  ## registers, spills and shared memory of the compiled CUDA kernels
 	$(say) 'Compiled CUDA kernels'
 	@cmake --build build/cpp -j $(JOBS) --target svdq_launches -- --no-print-directory | { grep -Ev '^(\[|-- )' || true; }
 	@$(BIN)/python scripts/check_kernels.py
