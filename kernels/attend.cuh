@@ -1,19 +1,13 @@
-// The attend stage over packed pages.
+// The attend stage over packed pages with exact values, for up to 8 query rows a block; where values
+// are packed, attend_decode.cuh does it, and for more query rows attend_tiles.cuh.
 //
 // A block serves 8 query rows of a KV head and a run of pages, one page at a time. Warp w gets the
 // scores of the 16 tokens of group w: after RoPE codes [16 tokens, channels] times absorbed queries
 // [channels, 8 rows] on tensor cores, before RoPE from reconstructed keys (scores.cuh). The four
 // warps agree on each row's maximum, leave their probabilities in shared memory, and multiply them
-// with the values, a quarter of the channels each. Pages arrive by cp.async `stages` - 1 ahead.
-//
-// Per page, D = 128, 1.25-bit keys after RoPE, 4-bit values in groups of 32: 6.25 KiB read, 12 + 32
-// mma; before RoPE, 192 + 32 + 32. Reads of packed data are 16 bytes a thread, whole lines; shared
-// memory is read and written without bank conflicts.
-//
-// Where a KV head has more rows, attend_tiles.cuh serves up to 64 of them a block. The same pages
-// for 512 queries of 4 heads, per row and page: 142 bytes loaded instead of 968 (weights and
-// tables included), 5.5 mma as here and 195 warp instructions instead of 568; before RoPE, 1070
-// bytes instead of 8112, 11 mma instead of 32 and 327 instructions instead of 1187.
+// with the values in plain arithmetic, a quarter of the channels each. Keys arrive by cp.async
+// `stages` - 1 ahead. Reads of codes are 16 bytes a thread, whole lines; shared memory is read and
+// written without bank conflicts.
 #pragma once
 
 #include "kernels/accumulate.cuh"
@@ -50,24 +44,11 @@ SVDQ_DEVICE void wait_copies_but(int pending) {
 SVDQ_DEVICE uint8_t* copy_keys(uint8_t* to, const uint8_t* keys, const Bands& bands, int threads) {
   for_each_band(bands, [&]<int kWidth>(int count) {
     const int bytes = count * kWidth * kPageTokens / 8;
-    copy_lines<kWidth>(to, keys, bytes, threads);
+    copy_lines<kWidth>(to, keys, bytes, thread_index(), threads);
     to += bytes;
     keys += bytes;
   });
   return to;
-}
-
-// Starts to copy a page of one head: key lines, then (packed) values.
-template <int kValueBits>
-SVDQ_DEVICE void copy_page(uint8_t* to, const uint8_t* keys, const uint8_t* values,
-                           const Bands& bands, const ValueLayout& value) {
-  to = copy_keys(to, keys, bands, kAttendThreads);
-  if constexpr (kValueBits != 0) {
-    const int head = static_cast<int>(value.code_offset());
-    copy_lines<0>(to, values, head, kAttendThreads);  // scales and zero points
-    copy_lines<kValueBits>(to + head, values + head, static_cast<int>(value.page_bytes()) - head,
-                           kAttendThreads);
-  }
 }
 
 // Pages of a split that hold a token that counts; none of a length that the table cannot hold.
@@ -152,15 +133,14 @@ SVDQ_DEVICE void write_states(Plan& s, const RowState (&state)[2], const AttendW
   }
 }
 
-// Grid: x = head and row tile, y = split, z = sequence. kValueBits 0: exact values.
-template <typename Scores, int kValueBits>
+// Grid: x = head and row tile, y = split, z = sequence.
+template <typename Scores>
 SVDQ_KERNEL(kAttendThreads)
 attend_pages_kernel(AttendParams p, AttendWork work, HeadTable heads) {
   PagesPlan<Scores>& s = shared_memory<PagesPlan<Scores>>();
   const BlockRows rows = block_rows(p, work);
   const HeadPlan head = head_plan(heads, rows.head);
   const Bands& bands = Scores::bands(head);
-  const ValueLayout& value = p.layout.value;
   const int dim = p.layout.head_dim, split = block_y();
   const PageRun run = page_run(p, work, rows, split);
   const int last = run.last;
@@ -168,14 +148,14 @@ attend_pages_kernel(AttendParams p, AttendWork work, HeadTable heads) {
   bool readable = run.readable;
 
   const int32_t* page_table = p.page_table + int64_t{rows.sequence} * p.table_stride;
-  const int64_t value_offset = int64_t{rows.head} * value.page_bytes();
+  const int64_t value_offset = int64_t{rows.head} * p.layout.value.page_bytes();
   const auto stage = [&](int n) { return s.stages + n % work.stages * work.stage_bytes; };
   const auto known = [&](int64_t id) { return id >= 0 && id < p.num_pages; };
   const auto fetch = [&](int n) {
     const int64_t id = n < last ? load(&page_table[n]) : -1;
     if (known(id)) {
-      copy_page<kValueBits>(stage(n), p.k_pages + id * p.layout.k_page_bytes + head.k_offset,
-                            p.v_pages + id * p.layout.v_page_bytes + value_offset, bands, value);
+      copy_keys(stage(n), p.k_pages + id * p.layout.k_page_bytes + head.k_offset, bands,
+                kAttendThreads);
     }
     readable = readable && (known(id) || n >= last);
     commit_copies();
@@ -184,10 +164,8 @@ attend_pages_kernel(AttendParams p, AttendWork work, HeadTable heads) {
 
   Scores scores(s.scores, p, work, rows, head);  // barriers before its use follow
   RowState state[2] = {empty_row(), empty_row()};
-  PackedValues<Scores::kDim, kValueBits == 0 ? 4 : kValueBits> packed;
-  ExactValues<Scores::kDim> exact;
-  kValueBits != 0 ? packed.reset() : exact.reset();
-  const int key_bytes = bands.page_bytes();
+  ExactValues<Scores::kDim> values;
+  values.reset();
   for (; page < last && readable; ++page) {
     wait_copies_but(work.stages - 2);
     sync_threads();
@@ -202,20 +180,16 @@ attend_pages_kernel(AttendParams p, AttendWork work, HeadTable heads) {
     }
     float factor[2];
     softmax_page(s, score, state, factor);
-    if constexpr (kValueBits != 0) {
-      packed.add(value, stage(page) + key_bytes, s.p, tokens, factor);
-    } else {
-      const uint8_t* values =
-          p.v_pages + load(&page_table[page]) * p.layout.v_page_bytes + value_offset;
-      exact.add(values, p.v_dtype, 0, dim, s.p, tokens, s.factor);
-    }
+    const uint8_t* from =
+        p.v_pages + load(&page_table[page]) * p.layout.v_page_bytes + value_offset;
+    values.add(from, p.v_dtype, 0, dim, s.p, tokens, s.factor);
   }
   wait_copies<0>();  // of pages behind one that cannot be read
 
   sync_threads();
   const int64_t stride = int64_t{work.splits()} * dim;
   float* out = work.partial_out + rows.slot(work.row_tiles, 0) * stride + int64_t{split} * dim;
-  kValueBits != 0 ? packed.write(out, stride, dim) : exact.write(out, stride, dim);
+  values.write(out, stride, dim);
   write_states(s, state, work, rows, split, readable);
 }
 

@@ -36,11 +36,12 @@ struct AttendWork {
   int page_tiles;    // of a block along pages: 1, or 2 and more for attend_page_tiles
   int exact_tiles;   // of a block along exact rows, likewise
   int query_steps;   // of 16 channels of a query's operand in attend_page_tiles
-  int page_splits;   // blocks along the pages of a sequence
-  int split_pages;   // pages of a block
+  int page_warps;    // of a block of attend_decode
+  int page_splits;   // blocks along the pages of a sequence, or warps of attend_decode
+  int split_pages;   // pages of a split
   int exact_splits;  // blocks along the exact rows
   int split_exact;   // exact rows of a block, a multiple of kPageTokens
-  int stages;        // pages of a block in flight or in use, 2 to 4
+  int stages;        // pages of a split in flight or in use, 2 to 4
   int stage_bytes;   // of shared memory; the largest head's
   int max_pages;     // of a sequence: what the page table has room for
   // Workspace. T = row_tiles, U = T after RoPE and D / 8 before, W = max_steps(D), S = splits().

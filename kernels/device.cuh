@@ -10,7 +10,8 @@
 //   commit_copies(), wait_copies<N>()          close a group; wait until N groups are in flight
 //   sync_threads, sync_warp, shuffle, shuffle_xor, shuffle_down, ballot
 //   exp2_fast, log2_fast, fused, square_root, sine_cosine, round_double, round_to_int
-//   conversions of half and bfloat16, pack_half2, half2_fma, permute_bytes
+//   conversions of half and bfloat16, pack_half2, half2_fma, half2_max,
+//   permute_bytes
 //   SVDQ_DEVICE_CHECK(condition)               checked under emulation, nothing otherwise
 //
 // Baseline: sm_80.
@@ -158,6 +159,12 @@ SVDQ_DEVICE uint32_t pack_bfloat162(float low, float high) {
 SVDQ_DEVICE uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t d;
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+// The larger ones of two pairs of halves.
+SVDQ_DEVICE uint32_t half2_max(uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
   return d;
 }
 SVDQ_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {

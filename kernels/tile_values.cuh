@@ -27,8 +27,9 @@ class PackedTileValues {
   SVDQ_DEVICE static void copy(uint8_t* to, const uint8_t* from, const ValueLayout& value,
                                TokenRange, int threads) {
     const int head = static_cast<int>(value.code_offset());
-    copy_lines<0>(to, from, head, threads);  // scales and zero points
-    copy_lines<kBits>(to + head, from + head, static_cast<int>(value.page_bytes()) - head, threads);
+    copy_lines<0>(to, from, head, thread_index(), threads);  // scales and zero points
+    copy_lines<kBits>(to + head, from + head, static_cast<int>(value.page_bytes()) - head,
+                      thread_index(), threads);
   }
 
   // Scales and zero points of slots that do not count may be anything, NaN too.

@@ -48,12 +48,12 @@ SVDQ_DEVICE uint32_t load_lane(const uint8_t* lines, int line, int lane SVDQ_EMU
   return load(reinterpret_cast<const uint32_t*>(lines + piece * 16) + lane % 4 SVDQ_EMU_PASS_SITE);
 }
 
-// Starts to copy `bytes` of lines of one width into shared memory, swizzled; all `threads` of a
-// block take part.
+// Starts to copy `bytes` of lines of one width into shared memory, swizzled; `threads` threads take
+// part, of which this is number `thread`.
 template <int kWidth>
-SVDQ_DEVICE void copy_lines(uint8_t* to, const uint8_t* from, int bytes,
+SVDQ_DEVICE void copy_lines(uint8_t* to, const uint8_t* from, int bytes, int thread,
                             int threads SVDQ_EMU_SITE) {
-  for (int i = thread_index(); i < bytes / 16; i += threads)
+  for (int i = thread; i < bytes / 16; i += threads)
     copy_async(to + swizzle<kWidth>(i) * 16, from + i * 16, 16 SVDQ_EMU_PASS_SITE);
 }
 
@@ -69,29 +69,6 @@ SVDQ_DEVICE void load_key_fragment(const uint8_t* band, int quads, int step, int
     const uint32_t lane =
         quad < quads ? load_lane<kWidth>(band, unit / kUnits, row + 8 * half) : 0u;
     unpack_quad<kWidth>(lane, unit % kUnits, a[half], a[half + 2]);
-  }
-}
-
-// A operands [16 channels, 16 tokens] of the values of one block of 16 channels, `steps` 0..3.
-// Thread c of four holds tokens 16 c .. 16 c + 15, four of them each step, so that its lanes are
-// all its own.
-template <int kWidth>
-SVDQ_DEVICE void load_value_fragments(const uint8_t* block, uint32_t (&a)[4][4]) {
-  constexpr int kUnits = 8 / kWidth;
-  constexpr int kLines = 4 / kUnits;  // of a thread: 4 quads
-  static_assert(kLines >= 1, "values have 2 or 4 bits");
-  const int first = lane_index() % 4 * kLines, row = lane_index() / 4;
-  SVDQ_UNROLL
-  for (int line = 0; line < kLines; ++line) {
-    SVDQ_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const uint32_t lane = load_lane<kWidth>(block, first + line, row + 8 * half);
-      SVDQ_UNROLL
-      for (int unit = 0; unit < kUnits; ++unit) {
-        uint32_t (&step)[4] = a[line * kUnits + unit];
-        unpack_quad<kWidth>(lane, unit, step[half], step[half + 2]);
-      }
-    }
   }
 }
 

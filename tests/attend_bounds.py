@@ -17,8 +17,9 @@ Probabilities times the scales of packed values are rounded to 1/65535 of the la
 
 The CUDA kernels, and so the backend that emulates them, give tensor cores halves: weights, rounded
 to 11 bits where a row's largest is 256; for rope "pre" also the reconstructed keys and the queries;
-and probabilities times scales, where a page's largest is at least 2^13. A half's error is spread
-evenly over +-2^-11 of the number, or +-2^-25 below the smallest normal half.
+and probabilities times scales, where a page's largest is at least 2^13. Where a KV head has up to 8
+query rows, the probabilities themselves are halves before that, relative to their page's largest. A
+half's error is spread evenly over +-2^-11 of the number, or +-2^-25 below the smallest normal half.
 """
 
 from dataclasses import dataclass
@@ -133,7 +134,14 @@ def value_errors(cache: Cache, b: int, h: int, p: Tensor) -> Tensor:
         if uses_halves():
             scales = scale[page].repeat_interleave(layout.v_group_size, dim=-1)
             terms = padded[..., page, None] * (scales * codes[page])  # [g, L, tokens, D]
-            total += SIGMAS * (terms.square().sum(-2) * HALF_VARIANCE).sqrt()
+            variance = terms.square().sum(-2) * HALF_VARIANCE
+            if p.shape[0] * p.shape[1] <= 8:  # decoding: probabilities alone are halves, too
+                values = reference.unpack_values(
+                    cache.v_pages, layout, cache.page_table[b], page.start, codes[page].shape[0]
+                )[h].double()
+                variance += (padded[..., page, None] * values).square().sum(-2) * HALF_VARIANCE
+                total += 2.0**-25 * values.abs().sum(0)
+            total += SIGMAS * variance.sqrt()
             largest = padded[..., page].amax(-1)[..., None] * scales.amax(0)
             total += 2.0**-37 * largest * codes[page].sum(0)
             continue

@@ -203,6 +203,14 @@ inline uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c) {
   return part(0) | part(16);
 }
 
+inline uint32_t half2_max(uint32_t a, uint32_t b) {
+  const auto part = [&](int shift) {
+    const auto x = static_cast<uint16_t>(a >> shift), y = static_cast<uint16_t>(b >> shift);
+    return uint32_t{half_to_float(x) > half_to_float(y) ? x : y} << shift;
+  };
+  return part(0) | part(16);
+}
+
 // Bytes of {high, low} picked by the nibbles of `selector` (prmt).
 inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
   const uint64_t all = uint64_t{high} << 32 | low;

@@ -3,8 +3,10 @@
 #pragma once
 
 #include <numeric>
+#include <type_traits>
 
 #include "csrc/gpu/rotations.h"
+#include "kernels/attend_decode.cuh"
 #include "kernels/attend_exact.cuh"
 #include "kernels/attend_tiles.cuh"
 #include "kernels/merge.cuh"
@@ -13,7 +15,7 @@ namespace svdq::gpu {
 
 // How a call is cut. The answer does not depend on it, but for rounding.
 struct AttendCut {
-  int split_pages;  // pages of a block, at least 1
+  int split_pages;  // pages of a block, or of a warp of attend_decode, at least 1
   int split_exact;  // exact rows of a block, a multiple of 64
   int stages;       // pages in flight or in use, 2 to 4
   // 8-row tiles of a block: 1, or an even number up to kMaxTiles. More than 1 asks for values,
@@ -74,53 +76,120 @@ int tiles_of_block(int64_t rows) {
   return static_cast<int>(std::min<int64_t>(device::kMaxTiles<kDim>, 2 * pairs));
 }
 
-// Scores and TiledScores serve blocks of one tile and of more.
-template <typename Scores, typename TiledScores>
+// Whether a warp has registers for all channels of a page: it holds an output for each, and before
+// RoPE some columns of the keys.
+inline bool fits_warp(const LayoutView& layout) {
+  return layout.rope == RopeMode::kPost || layout.head_dim <= 256;
+}
+
+// Whether pages of one tile go to attend_decode, where a split is a warp.
+inline bool decodes(const AttendParams& p, int page_tiles) {
+  return page_tiles == 1 && p.layout.value.packed() && fits_warp(p.layout);
+}
+
+// Tiles of a block that asks for `tiles`: what attend_decode cannot serve, two tiles can.
+inline int page_tiles_for(const AttendParams& p, int tiles) {
+  return tiles == 1 && p.layout.value.packed() && !fits_warp(p.layout) ? 2 : tiles;
+}
+
+// Scorers of the kernels for one head_dim class and RoPE mode.
+template <typename DecodeScores, typename PlainScores, typename TiledScores>
+struct Scorers {
+  using Decode = DecodeScores;
+  using Plain = PlainScores;
+  using Tiled = TiledScores;
+  static constexpr int kDim = PlainScores::kDim;
+};
+template <int kDim>
+using AbsorbedScorers = Scorers<device::AbsorbedDecode<kDim>, device::AbsorbedScores<kDim>,
+                                device::AbsorbedTiles<kDim>>;
+template <int kDim>  // see fits_warp
+using ReconstructedScorers =
+    Scorers<std::conditional_t<kDim <= 256, device::ReconstructedDecode<kDim>, void>,
+            device::ReconstructedScores<kDim>, device::ReconstructedTiles<kDim>>;
+
+// Shared memory of a block of the kernel over pages, but for its stages, and what each page in
+// flight takes there.
+struct SharedBytes {
+  int fixed, stage;
+};
+
+template <typename Scorers>
+SharedBytes shared_bytes(const AttendParams& p, int page_tiles) {
+  if (page_tiles > 1) {
+    return {
+        device::page_tiles_fixed_bytes<typename Scorers::Tiled>(page_tiles, query_steps(p.layout)),
+        tiles_stage_bytes<Scorers::kDim>(p.layout)};
+  }
+  int fixed = device::kPagesPlanBytes<typename Scorers::Plain>;
+  if constexpr (!std::is_void_v<typename Scorers::Decode>) {
+    if (decodes(p, 1)) fixed = device::kDecodePlanBytes<typename Scorers::Decode>;
+  }
+  return {fixed, stage_bytes(p.layout)};
+}
+
+// Warps of a block of attend_decode: the most that have room.
+inline int page_warps(const SharedBytes& bytes, int stages, const Machine& machine) {
+  int warps = device::kDecodeWarps;
+  while (warps > 1 && bytes.fixed + warps * stages * bytes.stage > machine.max_shared_bytes)
+    warps /= 2;
+  return warps;
+}
+
+template <typename Scorers>
 AttendCut plan_cut(const AttendParams& p, const Machine& machine) {
-  constexpr int kDim = Scores::kDim;
-  constexpr int kBlocksPerSm = 4;   // enough to hide each other's barriers
+  constexpr int kDim = Scorers::kDim;
+  constexpr int kBlocksPerSm = 4;  // enough to hide each other's barriers
+  constexpr int kDecodeWarpsPerSm =
+      8;                            // two in a queue of the scheduler, with their copies in flight
   constexpr int kLeastPages = 4;    // fewer do not pay for a partial result
   constexpr int kLeastExact = 128;  // likewise
   const int64_t rows = device::query_rows(p);
-  const auto share = [&](int64_t length, int64_t least, int tiles) {
+  const auto share = [&](int64_t length, int64_t least, int tiles, int per_sm) {
     const int64_t blocks = divide_up(rows, tiles * device::kRowTile) * p.layout.num_heads * p.batch;
-    const int64_t wanted = divide_up(int64_t{kBlocksPerSm} * machine.num_sms, blocks);
+    const int64_t wanted = divide_up(int64_t{per_sm} * machine.num_sms, blocks);
     return std::max(least, divide_up(length, wanted));
   };
 
   AttendCut cut{};
   cut.exact_tiles = tiles_exact(p) ? tiles_of_block<kDim>(rows) : 1;
-  cut.page_tiles = tiles_pages(p) ? tiles_of_block<kDim>(rows) : 1;
-  const auto fixed = [&](int tiles) {
-    return tiles == 1 ? device::kPagesPlanBytes<Scores>
-                      : device::page_tiles_fixed_bytes<TiledScores>(tiles, query_steps(p.layout));
-  };
-  const auto bytes = [&](int tiles) {
-    return tiles == 1 ? stage_bytes(p.layout) : tiles_stage_bytes<kDim>(p.layout);
-  };
+  cut.page_tiles = page_tiles_for(p, tiles_pages(p) ? tiles_of_block<kDim>(rows) : 1);
   const auto stages = [&](int tiles) {
-    return std::min(4, (machine.max_shared_bytes - fixed(tiles)) / bytes(tiles));
+    const SharedBytes bytes = shared_bytes<Scorers>(p, tiles);
+    return std::min(4, (machine.max_shared_bytes - bytes.fixed) / bytes.stage);
   };
-  while (cut.page_tiles > 1 && stages(cut.page_tiles) < 2)
-    cut.page_tiles = std::max(1, cut.page_tiles - 2);
+  const int least_tiles = page_tiles_for(p, 1);
+  while (cut.page_tiles > least_tiles && stages(cut.page_tiles) < 2)
+    cut.page_tiles = std::max(least_tiles, cut.page_tiles - 2);
   cut.stages = stages(cut.page_tiles);
-  SVDQ_CHECK(cut.stages >= 2, "attend needs ", fixed(1) + 2 * bytes(1),
+  const SharedBytes least = shared_bytes<Scorers>(p, least_tiles);
+  SVDQ_CHECK(cut.stages >= 2, "attend needs ", least.fixed + 2 * least.stage,
              " bytes of shared memory a block for head_dim ", p.layout.head_dim, " and pages of ",
-             bytes(1), " bytes a head; this device gives ", machine.max_shared_bytes);
-  cut.split_pages = static_cast<int>(share(p.table_stride, kLeastPages, cut.page_tiles));
-  const int64_t exact = share(p.exact_rows, kLeastExact, cut.exact_tiles);
+             least.stage, " bytes a head; this device gives ", machine.max_shared_bytes);
+  const bool decode = decodes(p, cut.page_tiles);
+  if (decode) {
+    // Two blocks to a multiprocessor where they can have three stages, or two.
+    const Machine half{machine.num_sms, machine.max_shared_bytes / 2};
+    while (cut.stages > 2 && page_warps(least, cut.stages, half) < device::kDecodeWarps)
+      --cut.stages;
+  }
+  cut.split_pages = static_cast<int>(share(p.table_stride, kLeastPages, cut.page_tiles,
+                                           decode ? kDecodeWarpsPerSm : kBlocksPerSm));
+  const int64_t exact = share(p.exact_rows, kLeastExact, cut.exact_tiles, kBlocksPerSm);
   cut.split_exact = static_cast<int>(divide_up(exact, kPageTokens) * kPageTokens);
   return cut;
 }
 
-template <int kDim, typename Queue>
+template <typename Scorers, typename Queue>
 device::AttendWork plan_work(const AttendParams& p, const AttendCut& cut, Queue& queue) {
   const LayoutView& layout = p.layout;
   device::AttendWork work{};
-  work.page_tiles = cut.page_tiles;
+  work.page_tiles = page_tiles_for(p, cut.page_tiles);
+  const SharedBytes bytes = shared_bytes<Scorers>(p, work.page_tiles);
+  work.page_warps = page_warps(bytes, cut.stages, queue.machine());
   work.exact_tiles = cut.exact_tiles;
   work.query_steps = query_steps(layout);
-  const int64_t block_tiles = std::lcm(cut.page_tiles, cut.exact_tiles);
+  const int64_t block_tiles = std::lcm(work.page_tiles, cut.exact_tiles);
   const int64_t tiles = divide_up(device::query_rows(p), block_tiles * device::kRowTile);
   work.row_tiles = static_cast<int>(tiles * block_tiles);
   work.max_pages = static_cast<int>(p.table_stride);
@@ -129,7 +198,7 @@ device::AttendWork plan_work(const AttendParams& p, const AttendCut& cut, Queue&
   work.split_exact = cut.split_exact;
   work.exact_splits = static_cast<int>(divide_up(p.exact_rows, cut.split_exact));
   work.stages = cut.stages;
-  work.stage_bytes = cut.page_tiles == 1 ? stage_bytes(layout) : tiles_stage_bytes<kDim>(layout);
+  work.stage_bytes = bytes.stage;
 
   const int64_t heads = int64_t{p.batch} * layout.num_heads;
   const int64_t operands =
@@ -143,17 +212,6 @@ device::AttendWork plan_work(const AttendParams& p, const AttendCut& cut, Queue&
   work.partial_max = queue.template allocate<float>(slots);
   work.partial_sum = queue.template allocate<float>(slots);
   return work;
-}
-
-template <typename Scores, typename Queue>
-void attend_pages(const AttendParams& p, const device::AttendWork& work,
-                  const device::HeadTable& heads, Queue& queue) {
-  const int bits = p.layout.value.bits;
-  const auto kernel = bits == 4   ? device::attend_pages_kernel<Scores, 4>
-                      : bits == 2 ? device::attend_pages_kernel<Scores, 2>
-                                  : device::attend_pages_kernel<Scores, 0>;
-  queue.launch("attend_pages", device::attend_pages_launch<Scores>(p, work), kernel, p, work,
-               heads);
 }
 
 template <typename Scores, typename Queue>
@@ -175,6 +233,27 @@ void attend_page_tiles(const AttendParams& p, const device::AttendWork& work,
   }
 }
 
+// The kernel over pages that the work is cut for.
+template <typename Scorers, typename Queue>
+void attend_pages(const AttendParams& p, const device::AttendWork& work,
+                  const device::HeadTable& heads, Queue& queue) {
+  using Decode = typename Scorers::Decode;
+  using Plain = typename Scorers::Plain;
+  if (work.page_tiles > 1) {
+    attend_page_tiles<typename Scorers::Tiled>(p, work, heads, queue);
+  } else if (decodes(p, 1)) {
+    if constexpr (!std::is_void_v<Decode>) {
+      const auto kernel = p.layout.value.bits == 4 ? device::attend_decode_kernel<Decode, 4>
+                                                   : device::attend_decode_kernel<Decode, 2>;
+      queue.launch("attend_decode", device::attend_decode_launch<Decode>(p, work), kernel, p, work,
+                   heads);
+    }
+  } else {
+    queue.launch("attend_pages", device::attend_pages_launch<Plain>(p, work),
+                 device::attend_pages_kernel<Plain>, p, work, heads);
+  }
+}
+
 template <int kDim, typename Queue>
 void attend_exact(const AttendParams& p, const device::AttendWork& work, Queue& queue) {
   if (work.exact_tiles == 1) {
@@ -192,29 +271,30 @@ void attend_exact(const AttendParams& p, const device::AttendWork& work, Queue& 
 // `cut` null: planned.
 template <int kDim, typename Queue>
 void attend_class(const AttendParams& p, const AttendCut* cut, Queue& queue) {
-  using Absorbed = device::AbsorbedScores<kDim>;
-  using Reconstructed = device::ReconstructedScores<kDim>;
-  using AbsorbedTiles = device::AbsorbedTiles<kDim>;
-  using ReconstructedTiles = device::ReconstructedTiles<kDim>;
-  const bool pre = p.layout.rope == RopeMode::kPre;
+  using Absorbed = AbsorbedScorers<kDim>;
+  using Reconstructed = ReconstructedScorers<kDim>;
   const device::HeadTable heads = head_table(p.layout);
-  const AttendCut planned = cut   ? *cut
-                            : pre ? plan_cut<Reconstructed, ReconstructedTiles>(p, queue.machine())
-                                  : plan_cut<Absorbed, AbsorbedTiles>(p, queue.machine());
-  device::AttendWork work = plan_work<kDim>(p, planned, queue);
-  if (work.page_splits > 0 && pre) {
-    const auto turns = rotations(p.rope, 0, p.first_position, p.batch, work.max_pages, queue);
-    work.offset_rotation = turns.slots;
-    work.page_rotation = turns.pages;
-    queue.launch("columns", device::columns_launch<kDim>(p, work), device::columns_kernel<kDim>, p,
-                 work, heads);
-    work.page_tiles == 1 ? attend_pages<Reconstructed>(p, work, heads, queue)
-                         : attend_page_tiles<ReconstructedTiles>(p, work, heads, queue);
-  } else if (work.page_splits > 0) {
-    queue.launch("absorb", device::absorb_launch<kDim>(p, work), device::absorb_kernel<kDim>, p,
-                 work, heads);
-    work.page_tiles == 1 ? attend_pages<Absorbed>(p, work, heads, queue)
-                         : attend_page_tiles<AbsorbedTiles>(p, work, heads, queue);
+  const auto plan = [&]<typename Scorers>() {
+    return plan_work<Scorers>(p, cut ? *cut : plan_cut<Scorers>(p, queue.machine()), queue);
+  };
+  device::AttendWork work;
+  if (p.layout.rope == RopeMode::kPre) {
+    work = plan.template operator()<Reconstructed>();
+    if (work.page_splits > 0) {
+      const auto turns = rotations(p.rope, 0, p.first_position, p.batch, work.max_pages, queue);
+      work.offset_rotation = turns.slots;
+      work.page_rotation = turns.pages;
+      queue.launch("columns", device::columns_launch<kDim>(p, work), device::columns_kernel<kDim>,
+                   p, work, heads);
+      attend_pages<Reconstructed>(p, work, heads, queue);
+    }
+  } else {
+    work = plan.template operator()<Absorbed>();
+    if (work.page_splits > 0) {
+      queue.launch("absorb", device::absorb_launch<kDim>(p, work), device::absorb_kernel<kDim>, p,
+                   work, heads);
+      attend_pages<Absorbed>(p, work, heads, queue);
+    }
   }
   if (work.exact_splits > 0) attend_exact<kDim>(p, work, queue);
   queue.launch("merge_splits", device::merge_splits_launch(p, work), device::merge_splits_kernel, p,

@@ -195,12 +195,22 @@ class AttendReference {
         // Scores that are off move probabilities; a probability times a scale is a half.
         tolerance += p * std::expm1(key.error) * std::fabs(key.value[d] - out) * std::exp(worst);
         tolerance += p * std::fabs(key.coded[d]) * 0x1p-11;
+        if (decodes(p_)) {
+          // So is the probability itself, relative to its page's maximum.
+          tolerance += (p * 0x1p-11 + 0x1p-25) * std::fabs(key.value[d]);
+          tolerance += 0x1p-25 * std::fabs(key.coded[d]);
+        }
         largest =
             std::max(largest, std::fabs(key.value[d] - key.coded[d]) + std::fabs(key.coded[d]));
       }
       tolerance += summing * largest + rounding(p_.query_dtype) * std::fabs(out) + 0x1p-25;
     }
     return result;
+  }
+
+  // Whether attend_decode serves the rows.
+  static bool decodes(const AttendParams& p) {
+    return p.layout.value.packed() && device::query_rows(p) <= device::kRowTile;
   }
 
   const AttendParams& p_;

@@ -188,15 +188,17 @@ TEST_P(AttendTiles, LongQueriesFitTheGrid) {
   const gpu::Machine machine{132, 101376};
   using Scores = device::AbsorbedScores<64>;
   using Tiles = device::AbsorbedTiles<64>;
-  const AttendCut cut = gpu::plan_cut<Scores, Tiles>(p, machine);
+  const AttendCut cut = gpu::plan_cut<gpu::AbsorbedScorers<64>>(p, machine);
   EXPECT_EQ(cut.page_tiles, device::kMaxTiles<64>);
   EXPECT_EQ(cut.exact_tiles, device::kMaxTiles<64>);
   device::AttendWork work{};
   work.row_tiles = static_cast<int>(device::query_rows(p) / device::kRowTile);
   work.page_tiles = work.exact_tiles = device::kMaxTiles<64>;
   work.page_splits = work.exact_splits = 2;
+  work.page_warps = 1;
   for (const device::LaunchShape& shape :
        {device::absorb_launch<64>(p, work), device::attend_pages_launch<Scores>(p, work),
+        device::attend_decode_launch<device::AbsorbedDecode<64>>(p, work),
         device::attend_page_tiles_launch<Tiles>(p, work), device::attend_exact_launch<64>(p, work),
         device::attend_exact_tiles_launch<64>(p, work)}) {
     EXPECT_LE(shape.grid_y, 2);
