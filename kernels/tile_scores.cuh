@@ -38,6 +38,7 @@ template <int kDimension>
 class AbsorbedTiles {
  public:
   static constexpr int kDim = kDimension;
+  using Lean = AbsorbedTiles;             // the scorer that leaves values the most registers
   static constexpr int kSharedBytes = 0;  // beside the queries
   SVDQ_DEVICE static const Bands& bands(const HeadPlan& head) { return head.tail; }
 
@@ -99,10 +100,13 @@ class AbsorbedTiles {
 // Keys coded before RoPE: the block reconstructs the columns of all 64 tokens once, up to 128
 // columns at a time, turns them by the tokens' positions and leaves them in shared memory as
 // halves, where every warp multiplies them with its queries.
-template <int kDimension>
+//
+// A warp reconstructs kTilesAtOnce tiles of 8 columns at a time: what is left of the registers.
+template <int kDimension, int kTilesAtOnce = kDimension == 128 ? 4 : 2>
 class ReconstructedTiles {
  public:
   static constexpr int kDim = kDimension;
+  using Lean = ReconstructedTiles<kDim, 2>;
   static constexpr int kChunk = kDim < 128 ? kDim : 128;  // columns at a time
   using Matrix = TokenMatrix<kChunk>;
   static constexpr int kSharedBytes = kPageTokens * Matrix::kRowBytes;
@@ -166,8 +170,7 @@ class ReconstructedTiles {
   }
 
  private:
-  // Tiles of 8 columns that a warp reconstructs at a time: what is left of the registers.
-  static constexpr int kKeyTiles = kDim == 128 ? 4 : 2;
+  static constexpr int kKeyTiles = kTilesAtOnce;
 
   SVDQ_DEVICE void reconstruct(const uint8_t* codes, int page, int first_tile, int first_column) {
     float key[kGroups][kKeyTiles][4] = {};

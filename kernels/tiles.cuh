@@ -19,11 +19,13 @@ inline constexpr int kWarpRows = 2 * kRowTile;  // query rows of a warp
 // Warps that share 16 rows, each with a part of the output's channels: what registers have room
 // for.
 template <int kDim>
-inline constexpr int kWarpParts = kDim <= 256 ? 1 : 4;
+inline constexpr int kWarpParts = kDim <= 128   ? 1
+                                  : kDim <= 256 ? 2
+                                                : 4;
 
 // Threads and 8-row tiles of the largest block.
 template <int kDim>
-inline constexpr int kTileThreads = kDim <= 256 ? 128 : 256;
+inline constexpr int kTileThreads = kDim <= 128 ? 128 : 256;
 template <int kDim>
 inline constexpr int kMaxTiles = 2 * kTileThreads<kDim> / kWarpSize / kWarpParts<kDim>;
 

@@ -218,18 +218,19 @@ template <typename Scores, typename Queue>
 void attend_page_tiles(const AttendParams& p, const device::AttendWork& work,
                        const device::HeadTable& heads, Queue& queue) {
   constexpr int kDim = Scores::kDim;
-  const auto run = [&]<typename Values>() {
-    queue.launch("attend_page_tiles", device::attend_page_tiles_launch<Scores>(p, work),
-                 device::attend_page_tiles_kernel<Scores, Values>, p, work, heads);
+  using Lean = typename Scores::Lean;  // exact values take registers for their probabilities' terms
+  const auto run = [&]<typename Use, typename Values>() {
+    queue.launch("attend_page_tiles", device::attend_page_tiles_launch<Use>(p, work),
+                 device::attend_page_tiles_kernel<Use, Values>, p, work, heads);
   };
   if (p.layout.value.bits == 4) {
-    run.template operator()<device::PackedTileValues<kDim, 4>>();
+    run.template operator()<Scores, device::PackedTileValues<kDim, 4>>();
   } else if (p.layout.value.bits == 2) {
-    run.template operator()<device::PackedTileValues<kDim, 2>>();
+    run.template operator()<Scores, device::PackedTileValues<kDim, 2>>();
   } else if (p.v_dtype == DataType::kBFloat16) {
-    run.template operator()<device::ExactTileValues<kDim, DataType::kBFloat16>>();
+    run.template operator()<Lean, device::ExactTileValues<kDim, DataType::kBFloat16>>();
   } else {
-    run.template operator()<device::ExactTileValues<kDim, DataType::kFloat16>>();
+    run.template operator()<Lean, device::ExactTileValues<kDim, DataType::kFloat16>>();
   }
 }
 
