@@ -1,4 +1,4 @@
-"""Renews the tables of docs/kernels.md about the compiled kernels: registers, shared memory and
+"""Renews the tables of docs/cuda.md about the compiled kernels: registers, shared memory and
 occupancy by architecture, what a token costs in the page loop of attend, and an estimate of its
 time.
 
@@ -19,7 +19,7 @@ from pathlib import Path
 import cuda_build
 from kernel_report import ARCHITECTURES, BLOCK_SHARED, Kernel, read_launches, read_logs, short
 
-DOCS = cuda_build.ROOT / "docs/kernels.md"
+DOCS = cuda_build.ROOT / "docs/cuda.md"
 TESTS = cuda_build.ROOT / "build/cuda/svdq_cuda_tests"
 SHAPE = "head_dim 128, 4-bit values"
 KV_HEADS = 8

@@ -168,9 +168,10 @@ AttendCut plan_cut(const AttendParams& p, const Machine& machine) {
              least.stage, " bytes a head; this device gives ", machine.max_shared_bytes);
   const bool decode = decodes(p, cut.page_tiles);
   if (decode) {
-    // Two blocks to a multiprocessor where they can have three stages, or two.
-    const Machine half{machine.num_sms, machine.max_shared_bytes / 2};
-    while (cut.stages > 2 && page_warps(least, cut.stages, half) < device::kDecodeWarps)
+    // One page in flight a warp is several times what hides the memory's latency, so room for more
+    // blocks, which hide that of instructions, comes first.
+    const Machine quarter{machine.num_sms, machine.max_shared_bytes / 4};
+    while (cut.stages > 2 && page_warps(least, cut.stages, quarter) < device::kDecodeWarps)
       --cut.stages;
   }
   cut.split_pages = static_cast<int>(share(p.table_stride, kLeastPages, cut.page_tiles,
