@@ -27,7 +27,7 @@ define run_cpp_tests
 	  | { grep -Ev ' Passed |^ +Start |^Internal|^Test project|^Label|^svdq_|^$$' || true; }
 endef
 
-.PHONY: help setup demo test test-cpp test-emulated test-python test-compat sanitize cuda-check lint format clean FORCE
+.PHONY: help setup demo test test-cpp test-emulated test-cuda test-python test-compat sanitize cuda-check lint format clean FORCE
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | column -t -s '|'
@@ -38,7 +38,7 @@ setup: $(STAMPS)/extension $(STAMPS)/packages  ## .venv with everything: the svd
 demo: setup  ## a language model with its key cache at about one bit a number
 	$(BIN)/svdq demo
 
-test: test-cpp test-emulated test-python  ## GoogleTest for the C++ part and the emulated kernels, pytest for the package
+test: test-cpp test-emulated test-cuda test-python  ## GoogleTest for the C++ part and the CUDA kernels, pytest for the package
 
 test-cpp: build/cpp/CMakeCache.txt
 	$(say) 'C++ tests'
@@ -47,6 +47,15 @@ test-cpp: build/cpp/CMakeCache.txt
 test-emulated: build/cpp/CMakeCache.txt
 	$(say) 'CUDA kernels, emulated'
 	$(call run_cpp_tests,build/cpp,svdq_emu_tests)
+
+# On a machine with a GPU, the tests of the CUDA kernels on it.
+test-cuda: $(STAMPS)/cuda
+	$(say) 'CUDA kernels on a GPU'
+	@if nvidia-smi -L 2> /dev/null; then \
+	  $(CMAKE) -B build/cuda-native -DSVDQ_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=native > /dev/null; \
+	  cmake --build build/cuda-native -j $(JOBS) --target svdq_cuda_tests -- --no-print-directory; \
+	  build/cuda-native/svdq_cuda_tests --gtest_brief=1; \
+	else echo 'Skipped: there is no GPU. The CUDA kernels ran emulated.'; fi
 
 test-python: setup
 	$(say) 'Python tests'

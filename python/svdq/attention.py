@@ -84,7 +84,7 @@ class CausalMask:
                 f"{tuple(mask.shape)}"
             )
         padding = self.kv_length - mask.sum(dim=1)
-        slots = torch.arange(self.kv_length)
+        slots = torch.arange(self.kv_length, device=mask.device)
         if not torch.equal(mask, slots >= padding[:, None]) or (padding == self.kv_length).any():
             raise ValueError(
                 "attention_mask must be left padding, zeros and then at least one 1 in every row; "

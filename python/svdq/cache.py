@@ -181,8 +181,15 @@ class SVDqCache(Cache):
         serialization.save(self, path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, config: PretrainedConfig) -> SVDqCache:
+    def load(
+        cls,
+        path: str | os.PathLike,
+        config: PretrainedConfig,
+        device: str | torch.device = "cpu",
+    ) -> SVDqCache:
         """Read a cache that :meth:`save` wrote for a model with this configuration.
+
+        ``device`` is where it shall live, that of the model.
 
         Raises
         ------
@@ -190,7 +197,7 @@ class SVDqCache(Cache):
             If the file is no saved cache, of another format version, or of a model of another
             shape.
         """
-        return serialization.load(cls, path, config)
+        return serialization.load(cls, path, config, device)
 
 
 def _check_settings(settings: Settings) -> None:

@@ -367,7 +367,7 @@ class SVDqLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences that ``indices`` names, in its order."""
         if self.seq_length:
-            self._select(torch.arange(self.batch_size)[indices].tolist())
+            self._select(torch.arange(self.batch_size, device=indices.device)[indices].tolist())
             self.tokens.compact()
 
     def _select(self, indices: list[int]) -> None:
@@ -377,7 +377,7 @@ class SVDqLayer(CacheLayerMixin):
             self.batch_size = len(indices)
 
     def offload(self) -> None:
-        """Nothing to do: the cache lives in main memory."""
+        """Nothing to do: the cache stays where its keys are."""
 
     def prefetch(self) -> None:
-        """Nothing to do: the cache lives in main memory."""
+        """Nothing to do: the cache stays where its keys are."""

@@ -47,9 +47,14 @@ def save(cache: SVDqCache, path: str | os.PathLike) -> None:
 
 
 @normal_tensors
-def load(cls: type[SVDqCache], path: str | os.PathLike, config: PretrainedConfig) -> SVDqCache:
+def load(
+    cls: type[SVDqCache],
+    path: str | os.PathLike,
+    config: PretrainedConfig,
+    device: str | torch.device,
+) -> SVDqCache:
     """Read a cache; see :meth:`svdq.SVDqCache.load`."""
-    with safe_open(path, "pt") as file:
+    with safe_open(path, "pt", device=str(device)) as file:
         metadata = file.metadata() or {}
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} is not a saved SVDqCache")
@@ -153,7 +158,7 @@ def _matching_frequencies(layer: SVDqLayer, saved: Tensor) -> Tensor:
     """The layer's own frequencies, if they are the saved ones for short or for long sequences."""
     if layer.frequencies is not None:
         for max_position in (0, torch.iinfo(torch.int32).max):
-            own = layer.frequencies(max_position)
+            own = layer.frequencies(max_position).to(saved.device)
             if torch.equal(own, saved):
                 return own
     raise ValueError(f"layer {layer.index}: keys were packed under another rotary embedding")
