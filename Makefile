@@ -19,11 +19,11 @@ CXX_FILES := $(wildcard kernels/*.h kernels/*.cuh csrc/*/*.h csrc/*/*.cuh csrc/*
 CXX_TESTS := $(wildcard tests/*/*.h tests/*/*.cpp scripts/*.cpp)
 say = @printf '\n== %s\n'
 
-# Builds and runs the tests $(2) (svdq_...) of the folder $(1); of their output, what passed and what compiled is
-# left out.
+# Builds and runs the tests $(2) (svdq_...) of the folder $(1), those that ctest's $(3) names; of their output, what
+# passed and what compiled is left out.
 define run_cpp_tests
 	@cmake --build $(1) -j $(JOBS) --target $(2) -- --no-print-directory | { grep -Ev '^(\[|-- )' || true; }
-	@ctest --test-dir $(1) -j $(JOBS) -L $(2) --output-on-failure \
+	@ctest --test-dir $(1) -j $(JOBS) -L $(2) $(3) --output-on-failure \
 	  | { grep -Ev ' Passed |^ +Start |^Internal|^Test project|^Label|^svdq_|^$$' || true; }
 endef
 
@@ -61,9 +61,10 @@ test-python: setup
 	$(say) 'Python tests'
 	@$(BIN)/python -m pytest
 
-sanitize: build/sanitize/CMakeCache.txt  ## the C++ tests under AddressSanitizer and UBSan
+sanitize: build/sanitize/CMakeCache.txt  ## the C++ tests and emulated kernels under AddressSanitizer and UBSan
 	$(say) 'C++ tests under sanitizers'
 	$(call run_cpp_tests,build/sanitize,svdq_tests)
+	$(call run_cpp_tests,build/sanitize,svdq_emu_tests,-R /Shuffled)
 
 test-compat: setup $(STAMPS)/transformers-$(COMPAT)  ## the Hugging Face tests on the oldest supported transformers
 	$(say) 'Hugging Face tests on transformers $(COMPAT)'
@@ -142,4 +143,4 @@ build/cpp/CMakeCache.txt: CMakeLists.txt $(STAMPS)/system
 	@$(CMAKE) -B build/cpp -DSVDQ_EMULATION=ON > /dev/null && touch $@
 
 build/sanitize/CMakeCache.txt: CMakeLists.txt $(STAMPS)/system
-	@$(CMAKE) -B build/sanitize -DSVDQ_SANITIZE=ON > /dev/null && touch $@
+	@$(CMAKE) -B build/sanitize -DSVDQ_SANITIZE=ON -DSVDQ_EMULATION=ON > /dev/null && touch $@
