@@ -252,7 +252,8 @@ TORCH_LIBRARY_FRAGMENT(svdq, m) {
       "Tensor");
 }
 
-TORCH_LIBRARY_IMPL(svdq, CPU, m) {
+// The same functions serve both devices: a Target runs the stages where the tensors lie.
+static void register_stages(torch::Library& m) {
   m.impl("fit_basis", &fit_basis);
   m.impl("allocate_bits", &allocate_bits);
   m.impl("fit_quantizer", &fit_quantizer);
@@ -264,16 +265,7 @@ TORCH_LIBRARY_IMPL(svdq, CPU, m) {
   m.impl("unpack_values", &unpack_values_op);
 }
 
-TORCH_LIBRARY_IMPL(svdq, CUDA, m) {
-  m.impl("fit_basis", &fit_basis);
-  m.impl("allocate_bits", &allocate_bits);
-  m.impl("fit_quantizer", &fit_quantizer);
-  m.impl("pack_keys_", &pack_keys_);
-  m.impl("pack_values_", &pack_values_);
-  m.impl("append_exact_", &append_exact_);
-  m.impl("unpack_codes", &unpack_codes_op);
-  m.impl("unpack_keys", &unpack_keys_op);
-  m.impl("unpack_values", &unpack_values_op);
-}
+TORCH_LIBRARY_IMPL(svdq, CPU, m) { register_stages(m); }
+TORCH_LIBRARY_IMPL(svdq, CUDA, m) { register_stages(m); }
 
 }  // namespace svdq::torch_binding
