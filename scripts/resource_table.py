@@ -4,7 +4,7 @@ time.
 
 ``python scripts/resource_table.py [emulator]``: reads ptxas's reports and the SASS of the latest
 build. What a token costs is counted by running build/cuda/svdq_cuda_tests under a PTX emulator (the
-command that starts it; build/ptx-emulator/ptxsim by default); without one that table stays.
+command that starts it; build/ptx-emulator/ptxsim by default); without one those tables stay.
 """
 
 import json
@@ -24,8 +24,8 @@ TESTS = cuda_build.ROOT / "build/cuda/svdq_cuda_tests"
 SHAPE = "head_dim 128, 4-bit values"
 KV_HEADS = 8
 CASE = (
-    f"head_dim=128 kv_heads={KV_HEADS} group=4 bands=0:32:16:0 v_bits=4 dtype=bf16 exact=9"
-    " split_pages=64 kv_len="
+    f"head_dim=128 kv_heads={KV_HEADS} group=4 bands=0:32:16:0 v_bits=4 dtype=bf16 exact=24"
+    " split_pages=64"
 )
 LENGTHS = (1024, 2048)  # one block a head takes either; their difference is the page loop alone
 
@@ -82,12 +82,13 @@ def resources(kernels: list[Kernel], launches: list[dict]) -> str:
     return table(head, [[name, *(row[c] for c in columns)] for name, row in sorted(rows.items())])
 
 
-def count(emulator: str, rope: str, length: int) -> list[dict]:
+def count(emulator: str, rope: str, length: int, q_len: int) -> list[dict]:
     """Counters of the launches of one attend call."""
+    tiles = 1 if q_len <= 2 else q_len // 2  # of 8 rows, 4 a query token
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         environment = os.environ | {
-            "SVDQ_TEST_CASE": f"{CASE}{length} rope={rope}",
+            "SVDQ_TEST_CASE": f"{CASE} kv_len={length} rope={rope} q_len={q_len} tiles={tiles}",
             "PTXSIM_REPORT": str(report),
             "PTXSIM_PRELOAD_ALL": "1",
         }
@@ -106,10 +107,10 @@ def flat(launch: dict) -> dict[str, int]:
     return found
 
 
-def per_token(emulator: str, rope: str) -> tuple[str, dict[str, float]]:
+def per_token(emulator: str, rope: str, q_len: int = 1) -> tuple[str, dict[str, float]]:
     """The kernel of the page loop, and what a token and KV head costs in it."""
     short_call, long_call = (
-        {launch["kernel"]: flat(launch) for launch in count(emulator, rope, length)}
+        {launch["kernel"]: flat(launch) for launch in count(emulator, rope, length, q_len)}
         for length in LENGTHS
     )
     growth = {name: long_call[name]["all"] - short_call[name]["all"] for name in long_call}
@@ -162,6 +163,19 @@ def estimate(kernels: list[Kernel], emulator: str) -> str:
     return table(head, rows) + "\n\n" + table(times_head, limits)
 
 
+def query_rows(emulator: str) -> str:
+    """What a query row and page costs, where 8 rows share a page and where as many as can do."""
+    rows = []
+    for rope in ("post", "pre"):
+        for q_len in (2, 16):
+            name, cost = per_token(emulator, rope, q_len)
+            shared = 64 / (4 * q_len)  # tokens of a page over query rows of a KV head
+            figures = [f"{cost[k] * shared:.1f}" for k in ("bytes", "mma", "all")]
+            kernel = short(name).split("<")[0]
+            rows.append([f"{rope}-RoPE, {4 * q_len} rows, `{kernel}`", *figures])
+    return table(["a query row and page", "bytes read", "mma", "instructions"], rows)
+
+
 def replace(text: str, name: str, content: str) -> str:
     pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
     if not re.search(pattern, text, re.S):
@@ -177,8 +191,9 @@ def main() -> None:
     )
     if Path(emulator).exists() and TESTS.exists():
         text = replace(text, "page-loop", estimate(kernels, emulator))
+        text = replace(text, "query-rows", query_rows(emulator))
     else:
-        print(f"The table of the page loop stays: no {emulator} or no {TESTS}")
+        print(f"The tables of what is counted stay: no {emulator} or no {TESTS}")
     DOCS.write_text(text)
 
 

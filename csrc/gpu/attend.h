@@ -66,9 +66,9 @@ inline bool tiles_exact(const AttendParams& p) {
          p.exact_batch_stride % 8 == 0 && p.exact_head_stride % 8 == 0;
 }
 
-// Tiles of a block for so many query rows of a KV head. The tiled kernels pay from the second tile
-// on, since they copy and reconstruct a page once for both: at head_dim 128 two tiles issue 64 %
-// fewer warp instructions after RoPE and 47 % fewer before, where mma fall from 512 to 320 a page.
+// Tiles of a block for so many query rows of a KV head. From the second tile on the tiled kernels
+// copy a page once for all rows of the block and, before RoPE, reconstruct it once
+// (docs/cuda.md, "Many query rows").
 template <int kDim>
 int tiles_of_block(int64_t rows) {
   if (rows <= device::kRowTile) return 1;
@@ -139,11 +139,10 @@ inline int page_warps(const SharedBytes& bytes, int stages, const Machine& machi
 template <typename Scorers>
 AttendCut plan_cut(const AttendParams& p, const Machine& machine) {
   constexpr int kDim = Scorers::kDim;
-  constexpr int kBlocksPerSm = 4;  // enough to hide each other's barriers
-  constexpr int kDecodeWarpsPerSm =
-      8;                            // two in a queue of the scheduler, with their copies in flight
-  constexpr int kLeastPages = 4;    // fewer do not pay for a partial result
-  constexpr int kLeastExact = 128;  // likewise
+  constexpr int kBlocksPerSm = 4;       // enough to hide each other's barriers
+  constexpr int kDecodeWarpsPerSm = 8;  // two to a scheduler, with their copies in flight
+  constexpr int kLeastPages = 4;        // fewer do not pay for a partial result
+  constexpr int kLeastExact = 128;      // likewise
   const int64_t rows = device::query_rows(p);
   const auto share = [&](int64_t length, int64_t least, int tiles, int per_sm) {
     const int64_t blocks = divide_up(rows, tiles * device::kRowTile) * p.layout.num_heads * p.batch;
