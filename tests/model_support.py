@@ -1,10 +1,12 @@
 """A tiny random model with its tokenizer, saved in a folder as a user would have one."""
 
+import string
 from pathlib import Path
 
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.pre_tokenizers import Split, WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from cache_support import VOCABULARY, make_model
@@ -25,6 +27,20 @@ def make_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
         unk_token="[UNK]",
         pad_token="w0",
         chat_template=CHAT_TEMPLATE if chat else None,
+    )
+
+
+def make_char_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
+    """Every character is a token, so that any English text comes back from its tokens."""
+    letters = {character: i for i, character in enumerate(string.printable)}
+    tokenizer = Tokenizer(WordLevel(letters | {"[UNK]": len(letters)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        chat_template=CHAT_TEMPLATE if chat else None,
+        clean_up_tokenization_spaces=False,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -167,6 +168,35 @@ class SVDqCache(Cache):
         for layer in sorted(self.layers, key=lambda layer: isinstance(layer, SVDqLayer)):
             if remove or not CROP_ZERO_REMOVES:
                 layer.crop(-remove)
+
+    def prefill_from(self, cache: DynamicCache) -> None:
+        """Compress the tokens of a full cache of the same model, without padding, into this one.
+
+        Sliding-window layers are shared until either cache grows.
+
+        Raises
+        ------
+        ValueError
+            If this cache holds tokens already, or the other has other layers.
+        """
+        if self.get_seq_length():
+            raise ValueError(
+                f"prefill_from() needs an empty cache, got {self.get_seq_length()} tokens"
+            )
+        fits = len(cache.layers) == len(self.layers) and all(
+            type(theirs) is (DynamicLayer if isinstance(own, SVDqLayer) else type(own))
+            for own, theirs in zip(self.layers, cache.layers, strict=True)
+        )
+        if not fits:
+            raise ValueError(
+                f"expected a DynamicCache of the same model, got layers "
+                f"{[type(layer).__name__ for layer in cache.layers]}"
+            )
+        for i, layer in enumerate(cache.layers):
+            if isinstance(self.layers[i], SVDqLayer):
+                self.layers[i].prefill_from(layer.keys, layer.values)
+            else:
+                self.layers[i] = copy.copy(layer)
 
     def memory_report(self) -> MemoryReport:
         """Bytes by part and of a full cache for the same tokens, and the true bits of a key."""

@@ -216,6 +216,19 @@ class SVDqLayer(CacheLayerMixin):
         self.knows_positions = position_ids is not None
         return out
 
+    def prefill_from(self, keys: Tensor, values: Tensor) -> None:
+        """Take tokens that were attended elsewhere, [B, H, T, D] at positions 0 .. T - 1."""
+        self.update(keys, values)
+        self.pending = 0
+        none = [0] * self.batch_size
+        try:
+            self.tokens.prefill(keys, values, none, none)
+        except BaseException:
+            self.reset()
+            raise
+        self.padding, self.knows_positions = none, True
+        self.seq_length = keys.shape[2]
+
     def _extend(self, module, query, keys, values, scaling) -> Tensor:
         """A few more tokens join the exact rows first and are attended there."""
         tokens = self.tokens

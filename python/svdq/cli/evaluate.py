@@ -6,16 +6,22 @@ from typing import Annotated
 
 import typer
 
+from svdq.cli import harness, retrieval
 from svdq.cli.errors import reports_errors
+from svdq.cli.methods import make_methods
 from svdq.cli.options import (
     CACHE_PANEL,
     MODEL_PANEL,
     Clip,
+    CsvFile,
     Dtype,
     GgufFile,
+    HtmlFile,
     JsonFile,
     Markdown,
     Model,
+    Peers,
+    Presets,
     Rope,
     SinkTokens,
     TextFile,
@@ -37,14 +43,8 @@ def group() -> None:
 @app.command()
 @reports_errors
 def perplexity(
-    preset: Annotated[
-        list[str],
-        typer.Option(
-            help="Bits per key number: a preset, its bits (1.25) or a schedule "
-            "(4,4,2,0,0,0,0,0); repeatable.",
-            rich_help_panel=CACHE_PANEL,
-        ),
-    ] = ["paper-1.25"],  # noqa: B006  (typer reads it, nothing mutates it)
+    preset: Presets = ["paper-1.25"],  # noqa: B006  (typer reads it, nothing mutates it)
+    peer: Peers = [],  # noqa: B006
     clip: Clip = True,
     rope: Annotated[
         Rope, typer.Option(help="Code keys before or after RoPE.", rich_help_panel=CACHE_PANEL)
@@ -72,6 +72,8 @@ def perplexity(
         Dtype, typer.Option(help="Number format of the model.", rich_help_panel=MODEL_PANEL)
     ] = Dtype.float32,
     json_file: JsonFile = None,
+    csv_file: CsvFile = None,
+    html_file: HtmlFile = None,
     markdown: Markdown = False,
 ) -> None:
     """Perplexity and KL divergence of text whose past is compressed, against the full cache.
@@ -81,20 +83,9 @@ def perplexity(
     exactly.
     """
     from svdq.evaluation import models
-    from svdq.evaluation.methods import CacheSettings
     from svdq.evaluation.perplexity import Task, evaluate_perplexity
 
-    settings = [
-        CacheSettings(
-            keys,
-            v_bits=v_bits,
-            rope=rope.value,
-            clip=clip,
-            sink_tokens=sink_tokens,
-            residual_length=0,
-        )
-        for keys in preset
-    ]
+    methods = make_methods(preset, peer, v_bits, rope, clip, sink_tokens)
     task = Task(tuple(window_start), prefill_tokens, predict_tokens)
     text = models.load_text(text_file)
     source = models.find_model(model, gguf_file)
@@ -102,9 +93,14 @@ def perplexity(
         token_ids = models.tokenize(models.load_tokenizer(source), text)
         task.windows(token_ids)  # a window that does not fit is said before the model is loaded
         loaded = models.load_model(source, models.DTYPES[dtype.value])
-    steps = len(task.window_starts) * (1 + len(settings))
+    steps = len(task.window_starts) * (1 + len(methods))
     with step_progress(steps) as begin:
-        rows = evaluate_perplexity(loaded, token_ids, settings, task, begin)
+        rows = evaluate_perplexity(loaded, token_ids, methods, task, begin)
     for row in rows:
         row["model"] = str(source)
-    report(rows, json_file, markdown, title=f"{source}, {dtype.value}")
+    title = f"{source}, {dtype.value}"
+    report(rows, json_file, markdown, title, csv_file, html_file)
+
+
+app.command()(retrieval.retrieval)
+app.command()(harness.harness)

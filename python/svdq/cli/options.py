@@ -53,6 +53,25 @@ TextFile = Annotated[
         show_default=False,
     ),
 ]
+Presets = Annotated[
+    list[str],
+    typer.Option(
+        help="Bits per key number: a preset, its bits (1.25) or a schedule (4,4,2,0,0,0,0,0); "
+        "repeatable.",
+        rich_help_panel=CACHE_PANEL,
+    ),
+]
+Peers = Annotated[
+    list[str],
+    typer.Option(
+        "--peer",
+        help="Another method beside svdq: per-channel, kivi, think or quantized (transformers' "
+        "own QuantizedCache). Alone, its setting is chosen to take the first preset's true bits; "
+        "or say it: per-channel:2, kivi:2:32, think:0.5, quantized:quanto:4:64. Repeatable.",
+        rich_help_panel=CACHE_PANEL,
+        show_default=False,
+    ),
+]
 KeyBits = Annotated[
     str,
     typer.Option(
@@ -83,6 +102,24 @@ JsonFile = Annotated[
     typer.Option(
         "--json",
         help="Write the rows to this file.",
+        rich_help_panel=OUTPUT_PANEL,
+        show_default=False,
+    ),
+]
+CsvFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--csv",
+        help="Write the rows to this file as comma-separated values.",
+        rich_help_panel=OUTPUT_PANEL,
+        show_default=False,
+    ),
+]
+HtmlFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--html",
+        help="Write a page with plots and tables, all in one file.",
         rich_help_panel=OUTPUT_PANEL,
         show_default=False,
     ),

@@ -51,6 +51,28 @@ COLUMNS: dict[str, list[tuple[str, str, Callable[[Any], str]]]] = {
         ("kl", "KL", _number(4)),
         ("top1_agreement", "same top token", _percent),
     ],
+    "retrieval": [
+        ("method", "keys", str),
+        ("k_bits", "bits", _bits),
+        ("all_in_bits", "bits, all in", _bits),
+    ],
+    "harness": [
+        ("method", "keys", str),
+        ("task", "task", str),
+        ("metric", "metric", str),
+        ("value", "value", _number(4)),
+        ("stderr", "standard error", _number(4)),
+        ("all_in_bits", "bits, all in", _bits),
+        ("compressed", "contexts compressed", "{:,}".format),
+        ("too_short", "too short", "{:,}".format),
+    ],
+    "key_error": [
+        ("method", "keys", str),
+        ("layer", "layer", str),
+        ("bits", "bits", _bits),
+        ("relative_error", "relative error", _number(4)),
+        ("ratio", "times smaller", _number(2)),
+    ],
     "attend": [
         ("case", "case", str),
         ("kv_len", "tokens", "{:,}".format),
@@ -95,7 +117,11 @@ def cells(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
     """
     if not rows or rows[0].get("benchmark") not in COLUMNS:
         raise ValueError(f"expected rows with benchmark one of {sorted(COLUMNS)}")
-    columns = [c for c in COLUMNS[rows[0]["benchmark"]] if any(c[0] in row for row in rows)]
+    columns = COLUMNS[rows[0]["benchmark"]]
+    if rows[0]["benchmark"] == "retrieval":
+        rows, pooled = _retrieval_columns(rows)
+        columns = columns + pooled
+    columns = [c for c in columns if any(c[0] in row for row in rows)]
     body = [
         ["" if row.get(key) is None else write(row[key]) for key, _, write in columns]
         for row in rows
@@ -104,6 +130,25 @@ def cells(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
     if rows[0]["benchmark"] in TRANSPOSED:
         headings, *body = map(list, zip(headings, *body, strict=True))
     return headings, body
+
+
+def _retrieval_columns(rows: Sequence[dict]) -> tuple[list[dict], list]:
+    """A row a method, and the columns of its accuracies by task and by length of context."""
+    from svdq.evaluation.summary import summarize
+
+    summary = summarize(rows)
+    keys = list(dict.fromkeys(key for row in summary for key in row))
+    columns = []
+    for key in keys:
+        kind, _, name = key.partition(": ")
+        if kind == "task":  # in words, so that a heading can wrap
+            columns.append((key, name.replace("_", " "), _percent))
+    columns.append(("able", "all that the model can do", _percent))
+    for key in keys:
+        kind, _, name = key.partition(": ")
+        if kind == "tokens":
+            columns.append((key, f"these at {int(name):,}", _percent))
+    return summary, columns
 
 
 def terminal_table(rows: Sequence[dict], title: str | None = None) -> Table:
@@ -213,9 +258,14 @@ def table(
 
 
 def report(
-    rows: list[dict], json_file: Path | None, markdown: bool, title: str | None = None
+    rows: list[dict],
+    json_file: Path | None,
+    markdown: bool,
+    title: str | None = None,
+    csv_file: Path | None = None,
+    html_file: Path | None = None,
 ) -> list[dict]:
-    """Print rows and write them to a file if asked; the rows with the machine in each."""
+    """Print rows and write them to files if asked; the rows with the machine in each."""
     from svdq.benchmark import machine
 
     facts = machine.describe()
@@ -229,4 +279,12 @@ def report(
         console.print(machine_line(facts), style="dim", highlight=False)
     if json_file is not None:
         write_json(json_file, rows)
+    if csv_file is not None:
+        from svdq.evaluation.report import write_csv
+
+        write_csv(csv_file, rows)
+    if html_file is not None:
+        from svdq.evaluation.report import write_html
+
+        write_html(html_file, rows, title or rows[0]["benchmark"])
     return rows

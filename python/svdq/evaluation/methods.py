@@ -6,12 +6,16 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from transformers import PretrainedConfig, PreTrainedModel
 
 from svdq.cache import SVDqCache
 from svdq.layout import PAGE_TOKENS
 from svdq.presets import PRESETS, Schedule, resolve_schedule
+
+if TYPE_CHECKING:
+    from svdq.evaluation.prefix import Prefix
 
 
 def parse_schedule(keys: str) -> Schedule | None:
@@ -86,6 +90,17 @@ class CacheSettings:
             sink_tokens=self.sink_tokens,
             residual_length=self.residual_length,
         )
+
+    @property
+    def implementation(self) -> str:
+        """The attention that reads these caches."""
+        return "svdq"
+
+    def compress(self, prefix: Prefix) -> SVDqCache:
+        """A new cache of a context that was read exactly."""
+        cache = self.make_cache(prefix.config)
+        cache.prefill_from(prefix.cache)
+        return cache
 
     def columns(self) -> dict:
         """What a row of results says about the settings."""

@@ -1,24 +1,29 @@
 """The reference task: predict text whose distant past is in the cache under test.
 
-Of every window of text the first ``prefill_tokens`` tokens are prefilled with exact attention and
-their keys compressed; the next ``predict_tokens`` tokens are predicted in one forward pass, in
-which they see one another exactly and the prefilled tokens through the cache. The prediction of the
-first of them comes out of the prefill and is exact for every method; it counts like the others.
+Of every window of text the first ``prefill_tokens`` tokens are prefilled with exact attention, once
+for all methods, and each method compresses their keys; the next ``predict_tokens`` tokens are
+predicted in one forward pass, in which they see one another exactly and the prefilled tokens
+through the cache. The prediction of the first of them comes out of the prefill and is exact for
+every method; it counts like the others.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from svdq.evaluation.methods import CacheSettings, attention
+from svdq.evaluation.matching import Matched, choose, describe
+from svdq.evaluation.methods import attention
 from svdq.evaluation.metrics import Scores, compare_logits
 from svdq.evaluation.models import check_length
+from svdq.evaluation.peers import FullCache
+from svdq.evaluation.prefix import Method, read_prefix
 
 
 @dataclass(frozen=True)
@@ -80,57 +85,67 @@ def predict(model: PreTrainedModel, tokens: Tensor, cache: Cache, first: Tensor)
 def evaluate_perplexity(
     model: PreTrainedModel,
     token_ids: Tensor,
-    settings: Sequence[CacheSettings],
+    methods: Sequence[Method | Matched],
     task: Task,
     begin: Callable[[str], None] = lambda step: None,
 ) -> list[dict]:
-    """Score the full cache and every setting on the same windows.
+    """Score the full cache and every method on the same windows, each prefilled once.
 
     Parameters
     ----------
     model : a causal language model with its default attention.
     token_ids : [T] int64, the whole text.
-    settings : caches to compare with the full one.
+    methods : caches to compare with the full one.
     task : windows.
-    begin : called with the name of each of the ``len(windows) * (1 + len(settings))`` steps as it
+    begin : called with the name of each of the ``len(windows) * (1 + len(methods))`` steps as it
         begins.
 
     Returns
     -------
-    One row for the full cache, then one for each setting: method, k_bits (codes alone), all_in_bits
-    (all bytes that keys take after the prefill, per key number), sink_tokens, perplexity, kl,
-    top1_agreement, and what else describes the run.
+    One row for the full cache, then one for each method: what its ``columns`` and
+    ``memory_columns`` give (the latter right after the prefill, means over the windows),
+    perplexity, kl, top1_agreement, and what else describes the run.
     """
     check_length(model, task.window_tokens)
-    full_scores = Scores()
-    scores = [Scores() for _ in settings]
-    bits = [{} for _ in settings]
+    methods = [FullCache(), *methods]
+    scores = [Scores() for _ in methods]
+    columns: list[dict] = [{} for _ in methods]
+    memory: list[list[dict]] = [[] for _ in methods]
     for window in task.windows(token_ids):
         context, tokens = window.split([task.prefill_tokens, task.predict_tokens], dim=1)
-        begin("full cache")
-        cache = DynamicCache(config=model.config)
-        reference = predict(model, tokens, cache, prefill(model, context, cache))
-        full_scores += compare_logits(reference, reference, tokens[0])
-        for index, setting in enumerate(settings):
-            begin(setting.label)
-            cache = setting.make_cache(model.config)
-            with attention(model, "svdq"):
-                first = prefill(model, context, cache)
-                bits[index] = setting.bits(cache)
-                logits = predict(model, tokens, cache, first)
+        for index, method in enumerate(methods):
+            begin(method.label)
+            if index == 0:
+                prefix = read_prefix(model, context)
+            chosen = choose(method, prefix)
+            cache = chosen.compress(prefix)
+            columns[index] = describe(method, chosen)
+            memory[index].append(chosen.memory_columns(cache))
+            with attention(model, chosen.implementation):
+                logits = predict(model, tokens, cache, prefix.first)
+            if index == 0:
+                reference = logits
             scores[index] += compare_logits(reference, logits, tokens[0])
-    number_bits = 8 * model.dtype.itemsize
-    full = {"method": "full cache", "k_bits": number_bits, "all_in_bits": number_bits}
-    rows = [full | _score_columns(full_scores)]
-    for setting, score, bit_columns in zip(settings, scores, bits, strict=True):
-        rows.append(setting.columns() | bit_columns | _score_columns(score))
     shared = {
         "dtype": str(model.dtype).removeprefix("torch."),
         "prefill_tokens": task.prefill_tokens,
         "predict_tokens": task.predict_tokens,
         "window_starts": list(task.window_starts),
     }
-    return [{"benchmark": "perplexity"} | row | shared for row in rows]
+    return [
+        {"benchmark": "perplexity"} | columns[i] | mean_columns(memory[i]) | score_columns | shared
+        for i, score_columns in enumerate(map(_score_columns, scores))
+    ]
+
+
+def mean_columns(rows: Sequence[dict]) -> dict:
+    """Means of columns over several contexts; of what is no number, the first context's."""
+    means = {}
+    for key, first in rows[0].items():
+        values = [row[key] for row in rows]
+        same = all(value == first for value in values) or not isinstance(first, (int, float))
+        means[key] = first if same else statistics.fmean(values)
+    return means
 
 
 def _score_columns(score: Scores) -> dict[str, float]:

@@ -1,0 +1,139 @@
+"""Rows of results as a page and as a spreadsheet, each one file that needs no other."""
+
+from __future__ import annotations
+
+import csv
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from svdq.evaluation.plots import PLOTS, to_svg
+from svdq.evaluation.summary import able_tasks, summarize
+
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; }
+table { border-collapse: collapse; display: block; overflow-x: auto; font-size: 13px; }
+th, td { padding: 0.25em 0.6em; text-align: right; border-bottom: 1px solid #ddd; }
+th { border-bottom: 2px solid #888; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; }
+svg { max-width: 100%; height: auto; }
+p.note { color: #555; }
+"""
+# Columns that a table of a page leaves out: the same in all rows, said once or long.
+HIDDEN = ("benchmark", "machine", "cache_parts", "variances", "window_starts")
+# Rows that are only drawn: there is one for every head.
+DRAWN_ONLY = ("bits", "spectrum")
+
+
+def write_csv(path: Path, rows: Sequence[dict]) -> None:
+    """Write rows as comma-separated values, a column for every key that any row has.
+
+    A dictionary becomes a column for each of its keys (``machine.cpu``), a list its JSON text; what
+    a row lacks is empty.
+    """
+    flat = [_flatten(row) for row in rows]
+    names = list(dict.fromkeys(name for row in flat for name in row))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(flat)
+
+
+def _flatten(row: dict) -> dict[str, Any]:
+    flat = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}.{name}": item for name, item in _flatten(value).items()}
+        else:
+            flat[key] = json.dumps(value) if isinstance(value, list) else value
+    return flat
+
+
+def write_html(path: Path, rows: Sequence[dict], title: str) -> None:
+    """Write a page with the plots and tables that the rows are enough for.
+
+    Parameters
+    ----------
+    rows : of any benchmarks, mixed; those of :data:`svdq.evaluation.plots.PLOTS` are drawn, the
+        others stand in tables.
+
+    Raises
+    ------
+    ValueError
+        If there are no rows, or some do not say of which benchmark they are.
+    """
+    if not rows or not all(isinstance(row.get("benchmark"), str) for row in rows):
+        raise ValueError("expected at least one row, each with its benchmark")
+    found = list(dict.fromkeys(row["benchmark"] for row in rows))
+    order = [name for name in PLOTS if name in found]
+    order += [name for name in found if name not in PLOTS]
+    parts = [_section(name, [row for row in rows if row["benchmark"] == name]) for name in order]
+    machine = next((row["machine"] for row in rows if row.get("machine")), None)
+    if machine:
+        facts = ", ".join(f"{key} {value}" for key, value in machine.items() if value is not None)
+        parts.append(f'<p class="note">{html.escape(facts)}</p>')
+    body = "\n".join(parts)
+    page = (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<h1>{html.escape(title)}</h1>\n{body}\n</body>\n</html>\n"
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+
+
+def _section(benchmark: str, rows: list[dict]) -> str:
+    """Heading, plot and table of the rows of one benchmark."""
+    heading, _ = PLOTS.get(benchmark, (benchmark, None))
+    drawn = benchmark in PLOTS
+    parts = [f"<h2>{html.escape(heading)}</h2>"]
+    if benchmark == "retrieval":
+        parts += _retrieval_notes(rows)
+        if all(row.get("depth") is None for row in rows):
+            drawn = False  # no task with a depth was asked
+    if drawn:
+        parts.append(to_svg(benchmark, rows))
+    if benchmark not in DRAWN_ONLY:
+        table = html_table(rows)
+        if benchmark == "retrieval":
+            table = f"<details><summary>All {len(rows)} rows</summary>\n{table}\n</details>"
+        parts.append(table)
+    return "\n".join(parts)
+
+
+def _retrieval_notes(rows: list[dict]) -> list[str]:
+    """The summary by task and length, and which tasks the model itself can do."""
+    able = sorted(able_tasks(rows))
+    note = f"Tasks that the model itself can do: {', '.join(able) or 'none'}."
+    return [html_table(summarize(rows)), f'<p class="note">{html.escape(note)}</p>']
+
+
+def html_table(rows: Sequence[dict]) -> str:
+    """Rows as a table, a column for every key that a row has a value for."""
+    names = list(dict.fromkeys(key for row in rows for key in row if key not in HIDDEN))
+    names = [name for name in names if any(row.get(name) is not None for row in rows)]
+    # Names come first, whatever order rows hold their keys in.
+    names.sort(key=lambda name: name not in ("method", "task", "case"))
+    lines = [f"<tr>{''.join(f'<th>{html.escape(_heading(name))}</th>' for name in names)}</tr>"]
+    for row in rows:
+        written = [html.escape(_write(row.get(name))) for name in names]
+        lines.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in written)}</tr>")
+    return "<table>\n" + "\n".join(lines) + "\n</table>"
+
+
+def _heading(name: str) -> str:
+    return name.removeprefix("task: ").removeprefix("tokens: ").replace("_", " ")
+
+
+def _write(value: Any) -> str:
+    """A value as a cell shows it."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return json.dumps(value) if isinstance(value, (dict, list)) else str(value)

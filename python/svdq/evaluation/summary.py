@@ -1,0 +1,61 @@
+"""Retrieval rows pooled: by task, by length, and over the tasks that the model itself can do."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+# A task is the model's own to fail where the full cache's accuracy is below this.
+ABLE = 0.5
+
+
+def able_tasks(rows: Sequence[dict]) -> set[str]:
+    """Tasks whose pooled accuracy of the full cache is at least ``ABLE``."""
+    tasks = {row["task"] for row in rows}
+    return {
+        task
+        for task in tasks
+        if pooled([row for row in rows if row["task"] == task], "full_accuracy") >= ABLE
+    }
+
+
+def pooled(rows: Sequence[dict], key: str = "accuracy") -> float:
+    """Mean of a column, rows weighted by their samples."""
+    return sum(row[key] * row["samples"] for row in rows) / sum(row["samples"] for row in rows)
+
+
+def summarize(rows: Sequence[dict]) -> list[dict]:
+    """One row a method: accuracy by task and by length, pooled over the rest.
+
+    Returns
+    -------
+    Rows with method, the means of k_bits, all_in_bits and cache_ratio, ``task: NAME`` and ``tokens:
+    LENGTH`` (accuracies; the latter over the tasks that the model itself can do, if there are any),
+    and ``able``, the mean over these tasks.
+    """
+    able = able_tasks(rows)
+    found: dict[str, list[dict]] = {}
+    for row in rows:
+        # Matched peers differ in their settings from length to length; they are one method.
+        found.setdefault(row.get("matched") or row["method"], []).append(row)
+    summary = []
+    for method, group in found.items():
+        line = {"benchmark": "retrieval-summary", "method": method}
+        for key in ("k_bits", "all_in_bits", "cache_ratio"):
+            line[key] = pooled(group, key)
+        by_task = {task: [r for r in group if r["task"] == task] for task in _order(rows, "task")}
+        line |= {f"task: {task}": pooled(part) for task, part in by_task.items() if part}
+        doable = [row for row in group if row["task"] in able]
+        if doable:
+            for length in _order(rows, "context_tokens"):
+                part = [row for row in doable if row["context_tokens"] == length]
+                if part:
+                    line[f"tokens: {length}"] = pooled(part)
+            line["able"] = statistics.fmean(pooled(by_task[task]) for task in able if by_task[task])
+        summary.append(line)
+    return summary
+
+
+def _order(rows: Sequence[dict], key: str) -> list:
+    """Values of a column in the order in which they come."""
+    return list(dict.fromkeys(row[key] for row in rows))
