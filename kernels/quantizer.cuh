@@ -2,7 +2,7 @@
 // channel span, and the mean moved to the middle of those ranges.
 //
 // Ranges come from latents: of all tokens where a range is just least to most, else of an even
-// sample of up to 64 runs of 64 tokens, which is searched for the range of least squared error. The
+// sample of up to 64 runs of 64 tokens, which is searched for the range of least error. The
 // search is that of the CPU backend, candidate by candidate; only sums are in another order, so a
 // candidate within rounding of the best may win in its place. Every sum has a fixed order.
 #pragma once
@@ -179,16 +179,19 @@ struct RangePlan {
   float fine_error[kFine];
 };
 
-// Sum of squared errors of the latents coded in `range` with the highest code `top`; a warp's work.
-SVDQ_DEVICE float coding_error(const RangePlan& s, int count, const CodeRange& range, float top) {
+// Sum of the fourth powers of the errors, times `unit`, of the latents coded in `range` with the highest
+// code `top`; a warp's work. Squares would give away the few latents far out, whose tokens attention
+// would then misjudge; `unit` keeps the powers of any latents within the range of a float.
+SVDQ_DEVICE float coding_error(const RangePlan& s, int count, const CodeRange& range, float top,
+                               float unit) {
   const float inverse = range.scale > 0.0f ? 1.0f / range.scale : 0.0f, mid = top / 2;
   float error = 0.0f;
   for (int i = lane_index(); i < count; i += kWarpSize) {
     const float x = load(&s.latent[i]) - range.centre;
     const float place = x * inverse + mid, least = place > 0.0f ? place : 0.0f;
     const float code = static_cast<float>(round_to_int(least < top ? least : top));
-    const float miss = x - (code - mid) * range.scale;
-    error += miss * miss;
+    const float miss = (x - (code - mid) * range.scale) * unit;
+    error += (miss * miss) * (miss * miss);
   }
   return warp_sum(error);
 }
@@ -279,13 +282,14 @@ search_range_kernel(QuantizerParams p, QuantizerWork w, HeadTable heads, int cou
   const int64_t capacity = int64_t{w.shares} * kPageTokens;
   const Spread spread = load_latents(s, w.latents + (channel - w.first_channel) * capacity, count);
   const CodeRange full = full_range(spread.least, spread.most, top);
+  const float width = spread.most - spread.least, unit = width > 0.0f ? 1.0f / width : 0.0f;
   const auto clipped = [&](float multiple) {
     return CodeRange{spread.mean, 2 * multiple * spread.deviation / top};
   };
 
   for (int i = warp_index(); i <= kCoarse; i += kRangeWarps) {
     const CodeRange range = i == 0 ? full : clipped(coarse_multiple(i - 1));
-    const float sum = coding_error(s, count, range, top);
+    const float sum = coding_error(s, count, range, top, unit);
     if (lane_index() == 0) store(&s.error[i], sum);
   }
   sync_threads();
@@ -298,7 +302,7 @@ search_range_kernel(QuantizerParams p, QuantizerWork w, HeadTable heads, int cou
 
   const float coarse = coarse_multiple(best - 1);
   for (int i = warp_index(); i < kFine; i += kRangeWarps) {
-    const float sum = coding_error(s, count, clipped(fine_multiple(coarse, i)), top);
+    const float sum = coding_error(s, count, clipped(fine_multiple(coarse, i)), top, unit);
     if (lane_index() == 0) store(&s.fine_error[i], sum);
   }
   sync_threads();

@@ -106,8 +106,10 @@ inline void for_each_vector(const float* latent, int64_t n, const Fn& fn) {
   if (i < n) fn(load<F32>(latent + i), (1u << (n - i)) - 1);
 }
 
-// Sum of squared errors of n latents coded in `range` with the highest code `top`.
-inline float coding_error(const float* latent, int64_t n, Range range, float top) {
+// Sum of the fourth powers of the errors, times `unit`, of n latents coded in `range` with the highest
+// code `top`. Squares would give away the few latents far out, whose tokens attention would then
+// misjudge; `unit` keeps the powers of any latents within the range of a float.
+inline float coding_error(const float* latent, int64_t n, Range range, float top, float unit) {
   const F32 inverse = splat(range.scale > 0 ? 1.0f / range.scale : 0.0f);
   const F32 mid = splat(top / 2);
   F32 error{};
@@ -115,12 +117,13 @@ inline float coding_error(const float* latent, int64_t n, Range range, float top
     const F32 x = v - range.centre;
     const F32 code = min(max(round_even(x * inverse + mid), F32{}), splat(top));
     const F32 miss = select_lanes(lanes, x - (code - mid) * range.scale, F32{});
-    error += miss * miss;
+    const F32 square = (miss * unit) * (miss * unit);
+    error += square * square;
   });
   return reduce_add(error);
 }
 
-// The range of least squared error: multiples of the standard deviation about the mean on a coarse,
+// The range of least error: multiples of the standard deviation about the mean on a coarse,
 // then a fine geometric grid, and the full range from min to max.
 inline Range search_range(const float* latent, int64_t n, int width) {
   const float top = static_cast<float>((1 << width) - 1);
@@ -140,10 +143,11 @@ inline Range search_range(const float* latent, int64_t n, int width) {
   const float deviation = std::sqrt(reduce_add(squares) / static_cast<float>(n));
 
   Range best{(least + most) / 2, (most - least) / top};
-  float best_error = coding_error(latent, n, best, top);
+  const float unit = most > least ? 1.0f / (most - least) : 0.0f;
+  float best_error = coding_error(latent, n, best, top, unit);
   const auto attempt = [&](float multiple) {
     const Range range{mean, 2 * multiple * deviation / top};
-    const float error = coding_error(latent, n, range, top);
+    const float error = coding_error(latent, n, range, top, unit);
     const bool better = error < best_error;
     if (better) best = range, best_error = error;
     return better;

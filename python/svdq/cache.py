@@ -50,7 +50,7 @@ class SVDqCache(Cache):
         64 by default.
     rope : ``"pre"`` packs un-rotated keys (the paper, most accurate), ``"post"`` keys as they come
         (fastest).
-    clip : choose every channel's range by least squared error instead of min to max.
+    clip : choose every channel's range by least fourth-power error instead of min to max.
     sink_tokens : leading tokens held exact, at most 64.
     residual_length : recent tokens held exact; pages are packed whole, so up to 63 more are.
     min_fit_tokens : tokens a sequence must have before a basis is fitted and anything packed; by

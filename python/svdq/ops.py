@@ -103,9 +103,9 @@ def fit_quantizer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose basis rows, one scale per channel and the mean that centres the codes.
 
-    With ``clip`` a channel's range is the one with the least squared error over a grid of multiples
-    of its standard deviation (over at most 64 evenly spaced runs of 64 tokens); without, it is min
-    to max over all tokens.
+    With ``clip`` a channel's range is the one with the least sum of fourth powers of the error over
+    a grid of multiples of its standard deviation (over at most 64 evenly spaced runs of 64 tokens);
+    without, it is min to max over all tokens.
 
     Parameters
     ----------

@@ -99,7 +99,7 @@ def quantize(latent: Tensor, scale: Tensor, widths: Tensor) -> Tensor:
 
 
 def _best_range(latent: Tensor, widths: Tensor, multiples: list[float]) -> tuple[Tensor, Tensor]:
-    """Scale and centre of least squared error: min-max or multiples of the deviation."""
+    """Scale and centre of least fourth power of the error: min-max or multiples of deviation."""
     top = 2.0**widths - 1
     low, high, deviation = latent.amin(0), latent.amax(0), latent.std(0, correction=0)
     ranges = [((high - low) / top, (high + low) / 2)]
@@ -107,7 +107,7 @@ def _best_range(latent: Tensor, widths: Tensor, multiples: list[float]) -> tuple
     errors = []
     for scale, centre in ranges:
         decoded = (quantize(latent - centre, scale, widths) - top / 2) * scale + centre
-        errors.append((decoded - latent).square().sum(0))
+        errors.append((decoded - latent).pow(4).sum(0))
     best = torch.stack(errors).argmin(dim=0, keepdim=True)
     return tuple(torch.stack(x).gather(0, best)[0] for x in zip(*ranges, strict=True))
 

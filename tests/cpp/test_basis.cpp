@@ -258,23 +258,23 @@ TEST_P(Basis, QuantizerSpansMinToMaxWithoutClipping) {
   }
 }
 
-// Squared error of coding latents in codes of this scale about this centre.
+// Fourth power of the error of coding latents in codes of this scale about this centre.
 double coding_error(const Row& latents, double centre, double scale, int width) {
   const double top = (1 << width) - 1;
   double sum = 0;
   for (double x : latents) {
     const double code = std::clamp(std::round((x - centre) / scale + top / 2), 0.0, top);
     const double miss = x - centre - (code - top / 2) * scale;
-    sum += miss * miss;
+    sum += std::pow(miss, 4);
   }
   return sum;
 }
 
 TEST_P(Basis, ClippingFindsTheRangeOfLeastError) {
-  // Least mean squared error of uniform codes of 1, 2 and 4 bits for a normal variable of variance
-  // 1 (Max, 1960).
+  // Least mean fourth power of the error of uniform codes of 1, 2 and 4 bits for a normal variable of
+  // variance 1, by integration: at half ranges of 1.00, 1.86 and 3.22 deviations.
   const auto least_error = [](int width) {
-    return width == 1 ? 0.3634 : width == 2 ? 0.1188 : 0.01154;
+    return width == 1 ? 0.4254 : width == 2 ? 0.0486 : 0.000541;
   };
   uint64_t stream = 400;
   for (int64_t num_tokens :

@@ -54,23 +54,30 @@ Range full_range(const Latents& l) {
           {scale, 2 * l.error / l.top + 4 * kFloatRounding * scale}};
 }
 
-// Squared error of coding the latents in a range. Codes change where both are as far off, so the sum
+// Fourth power of the error of coding the latents in a range. Codes change where both are as far off, so the sum
 // is continuous in all it depends on, and each miss is off by what its parts are.
 Bounded coding_error(const Latents& l, const Range& range) {
   const double centre = range.centre.value, scale = range.scale.value, mid = l.top / 2;
-  double sum = 0, largest = 0;
+  double largest = 0;
+  Row misses;
   for (double x : l.x) {
     const double code =
         scale > 0 ? std::clamp(std::round((x - centre) / scale + mid), 0.0, l.top) : mid;
     const double miss = x - centre - (code - mid) * scale;
-    sum += miss * miss;
+    misses.push_back(std::fabs(miss));
     largest = std::max(largest, std::fabs(x - centre));
   }
-  const auto n = static_cast<double>(l.x.size());
   const double off = l.error + range.centre.error + mid * range.scale.error +
                      4 * kFloatRounding * (largest + l.top * scale);
-  return {sum, 2 * std::sqrt(n * sum) * off + n * off * off +
-                   testing::sum_rounding(static_cast<int64_t>(l.x.size())) * sum};
+  double sum = 0, most = 0;
+  for (double miss : misses) {
+    sum += std::pow(miss, 4);
+    most += std::pow(miss + off, 4);
+  }
+  // The unit and three products round the power by eight roundings.
+  const double rounding =
+      testing::sum_rounding(static_cast<int64_t>(l.x.size())) + 8 * kFloatRounding;
+  return {sum, most - sum + rounding * sum};
 }
 
 // Those of the candidates that may have the least error.

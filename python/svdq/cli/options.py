@@ -93,7 +93,7 @@ Clip = Annotated[
     bool,
     typer.Option(
         "--clip/--no-clip",
-        help="Fit each channel's range by least squared error, or take it from min to max.",
+        help="Fit each channel's range by least fourth-power error, or take it from min to max.",
         rich_help_panel=CACHE_PANEL,
     ),
 ]
