@@ -23,8 +23,15 @@ def prefilled(family, tokens, settings):
 @pytest.mark.parametrize("family", ["llama", "gemma3", "phi"])
 @pytest.mark.parametrize(
     "settings",
-    [{}, FINE, {"preset": "exact"}, {"rope": "post", "v_bits": 2, "clip": False, "sink_tokens": 3}],
-    ids=["default", "fine", "exact", "post"],
+    [
+        {},
+        FINE,
+        {"preset": "exact"},
+        {"rope": "post", "v_bits": 2, "clip": False, "sink_tokens": 3},
+        {"k_bits": 0.7},
+        {"lambda_": 1e-3, "rope": "post"},
+    ],
+    ids=["default", "fine", "exact", "post", "allocated", "price"],
 )
 def test_goes_on_like_the_original(tmp_path, family, settings):
     model, cache = prefilled(family, make_tokens(2, 400), settings)

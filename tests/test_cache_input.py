@@ -7,7 +7,7 @@ from transformers import MistralConfig
 from cache_support import CONFIGS, FINE, Driver, assert_same_state, snapshot
 from svdq import SVDqCache, ops
 from svdq.attention import svdq_attention
-from svdq.presets import PRESETS, preset_bits, resolve_schedule
+from svdq.presets import PRESETS, preset_bits, resolve_keys
 from svdq.tokens import default_group_size
 
 
@@ -179,9 +179,18 @@ def test_tokens_that_are_used_twice():
     ("settings", "message"),
     [
         ({"preset": "paper-9"}, "preset must be one of"),
-        ({"preset": "paper-1.25", "schedule": [4]}, "give one of preset, schedule and k_bits"),
+        (
+            {"preset": "paper-1.25", "schedule": [4]},
+            "give one of preset, schedule, k_bits and lambda_",
+        ),
         ({"preset": "paper-1.25", "k_bits": 16}, "give one of"),
-        ({"k_bits": 3}, "k_bits must be one of"),
+        ({"k_bits": 9}, "k_bits must be above 0 and at most 8, or 16, got 9"),
+        ({"k_bits": 0}, "k_bits must be above 0"),
+        ({"k_bits": 1, "lambda_": 1}, "give one of"),
+        ({"lambda_": 0}, "lambda_ must be above 0"),
+        ({"k_bits": 1, "allocate_across": "token"}, "allocate_across must be one of"),
+        ({"lambda_": 1, "allocate_across": "head"}, "one price for the model"),
+        ({"k_bits": 16, "query_weighted": True}, "query_weighted needs keys that are packed"),
         ({"schedule": []}, "schedule must be widths"),
         ({"schedule": [0, 0]}, "schedule must be widths"),
         ({"schedule": [2, 4]}, "schedule must be widths"),
@@ -223,10 +232,11 @@ def test_model_without_full_attention():
 
 
 def test_schedules():
-    assert resolve_schedule() == PRESETS["paper-1.25"]
-    assert resolve_schedule(k_bits=2.25) == (8, 4, 4, 2, 0, 0, 0, 0)
-    assert resolve_schedule(k_bits=16) is None and resolve_schedule(preset="exact") is None
-    assert resolve_schedule(schedule=[4, 0]) == (4, 0)
+    assert resolve_keys() == (PRESETS["paper-1.25"], None)
+    assert resolve_keys(k_bits=2.25) == (None, 2.25)
+    assert resolve_keys(k_bits=16) == resolve_keys(preset="exact") == (None, None)
+    assert resolve_keys(lambda_=0.1) == (None, None)
+    assert resolve_keys(schedule=[4, 0]) == ((4, 0), None)
     assert [preset_bits(name) for name in PRESETS] == [2.25, 2.0, 1.25, 16.0]
 
 

@@ -20,8 +20,17 @@ def assert_report_is_true(cache):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, FINE, {"preset": "exact"}, {"rope": "post", "v_bits": 2}, {"residual_length": 0}],
-    ids=["default", "fine", "exact", "post", "no window"],
+    [
+        {},
+        FINE,
+        {"preset": "exact"},
+        {"rope": "post", "v_bits": 2},
+        {"residual_length": 0},
+        {"k_bits": 0.7},
+        {"k_bits": 1.25, "allocate_across": "head", "rope": "post"},
+        {"lambda_": 0.1, "query_weighted": False},
+    ],
+    ids=["default", "fine", "exact", "post", "no window", "allocated", "per head", "price"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_report_equals_what_is_allocated(settings, dtype):

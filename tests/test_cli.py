@@ -52,7 +52,10 @@ def test_help_names_options(arguments, words):
     "arguments, message",
     [
         (["eval", "perplexity", "--preset", "paper-9"], "must be a preset .* got 'paper-9'"),
-        (["eval", "perplexity", "--preset", "1.3"], "k_bits must be one of .* got 1.3"),
+        (
+            ["eval", "perplexity", "--preset", "9.5"],
+            "k_bits must be above 0 and at most 8, or 16, got 9.5",
+        ),
         (["eval", "perplexity", "--v-bits", "3.5"], "value bits must be .* got '3.5'"),
         (["eval", "perplexity", "--text-file", "none.txt"], "cannot read none.txt"),
         (["eval", "perplexity", "--model", "./none"], "no model folder none"),

@@ -12,7 +12,7 @@ from model_support import make_text, make_tokenizer
 from svdq.evaluation import models
 from svdq.evaluation.demo import make_prompt
 from svdq.evaluation.memory import full_cache_bytes, svdq_cache_bytes
-from svdq.evaluation.methods import CacheSettings, attention, parse_schedule
+from svdq.evaluation.methods import CacheSettings, attention, key_argument, parse_schedule
 from svdq.evaluation.metrics import CHUNK_POSITIONS, Scores, compare_logits
 from svdq.evaluation.perplexity import Task, evaluate_perplexity, prefill
 
@@ -213,10 +213,12 @@ def test_full_cache_bytes_count_keys_and_values():
 
 
 def test_settings_understand_presets_bits_and_schedules():
-    assert parse_schedule("paper-2.25") == parse_schedule("2.25") == (8, 4, 4, 2, 0, 0, 0, 0)
+    assert parse_schedule("paper-2.25") == (8, 4, 4, 2, 0, 0, 0, 0)
+    assert key_argument("0.7") == {"k_bits": 0.7}
+    assert key_argument("lambda=2e-3") == {"lambda_": 0.002}
     assert parse_schedule("4, 2,1,0") == (4, 2, 1, 0)
     assert parse_schedule("exact") is parse_schedule("16") is None
-    for bad in ("paper-3", "1.3", "2,4", "", "4;2", "0,0"):
+    for bad in ("paper-3", "1.3", "lambda=1", "2,4", "", "4;2", "0,0"):
         with pytest.raises(ValueError, match="bits|schedule"):
             parse_schedule(bad)
     with pytest.raises(ValueError, match="value bits .* got 'four'"):

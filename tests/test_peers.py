@@ -38,7 +38,7 @@ def test_prefix_is_an_exact_prefill_with_query_energies(family):
     queries = {}
 
     def note(module, query, *args, **kwargs):
-        queries[module.layer_idx] = query
+        queries[module.layer_idx] = query * kwargs["scaling"]
         return sdpa_attention_forward(module, query, *args, **kwargs)
 
     AttentionInterface.register("test-noting", note)

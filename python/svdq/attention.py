@@ -16,7 +16,7 @@ from transformers.masking_utils import (
     causal_mask_function,
 )
 
-from svdq.layer import NewTokens
+from svdq.new_tokens import NewTokens
 
 NAME = "svdq"
 

@@ -15,10 +15,11 @@ from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from svdq import serialization
+from svdq.allocation import SCOPES, Allocator
 from svdq.layer import SVDqLayer
 from svdq.layout import PAGE_TOKENS, ROPE_MODES
 from svdq.memory import MemoryReport, held_bytes, memory_report
-from svdq.presets import resolve_schedule
+from svdq.presets import resolve_keys
 from svdq.rope import inverse_frequencies
 from svdq.tokens import Settings
 
@@ -43,7 +44,15 @@ class SVDqCache(Cache):
         ``"exact"`` packs nothing.
     schedule : own bit schedule, widths of 8, 4, 2, 1, 0 per equal group of channels; instead of
         ``preset``.
-    k_bits : bits of a preset, or 16 for exact keys and values; instead of ``preset``.
+    k_bits : code bits per key number on average, up to 8, allocated by water-filling; or 16 for
+        exact keys and values. Instead of ``preset``. Where the average is over the model, a prompt
+        stays exact until its last layer has been read.
+    lambda_ : price of a bit in squared units of attention score; instead of ``k_bits``. Layers are
+        packed as they are read.
+    allocate_across : over what ``k_bits`` is the average: ``"model"``, each ``"layer"``, or each
+        ``"head"``, whose pages are then equally large.
+    query_weighted : fit bases in units of attention score, see svdq/weighting.py; by default where
+        bits are allocated.
     v_bits : 4 (default) or 2 bits per token and group, or exact: 16 or 32, whichever the model's
         dtype has, or ``"exact"`` for either.
     v_group_size : channels that share a value scale, a multiple of 16 that divides head_dim; about
@@ -72,6 +81,9 @@ class SVDqCache(Cache):
         preset: str | None = None,
         schedule: Sequence[int] | None = None,
         k_bits: float | None = None,
+        lambda_: float | None = None,
+        allocate_across: str = "model",
+        query_weighted: bool | None = None,
         v_bits: int | str | None = None,
         v_group_size: int | None = None,
         rope: str = "pre",
@@ -80,12 +92,18 @@ class SVDqCache(Cache):
         residual_length: int = 64,
         min_fit_tokens: int | None = None,
     ) -> None:
-        resolved = resolve_schedule(preset, schedule, k_bits)
-        if resolved is None and v_bits in (2, 4):
+        resolved, k_bits = resolve_keys(preset, schedule, k_bits, lambda_)
+        allocates = k_bits is not None or lambda_ is not None
+        exact = resolved is None and not allocates
+        if exact and v_bits in (2, 4):
             raise ValueError(f"exact keys come with exact values, got v_bits={v_bits}")
-        v_bits = ("exact" if resolved is None else 4) if v_bits is None else v_bits
+        v_bits = ("exact" if exact else 4) if v_bits is None else v_bits
         self.settings = Settings(
             resolved,
+            k_bits,
+            lambda_,
+            allocate_across,
+            allocates if query_weighted is None else bool(query_weighted),
             v_bits,
             v_group_size,
             rope,
@@ -99,6 +117,9 @@ class SVDqCache(Cache):
         if getattr(config, "is_encoder_decoder", False):
             raise NotImplementedError("SVDqCache supports decoder-only models")
         self._frequencies: list[Tensor] = []
+        self._allocator = None
+        if self.settings.allocates:
+            self._allocator = Allocator(0, k_bits, lambda_, allocate_across)
         super().__init__(layers=self._layers(config))
 
     def _layers(self, config: PretrainedConfig) -> list:
@@ -106,6 +127,8 @@ class SVDqCache(Cache):
         for i, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
                 layers[i] = self._layer(config, i)
+                if self._allocator is not None:
+                    self._allocator.num_layers += 1
             elif isinstance(layer, DynamicLayer) and type(layer) is not DynamicSlidingWindowLayer:
                 raise NotImplementedError(
                     f"layer {i} caches as {type(layer).__name__}, which SVDqCache cannot compress"
@@ -118,12 +141,14 @@ class SVDqCache(Cache):
         return layers
 
     def _layer(self, config: PretrainedConfig, index: int) -> SVDqLayer:
-        settings = self.settings
-        if settings.schedule is None or settings.rope == "post":
-            return SVDqLayer(index, settings)
-        if inverse_frequencies(config, index) is None:  # this layer does not rotate its keys
-            return SVDqLayer(index, dataclasses.replace(settings, rope="post"))
-        return SVDqLayer(index, settings, functools.partial(self._frequencies_of, config, index))
+        settings, frequencies = self.settings, None
+        allocate = functools.partial(self._allocator.ask, index) if self._allocator else None
+        if settings.packs and settings.rope != "post":
+            if inverse_frequencies(config, index) is None:  # this layer does not rotate its keys
+                settings = dataclasses.replace(settings, rope="post")
+            else:
+                frequencies = functools.partial(self._frequencies_of, config, index)
+        return SVDqLayer(index, settings, frequencies, allocate)
 
     def _frequencies_of(self, config: PretrainedConfig, index: int, max_position: int) -> Tensor:
         """Inverse frequencies of a layer, one tensor for all layers that have the same."""
@@ -148,6 +173,8 @@ class SVDqCache(Cache):
         """Forget everything and give the memory back."""
         super().reset()
         self._frequencies.clear()
+        if self._allocator is not None:
+            self._allocator.reset()
 
     def crop(self, length: int) -> None:
         """Forget the last tokens, packed ones too.
@@ -169,10 +196,14 @@ class SVDqCache(Cache):
             if remove or not CROP_ZERO_REMOVES:
                 layer.crop(-remove)
 
-    def prefill_from(self, cache: DynamicCache) -> None:
+    def prefill_from(
+        self, cache: DynamicCache, query_energy: Sequence[Tensor | None] | None = None
+    ) -> None:
         """Compress the tokens of a full cache of the same model, without padding, into this one.
 
-        Sliding-window layers are shared until either cache grows.
+        Sliding-window layers are shared until either cache grows. ``query_energy`` holds, for each
+        layer, the mean of the squared queries, rotated and times the softmax scale, over tokens and
+        the query heads of a KV head, [H, D]; allocating and weighing need it.
 
         Raises
         ------
@@ -194,7 +225,8 @@ class SVDqCache(Cache):
             )
         for i, layer in enumerate(cache.layers):
             if isinstance(self.layers[i], SVDqLayer):
-                self.layers[i].prefill_from(layer.keys, layer.values)
+                energy = query_energy[i] if query_energy is not None else None
+                self.layers[i].prefill_from(layer.keys, layer.values, energy)
             else:
                 self.layers[i] = copy.copy(layer)
 
@@ -237,6 +269,16 @@ def _check_settings(settings: Settings) -> None:
         raise ValueError(f"rope must be one of {ROPE_MODES}, got {settings.rope!r}")
     if not 0 <= settings.sink_tokens <= PAGE_TOKENS:
         raise ValueError(f"sink_tokens must be 0 .. {PAGE_TOKENS}, got {settings.sink_tokens}")
+    if settings.allocate_across not in SCOPES:
+        raise ValueError(
+            f"allocate_across must be one of {SCOPES}, got {settings.allocate_across!r}"
+        )
+    if settings.lambda_ is not None and settings.allocate_across != "model":
+        raise ValueError(
+            f"lambda_ is one price for the model, got allocate_across={settings.allocate_across!r}"
+        )
+    if settings.query_weighted and not settings.packs:
+        raise ValueError("query_weighted needs keys that are packed")
     if settings.residual_length < 0:
         raise ValueError(f"residual_length must be at least 0, got {settings.residual_length}")
     least = settings.min_fit_tokens

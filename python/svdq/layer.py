@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,43 +12,15 @@ from transformers.cache_utils import CacheLayerMixin
 from svdq import ops
 from svdq.exact import causal_attention_with_lse, ragged_attention
 from svdq.layout import PAGE_TOKENS
+from svdq.new_tokens import NewTokens
 from svdq.positions import read_positions
-from svdq.tokens import Settings, TokenStore
+from svdq.tokens import Allocate, Settings, TokenStore
 
 DEVICES = ("cpu", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # On a CPU, longer chunks attend among themselves with PyTorch's kernel. On a GPU the attend stage
 # has tiles for them.
 FUSED_QUERIES = PAGE_TOKENS
-
-
-class NewTokens:
-    """Keys and values on their way to the ``"svdq"`` attention; nothing else may use them."""
-
-    __slots__ = ("keys", "layer", "values")
-
-    def __init__(self, layer: SVDqLayer, keys: Tensor, values: Tensor) -> None:
-        self.layer, self.keys, self.values = layer, keys, values
-
-    def _refuse(self, *_: Any) -> NoReturn:
-        self.layer.pending = 0  # they will never be stored
-        raise RuntimeError(
-            "an SVDqCache hands its keys and values to the attention implementation 'svdq' alone, "
-            "and something else tried to use them: load the model with attn_implementation='svdq' "
-            "or call model.set_attn_implementation('svdq'). If that is set, this model computes "
-            "with cached keys outside of its attention function and cannot use SVDqCache."
-        )
-
-    __getattr__ = __getitem__ = __iter__ = __len__ = __bool__ = _refuse
-    __add__ = __radd__ = __mul__ = __rmul__ = __matmul__ = __rmatmul__ = _refuse
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None) -> NoReturn:
-        for value in (*args, *(kwargs or {}).values()):
-            for item in value if isinstance(value, (list, tuple)) else (value,):
-                if isinstance(item, cls):
-                    item._refuse()
-        raise TypeError(f"{func} does not take keys and values of an SVDqCache")
 
 
 class SVDqLayer(CacheLayerMixin):
@@ -63,6 +35,8 @@ class SVDqLayer(CacheLayerMixin):
     settings : how to compress.
     frequencies : maps the largest position in use to the inverse frequencies of the layer; None
         where its keys are packed as they come (``rope="post"``).
+    allocate : asks for the layer's bands, see :class:`svdq.tokens.TokenStore`; None where a
+        schedule says them.
     """
 
     is_compileable = False
@@ -74,11 +48,13 @@ class SVDqLayer(CacheLayerMixin):
         index: int,
         settings: Settings,
         frequencies: Callable[[int], Tensor] | None = None,
+        allocate: Allocate | None = None,
     ) -> None:
         super().__init__()
         self.index = index
         self.settings = settings
         self.frequencies = frequencies
+        self.allocate = allocate
         self.reset()
 
     def reset(self) -> None:
@@ -105,7 +81,12 @@ class SVDqLayer(CacheLayerMixin):
         self.batch_size, self.num_kv_heads, self.head_dim = batch, heads, dim
         self.padding = [0] * batch
         self.tokens = TokenStore(
-            self.settings, (batch, heads, dim), self.dtype, self.device, self.frequencies
+            self.settings,
+            (batch, heads, dim),
+            self.dtype,
+            self.device,
+            self.frequencies,
+            self.allocate,
         )
         self.is_initialized = True
 
@@ -208,6 +189,7 @@ class SVDqLayer(CacheLayerMixin):
         spans = [(pad, keys.shape[2]) for pad in padding]
         out = ragged_attention(module, query, keys, values, scaling, spans)
         try:
+            self.tokens.note_queries(query, scaling, padding)
             self.tokens.prefill(keys, values, padding, first_position)
         except BaseException:
             self.reset()  # as empty as it was
@@ -216,12 +198,21 @@ class SVDqLayer(CacheLayerMixin):
         self.knows_positions = position_ids is not None
         return out
 
-    def prefill_from(self, keys: Tensor, values: Tensor) -> None:
-        """Take tokens that were attended elsewhere, [B, H, T, D] at positions 0 .. T - 1."""
+    def prefill_from(self, keys: Tensor, values: Tensor, energy: Tensor | None) -> None:
+        """Take tokens that were attended elsewhere, [B, H, T, D] at positions 0 .. T - 1.
+
+        ``energy`` is that of the scaled queries, [H, D]; needed where ``settings`` say so.
+        """
+        if energy is None and self.settings.needs_queries:
+            raise ValueError(
+                f"layer {self.index}: to allocate bits or to weigh keys, query_energy is needed"
+            )
         self.update(keys, values)
         self.pending = 0
         none = [0] * self.batch_size
         try:
+            if self.settings.needs_queries:
+                self.tokens.energy.set(energy, keys.shape[2])
             self.tokens.prefill(keys, values, none, none)
         except BaseException:
             self.reset()
@@ -232,7 +223,9 @@ class SVDqLayer(CacheLayerMixin):
     def _extend(self, module, query, keys, values, scaling) -> Tensor:
         """A few more tokens join the exact rows first and are attended there."""
         tokens = self.tokens
+        tokens.note_queries(query, scaling, [0] * self.batch_size)
         tokens.append(keys, values)
+        query = tokens.weighted_query(query)
         try:
             if tokens.any_packed:
                 out = self._attend_packed(query, scaling, causal=True)[0].transpose(1, 2)
@@ -248,7 +241,8 @@ class SVDqLayer(CacheLayerMixin):
     def _extend_by_chunk(self, query, keys, values, scaling) -> Tensor:
         """Many more tokens attend among themselves and, apart from that, to all before them."""
         self._check_finite(keys, values)
-        before = self._attend_packed(query, scaling, causal=False)
+        self.tokens.note_queries(query, scaling, [0] * self.batch_size)
+        before = self._attend_packed(self.tokens.weighted_query(query), scaling, causal=False)
         among = causal_attention_with_lse(query, keys, values, scaling)
         out, _ = ops.merge(*before, *among)
         self.tokens.append_chunk(keys, values)
@@ -312,7 +306,7 @@ class SVDqLayer(CacheLayerMixin):
             )
         if position_ids is not None and self.knows_positions and self.frequencies is not None:
             batch = range(self.batch_size)
-            first = [self.tokens.packed.position[b] + self.tokens.count(b) for b in batch]
+            first = [self.tokens.position[b] + self.tokens.count(b) for b in batch]
             self._check_positions(self._rows_of(position_ids), first, [0] * self.batch_size)
 
     def _check_positions(self, rows: list[list[int]], first: list[int], padding: list[int]) -> None:

@@ -24,11 +24,13 @@ class MemoryReport:
     Attributes
     ----------
     key_codes, key_scale, key_basis, key_mean : packed keys, and what decodes them.
+    key_weight : weights of keys, and the energies of queries that they come from.
     sink_keys, window_keys : exact keys.
     page_tables : of keys and values both, counted with the keys.
     value_codes, value_scales, sink_values, window_values : the same for values; exact values in
         pages are codes.
     lengths : lengths and positions of the sequences, inverse frequencies.
+    waiting : bases and spectra of sequences whose bits are not allocated yet.
     other_layers : layers that are not compressed (sliding windows).
     slack : allocated to grow into, not in use.
     tokens : tokens of all sequences, padding not counted.
@@ -41,6 +43,7 @@ class MemoryReport:
     key_scale: int = 0
     key_basis: int = 0
     key_mean: int = 0
+    key_weight: int = 0
     sink_keys: int = 0
     window_keys: int = 0
     page_tables: int = 0
@@ -49,6 +52,7 @@ class MemoryReport:
     sink_values: int = 0
     window_values: int = 0
     lengths: int = 0
+    waiting: int = 0
     other_layers: int = 0
     slack: int = 0
     tokens: int = 0
@@ -100,6 +104,7 @@ class MemoryReport:
 def memory_report(cache: SVDqCache) -> MemoryReport:
     """Report of a cache, from shapes and layouts alone."""
     report = MemoryReport(lengths=sum(_nbytes(x) for x in cache._frequencies))
+    report.waiting = sum(x.nbytes for x in _reachable_tensors(cache._allocator, set()))
     for layer in cache.layers:
         if not isinstance(layer, SVDqLayer):
             _add_other(report, layer)
@@ -135,6 +140,11 @@ def _add_layer(report: MemoryReport, tokens: TokenStore, batch: int) -> None:
     count = sum(tokens.count(b) for b in range(batch))
     report.key_numbers += count * heads * dim
     report.full_bytes += 2 * count * row_bytes
+    if tokens.energy is not None:
+        report.key_weight += _nbytes(tokens.energy.total) + _nbytes(tokens.energy.count)
+    if tokens.weight is not None:
+        report.key_weight += _nbytes(tokens.weight)
+    report.waiting += sum(x.nbytes for x in _reachable_tensors(tokens.waiting, set()))
     if tokens.packed is not None:
         _add_packed(report, tokens.packed)
 

@@ -18,6 +18,7 @@ PRESETS: dict[str, Schedule | None] = {
 }
 DEFAULT_PRESET = "paper-1.25"
 EXACT_BITS = 16
+MOST_BITS = max(WIDTHS)
 
 
 def preset_bits(name: str) -> float:
@@ -26,43 +27,52 @@ def preset_bits(name: str) -> float:
     return float(EXACT_BITS) if schedule is None else sum(schedule) / len(schedule)
 
 
-def resolve_schedule(
+def resolve_keys(
     preset: str | None = None,
     schedule: Sequence[int] | None = None,
     k_bits: float | None = None,
-) -> Schedule | None:
-    """The bit schedule that the arguments of a cache ask for, None for exact keys.
+    lambda_: float | None = None,
+) -> tuple[Schedule | None, float | None]:
+    """The bit schedule that the arguments of a cache ask for, or the bits to allocate.
+
+    Both are None for exact keys, and with ``lambda_``.
 
     Parameters
     ----------
     preset : a name of :data:`PRESETS`.
     schedule : bits per equal group of channels, each of 8, 4, 2, 1, 0, not increasing, not all
         zero.
-    k_bits : 16 for exact keys, else the bits of a preset (1.25, 2.0, 2.25).
+    k_bits : 16 for exact keys, else above 0 and at most 8.
+    lambda_ : price of a bit, above 0.
 
     Raises
     ------
     ValueError
-        For more than one of the three, an unknown preset or number of bits, or a schedule that is
-        none.
+        For more than one of the four, an unknown preset, a number out of range, or a schedule that
+        is none.
     """
-    given = {"preset": preset, "schedule": schedule, "k_bits": k_bits}
+    given = {"preset": preset, "schedule": schedule, "k_bits": k_bits, "lambda_": lambda_}
     given = {name: value for name, value in given.items() if value is not None}
     if len(given) > 1:
-        raise ValueError(f"give one of preset, schedule and k_bits, got {given}")
+        raise ValueError(f"give one of preset, schedule, k_bits and lambda_, got {given}")
     if schedule is not None:
-        return _check_schedule(schedule)
-    if k_bits is not None:
-        names = {preset_bits(name): name for name in PRESETS}
-        if k_bits not in names:
+        return _check_schedule(schedule), None
+    if lambda_ is not None:
+        if not 0 < lambda_ < float("inf"):
+            raise ValueError(f"lambda_ must be above 0, got {lambda_!r}")
+        return None, None
+    if k_bits is not None and k_bits != EXACT_BITS:
+        if not 0 < k_bits <= MOST_BITS:
             raise ValueError(
-                f"k_bits must be one of {sorted(names)}, got {k_bits!r}; or give a schedule"
+                f"k_bits must be above 0 and at most {MOST_BITS}, or {EXACT_BITS}, got {k_bits!r}"
             )
-        preset = names[k_bits]
+        return None, float(k_bits)
+    if k_bits is not None:
+        preset = "exact"
     preset = DEFAULT_PRESET if preset is None else preset
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {preset!r}")
-    return PRESETS[preset]
+    return PRESETS[preset], None
 
 
 def _check_schedule(schedule: Sequence[int]) -> Schedule:

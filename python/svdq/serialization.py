@@ -15,8 +15,8 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from svdq.layer import SVDqLayer
-from svdq.layout import FORMAT_VERSION
-from svdq.storage import normal_tensors
+from svdq.layout import FORMAT_VERSION, PageLayout
+from svdq.storage import PackedStore, normal_tensors
 
 if TYPE_CHECKING:
     from svdq.cache import SVDqCache
@@ -63,7 +63,7 @@ def load(
                 f"{path} has format version {metadata['version']}, this svdq reads {FORMAT_VERSION}"
             )
         settings = json.loads(metadata["settings"])
-        if settings["schedule"] is None:
+        if all(settings[name] is None for name in ("schedule", "k_bits", "lambda_")):
             settings["preset"] = "exact"
         cache = cls(config, **settings)
         states = json.loads(metadata["layers"])
@@ -109,8 +109,11 @@ def _save_svdq(layer: SVDqLayer) -> tuple[State, dict[str, Tensor]]:
         "padding": layer.padding,
         "knows_positions": layer.knows_positions,
         "count": rows.count,
+        "first_position": layer.tokens.position,
     }
     tensors = {"keys": rows.keys[:, :, :used], "values": rows.values[:, :, :used]}
+    if layer.tokens.energy is not None:
+        tensors |= {"energy": layer.tokens.energy.total, "seen": layer.tokens.energy.count}
     if packed is not None:
         pages = sorted(packed.used_pages)
         renumbered = {page: i for i, page in enumerate(pages)}
@@ -122,6 +125,8 @@ def _save_svdq(layer: SVDqLayer) -> tuple[State, dict[str, Tensor]]:
             "position": packed.position,
         }
         tensors |= {name: getattr(packed, name) for name in ("basis", "scale", "mean")}
+        if layer.tokens.weight is not None:
+            tensors["weight"] = layer.tokens.weight
         tensors |= {"k_pages": packed.k_pages[pages], "v_pages": packed.v_pages[pages]}
         if packed.inv_freq is not None:
             tensors["inv_freq"] = packed.inv_freq
@@ -137,8 +142,18 @@ def _load_svdq(layer: SVDqLayer, state: State, tensors: dict[str, Tensor]) -> No
     rows, packed = layer.tokens.rows, layer.tokens.packed
     rows.keys, rows.values = tensors["keys"], tensors["values"]
     rows.set_count(state["count"])
+    layer.tokens.position = state["first_position"]
+    if layer.tokens.energy is not None:
+        layer.tokens.energy.total, layer.tokens.energy.count = tensors["energy"], tensors["seen"]
+    if packed is None and "layout" in state:  # it was allocated
+        packed = PackedStore(
+            PageLayout.from_ints(state["layout"]), layer.batch_size, layer.dtype, layer.device
+        )
+        layer.tokens.packed = packed
     if packed is None:
         return
+    if "weight" in tensors:
+        layer.tokens.weight = tensors["weight"]
     if packed.layout.ints != state["layout"]:
         raise ValueError(
             f"layer {layer.index}: pages have layout {state['layout']}, the model "

@@ -83,10 +83,22 @@ class PackedStore:
         """Rows of the pools that some sequence names."""
         return set().union(*self.pages)
 
-    def fit(self, b: int, keys: Tensor, slot: int, clip: bool) -> None:
-        """Fit sequence b's basis and quantizer on its keys, ``[H, T, D]`` from slot ``slot`` on."""
+    def fit(
+        self,
+        b: int,
+        keys: Tensor,
+        slot: int,
+        clip: bool,
+        known: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Fit sequence b's basis and quantizer on its keys, ``[H, T, D]`` from slot ``slot`` on.
+
+        ``known`` are the mean and the components of these keys, where they are known already.
+        """
         position = self.position[b] + slot
-        mean, components, _ = ops.fit_basis(keys, self.inv_freq, position)
+        if known is None:
+            known = ops.fit_basis(keys, self.inv_freq, position)[:2]
+        mean, components = known
         fitted = ops.fit_quantizer(
             keys, mean, components, self.layout, self.inv_freq, position, clip
         )

@@ -9,16 +9,29 @@ import torch
 from torch import Tensor
 
 from svdq import ops
+from svdq.allocation import overhead_bits
 from svdq.layout import PAGE_TOKENS, PageLayout
 from svdq.presets import Schedule
-from svdq.storage import ROW_STEP, ExactRows, PackedStore
+from svdq.storage import ROW_STEP, ExactRows, PackedStore, normal_tensors
+from svdq.weighting import QueryEnergy, key_weights, score_spectrum
+
+# allocate(spectrum, overhead, answer), see svdq.allocation.Allocator.ask.
+Allocate = Callable[[Tensor, float, Callable[[Tensor], None]], None]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a layer compresses; see :class:`svdq.SVDqCache`. ``schedule=None`` keeps all exact."""
+    """How a layer compresses; see :class:`svdq.SVDqCache`.
+
+    Widths come from a ``schedule``, or are allocated (``k_bits``, ``lambda_``); with neither, all
+    stays exact.
+    """
 
     schedule: Schedule | None
+    k_bits: float | None
+    lambda_: float | None
+    allocate_across: str
+    query_weighted: bool
     v_bits: int | str
     v_group_size: int | None
     rope: str
@@ -27,10 +40,23 @@ class Settings:
     residual_length: int
     min_fit_tokens: int | None
 
-    def layout(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> PageLayout | None:
-        """The pages of a layer of these shapes, None where nothing is ever packed."""
-        if self.schedule is None:
-            return None
+    @property
+    def allocates(self) -> bool:
+        """Whether widths follow from the keys."""
+        return self.k_bits is not None or self.lambda_ is not None
+
+    @property
+    def packs(self) -> bool:
+        """Whether anything is ever packed."""
+        return self.schedule is not None or self.allocates
+
+    @property
+    def needs_queries(self) -> bool:
+        """Whether the energy of the queries matters."""
+        return self.allocates or self.query_weighted
+
+    def layout(self, bands: Tensor, head_dim: int, dtype: torch.dtype) -> PageLayout:
+        """The pages of a layer whose heads have these bands, [H, 4]."""
         exact_bits = dtype.itemsize * 8
         v_bits = exact_bits if self.v_bits == "exact" else self.v_bits
         if v_bits not in (2, 4, exact_bits):
@@ -39,10 +65,27 @@ class Settings:
                 f"{v_bits!r}"
             )
         group = default_group_size(head_dim) if self.v_group_size is None else self.v_group_size
-        bands = ops.allocate_bits(torch.zeros(num_kv_heads, head_dim), list(self.schedule))
         return PageLayout(
             head_dim, tuple(map(tuple, bands.tolist())), self.rope, int(v_bits), group
         )
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What is known of a sequence's keys before their widths are.
+
+    Parameters
+    ----------
+    weight : [H, D] float32 that keys are multiplied with, or None.
+    mean, components : of the weighted keys, see :func:`svdq.ops.fit_basis`; components in the order
+        of ``spectrum``.
+    spectrum : [H, D] variances, of scores where the queries' energy is known.
+    """
+
+    weight: Tensor | None
+    mean: Tensor
+    components: Tensor
+    spectrum: Tensor
 
 
 def default_group_size(head_dim: int) -> int:
@@ -62,6 +105,9 @@ class TokenStore:
     63`` tokens in exact rows and the rest in pages. Until its basis is fitted all its tokens are
     exact rows.
 
+    Where widths are allocated, the pages are known once a spectrum was; ``packed`` is None until
+    then. Rows and pages hold keys that are multiplied with ``weight``, see svdq/weighting.py.
+
     Parameters
     ----------
     settings : how to compress.
@@ -69,6 +115,8 @@ class TokenStore:
     dtype, device : of the keys and values.
     frequencies : maps the largest position in use to the layer's inverse frequencies; None for
         layers whose keys are packed as they come.
+    allocate : called as ``allocate(spectrum, overhead, answer)`` for the layer's bands, see
+        :meth:`svdq.allocation.Allocator.ask`; None where a schedule says them.
     """
 
     def __init__(
@@ -78,15 +126,26 @@ class TokenStore:
         dtype: torch.dtype,
         device: torch.device,
         frequencies: Callable[[int], Tensor] | None,
+        allocate: Allocate | None = None,
     ) -> None:
         batch, heads, dim = shape
-        layout = settings.layout(heads, dim, dtype)
-        self.settings = settings
-        self.frequencies = frequencies
+        self.settings, self.shape = settings, shape
+        self.frequencies, self.allocate = frequencies, allocate
         self.rows = ExactRows(batch, heads, dim, dtype, device)
-        self.packed = None
-        if layout is not None:
-            self.packed = PackedStore(layout, batch, dtype, device)
+        self.position = [0] * batch  # of every sequence's first token
+        self.packed: PackedStore | None = None
+        self.energy: QueryEnergy | None = None
+        self.weight: Tensor | None = None
+        self._fits: dict[int, Fit] = {}  # of sequences that are not packed yet
+        if settings.packs:
+            bands = ops.allocate_bits(torch.zeros(heads, dim), list(settings.schedule or (8,)))
+            layout = settings.layout(bands, dim, dtype)  # says what is wrong before tokens come
+            if not settings.allocates:
+                self.packed = PackedStore(layout, batch, dtype, device)
+        if settings.needs_queries:
+            self.energy = QueryEnergy(batch, heads, dim, device)
+        if settings.query_weighted:
+            self.weight = torch.ones((batch, heads, dim), dtype=torch.bfloat16, device=device)
         least = 4 * dim if settings.min_fit_tokens is None else settings.min_fit_tokens
         self.fit_tokens = max(least, self.steady_rows)
 
@@ -94,6 +153,11 @@ class TokenStore:
     def steady_rows(self) -> int:
         """Exact rows of a packed sequence that grows token by token, at most."""
         return self.settings.sink_tokens + self.settings.residual_length + PAGE_TOKENS
+
+    @property
+    def waiting(self) -> list[Fit]:
+        """What is known of sequences that are not packed yet."""
+        return list(self._fits.values())
 
     @property
     def any_packed(self) -> bool:
@@ -104,32 +168,53 @@ class TokenStore:
         """Tokens of sequence b, without padding."""
         return self.rows.count[b] + self._unseen_slots(b)
 
+    def note_queries(self, query: Tensor, scaling: float, padding: list[int]) -> None:
+        """Take the energy of queries, [B, Hq, L, D], while it may still matter."""
+        if self.energy is not None and not (self.packed and all(self.packed.fitted)):
+            self.energy.add(query, scaling, padding)
+
+    def weighted(self, keys: Tensor) -> Tensor:
+        """Keys [B, H, L, D] as rows and pages hold them."""
+        return keys if self.weight is None else keys * self.weight[:, :, None].to(keys.dtype)
+
+    def weighted_query(self, query: Tensor) -> Tensor:
+        """Queries [B, Hq, L, D] that give the same scores with such keys."""
+        if self.weight is None:
+            return query
+        inverse = (1 / self.weight).to(query.dtype)[:, :, None, None]
+        return (query.unflatten(1, (self.shape[1], -1)) * inverse).flatten(1, 2)
+
     def prefill(
         self, keys: Tensor, values: Tensor, padding: list[int], first_position: list[int]
     ) -> None:
         """Store the first tokens, [B, H, T, D], packing from them what is not kept exact."""
         counts = [keys.shape[2] - pad for pad in padding]
         targets = [0] * len(counts)
+        sinks = self.settings.sink_tokens
+        self.position = first_position
         if self.packed is not None:
             self.packed.set_first_position(first_position)
+        own = [[x[b, :, pad:] for x in (keys, values)] for b, pad in enumerate(padding)]
+        self._plan({b: own[b][0] for b, count in enumerate(counts) if count >= self.fit_tokens})
+        if self.packed is not None:
             targets = [self._target(b, count) for b, count in enumerate(counts)]
             self.packed.reserve(sum(target // PAGE_TOKENS for target in targets))
-        sinks = self.settings.sink_tokens
         kept = [n - max(target - sinks, 0) for n, target in zip(counts, targets, strict=True)]
         self.rows.reserve(max(*kept, self.steady_rows if any(targets) else 0))
         for b, target in enumerate(targets):
-            own = [x[b, :, padding[b] :] for x in (keys, values)]
+            k, v = own[b]
             if target:
-                self._fit(b, own[0])
-                self.packed.pack(b, *(x[:, :target] for x in own))
-                self.rows.write(b, *(x[:, target:] for x in own), sinks)
-                own = [x[:, :sinks] for x in own]
-            self.rows.write(b, *own, 0)
+                k = self._fit(b, k)
+                self.packed.pack(b, k[:, :target], v[:, :target])
+                self.rows.write(b, k[:, target:], v[:, target:], sinks)
+                k, v = k[:, :sinks], v[:, :sinks]
+            self.rows.write(b, k, v, 0)
         self.rows.set_count(kept)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add a few tokens, [B, H, L, D], to the exact rows; none if any is not finite."""
         before, length = self.rows.count, keys.shape[2]
+        keys = self.weighted(keys)
         self.rows.reserve(max(before) + length)
         for b, start in enumerate(before):
             self.rows.write(b, keys[b], values[b], start)
@@ -146,6 +231,7 @@ class TokenStore:
         one that is not yet takes them at once, because its basis is fitted on all its tokens.
         """
         length = keys.shape[2]
+        keys = self.weighted(keys)
         for b, slots in enumerate(self.packed.slots):
             step = PAGE_TOKENS if slots else length
             for start in range(0, length, step):
@@ -160,6 +246,14 @@ class TokenStore:
 
     def pack_window(self) -> None:
         """Pack what has left the window of any sequence."""
+        if self.packed is None and self.settings.packs:
+            self._plan(
+                {
+                    b: self.rows.keys[b, :, :count]
+                    for b, count in enumerate(self.rows.count)
+                    if count >= self.fit_tokens and b not in self._fits
+                }
+            )
         if self.packed is None:
             return
         packed = [self._pack_sequence(b) for b in range(len(self.rows.count))]
@@ -181,8 +275,18 @@ class TokenStore:
     def select(self, indices: list[int]) -> None:
         """Make sequence i a copy of the old sequence ``indices[i]``."""
         self.rows.select(indices)
+        self.position = [self.position[i] for i in indices]
+        self._fits = {to: self._fits[i] for to, i in enumerate(indices) if i in self._fits}
+        if self.energy is not None:
+            self.energy.select(indices)
+        if self.weight is not None:
+            self._select_weight(indices)
         if self.packed is not None:
             self.packed.select(indices)
+
+    @normal_tensors
+    def _select_weight(self, indices: list[int]) -> None:
+        self.weight = self.weight[indices]
 
     def compact(self) -> None:
         """Give back what sequences that are gone have left behind."""
@@ -202,13 +306,69 @@ class TokenStore:
         past_window = (count - self.settings.residual_length) // PAGE_TOKENS * PAGE_TOKENS
         return max(past_window, self.packed.slots[b])
 
-    def _fit(self, b: int, keys: Tensor) -> None:
-        """Fit sequence b's basis on its keys, [H, T, D] from slot 0, without sinks: outliers."""
+    def _inv_freq(self, num_tokens: int) -> Tensor | None:
+        """The layer's inverse frequencies, for sequences of up to this many tokens."""
+        if self.frequencies is None:
+            return None
+        last = max(self.position) + num_tokens - 1
+        return self.frequencies(last).to(self.rows.keys.device)
+
+    def _plan(self, keys: dict[int, Tensor]) -> None:
+        """Ask for the layer's bands where they follow from keys, [H, T, D] by sequence."""
+        if self.allocate is None or self.packed is not None or not keys:
+            return
+        self._fits |= {b: self._measure(b, x) for b, x in keys.items()}
+        spectra = [fit.spectrum for fit in self._fits.values()]
+        tokens = max(x.shape[1] for x in keys.values())
+        spectrum = torch.stack(spectra).mean(dim=0)
+        self.allocate(spectrum, overhead_bits(self.shape[2], tokens), self._receive)
+
+    def _receive(self, bands: Tensor) -> None:
+        """Take the layer's bands, and pack the tokens that waited for them."""
+        layout = self.settings.layout(bands, self.shape[2], self.rows.keys.dtype)
+        self.packed = PackedStore(
+            layout, self.shape[0], self.rows.keys.dtype, self.rows.keys.device
+        )
+        self.packed.set_first_position(self.position)
+        if self.rows.capacity:  # else they are about to be stored
+            self.pack_window()
+
+    def _measure(self, b: int, keys: Tensor) -> Fit:
+        """Weights, basis and spectrum of sequence b's keys, [H, T, D] from its first token on."""
+        sinks = self.settings.sink_tokens
+        inv_freq = self._inv_freq(keys.shape[1])
+        half = 0 if inv_freq is None else inv_freq.numel()
+        weight = energy = None
+        if self.energy is not None:
+            energy = self.energy.mean(b, half)
+        if self.weight is not None:
+            weight = key_weights(energy)
+            keys = keys * (weight / self.weight[b].float())[:, None].to(keys.dtype)
+            energy = energy / weight.square()
+        mean, components, variance = ops.fit_basis(
+            keys[:, sinks:], inv_freq, self.position[b] + sinks
+        )
+        if energy is None:
+            return Fit(weight, mean, components, variance)
+        return Fit(weight, mean, *score_spectrum(components, variance, energy))
+
+    def _fit(self, b: int, keys: Tensor) -> Tensor:
+        """Fit sequence b on its keys, [H, T, D] from slot 0, without sinks, which are outliers.
+
+        Returns the keys as they are to be packed; rows that are in use change likewise.
+        """
         packed, sinks = self.packed, self.settings.sink_tokens
-        if packed.inv_freq is None and self.frequencies is not None:
-            last = max(packed.position) + keys.shape[1] - 1
-            packed.inv_freq = self.frequencies(last).to(keys.device)
-        packed.fit(b, keys[:, sinks:], sinks, self.settings.clip)
+        if packed.inv_freq is None:
+            packed.inv_freq = self._inv_freq(keys.shape[1])
+        fit = self._fits.pop(b, None) or self._measure(b, keys)
+        if fit.weight is not None:
+            change = (fit.weight / self.weight[b].float()).to(keys.dtype)[:, None]
+            self.rows.keys[b, :, : self.rows.count[b]] *= change
+            if keys.data_ptr() != self.rows.keys[b].data_ptr():
+                keys = keys * change
+            self.weight[b] = fit.weight
+        packed.fit(b, keys[:, sinks:], sinks, self.settings.clip, (fit.mean, fit.components))
+        return keys
 
     def _pack_sequence(self, b: int) -> bool:
         """Pack the exact rows of sequence b that left its window; whether there were any."""

@@ -56,7 +56,8 @@ TextFile = Annotated[
 Presets = Annotated[
     list[str],
     typer.Option(
-        help="Bits per key number: a preset, its bits (1.25) or a schedule (4,4,2,0,0,0,0,0); "
+        help="Bits per key number: a preset, an average to allocate (0.7), a price (lambda=0.01) "
+        "or a schedule (4,4,2,0,0,0,0,0); "
         "repeatable.",
         rich_help_panel=CACHE_PANEL,
     ),
@@ -75,7 +76,8 @@ Peers = Annotated[
 KeyBits = Annotated[
     str,
     typer.Option(
-        help="Bits per key number: a preset, its bits (1.25) or a schedule (4,4,2,0,0,0,0,0).",
+        help="Bits per key number: a preset, an average to allocate (0.7), a price (lambda=0.01) "
+        "or a schedule (4,4,2,0,0,0,0,0).",
         rich_help_panel=CACHE_PANEL,
     ),
 ]

@@ -12,31 +12,41 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from svdq.cache import SVDqCache
 from svdq.layout import PAGE_TOKENS
-from svdq.presets import PRESETS, Schedule, resolve_schedule
+from svdq.presets import PRESETS, Schedule, resolve_keys
 
 if TYPE_CHECKING:
     from svdq.evaluation.prefix import Prefix
 
 
 def parse_schedule(keys: str) -> Schedule | None:
-    """Bits per group of channels from a preset, its bits ("1.25") or a schedule ("4,4,2,0").
+    """Bits per group of channels from a preset or a schedule ("4,4,2,0"); None for exact keys.
 
-    None stands for exact keys.
+    Raises
+    ------
+    ValueError
+        For bits that are to be allocated, which only keys can say.
     """
-    return resolve_schedule(**_schedule_argument(keys))
+    argument = key_argument(keys)
+    schedule, k_bits = resolve_keys(**argument)
+    if k_bits is not None or "lambda_" in argument:
+        raise ValueError(f"expected a preset ({', '.join(PRESETS)}) or a schedule, got {keys!r}")
+    return schedule
 
 
-def _schedule_argument(keys: str) -> dict:
-    """The argument of ``SVDqCache`` that a user's words mean."""
+def key_argument(keys: str) -> dict:
+    """The argument of ``SVDqCache`` that a user's words mean: a preset, a schedule ("4,4,2,0"), an
+    average to allocate ("0.7") or a price ("lambda=0.01")."""
     if keys in PRESETS:
         return {"preset": keys}
     if re.fullmatch(r"\d+(\.\d+)?", keys):
         return {"k_bits": float(keys)}
+    if match := re.fullmatch(r"lambda=(\d+(\.\d+)?(e-?\d+)?)", keys):
+        return {"lambda_": float(match[1])}
     if re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)+", keys):
         return {"schedule": tuple(int(width) for width in keys.split(","))}
     raise ValueError(
-        f"key bits must be a preset ({', '.join(PRESETS)}), the bits of one, or a schedule like "
-        f"4,4,2,0,0,0,0,0; got {keys!r}"
+        f"key bits must be a preset ({', '.join(PRESETS)}), an average to allocate like 0.7, a "
+        f"price like lambda=0.01, or a schedule like 4,4,2,0,0,0,0,0; got {keys!r}"
     )
 
 
@@ -55,7 +65,8 @@ class CacheSettings:
 
     Parameters
     ----------
-    keys : what the user asked for: a preset, bits or a schedule, see :func:`parse_schedule`.
+    keys : what the user asked for, see :func:`key_argument`.
+    allocate_across, query_weighted : as for the cache.
     v_bits, rope, clip, sink_tokens, residual_length : as for the cache.
     """
 
@@ -65,30 +76,45 @@ class CacheSettings:
     clip: bool = True
     sink_tokens: int = 8
     residual_length: int = 64
+    allocate_across: str = "model"
+    query_weighted: bool | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "v_bits", _parse_value_bits(self.v_bits))
-        parse_schedule(self.keys)
+        resolve_keys(**key_argument(self.keys))
         if not 0 <= self.sink_tokens <= PAGE_TOKENS:
             raise ValueError(f"sink_tokens must be 0 .. {PAGE_TOKENS}, got {self.sink_tokens}")
+
+    @property
+    def packs(self) -> bool:
+        """Whether keys are packed at all."""
+        argument = key_argument(self.keys)
+        return "lambda_" in argument or resolve_keys(**argument) != (None, None)
 
     @property
     def label(self) -> str:
         """The settings in a few words."""
         ranges = "clipped" if self.clip else "min-max"
-        return f"svdq {self.keys}, {self.rope}-RoPE, {ranges}"
+        words = [f"svdq {self.keys}", f"{self.rope}-RoPE", ranges]
+        if self.allocate_across != "model":
+            words.append(f"per {self.allocate_across}")
+        if self.query_weighted is not None:
+            words.append("weighted" if self.query_weighted else "unweighted")
+        return ", ".join(words)
 
     def make_cache(self, config: PretrainedConfig) -> SVDqCache:
         """A new, empty cache."""
-        v_bits = None if parse_schedule(self.keys) is None else self.v_bits
+        v_bits = self.v_bits if self.packs else None
         return SVDqCache(
             config,
-            **_schedule_argument(self.keys),
+            **key_argument(self.keys),
             v_bits=v_bits,
             rope=self.rope,
             clip=self.clip,
             sink_tokens=self.sink_tokens,
             residual_length=self.residual_length,
+            allocate_across=self.allocate_across,
+            query_weighted=self.query_weighted,
         )
 
     @property
@@ -99,7 +125,7 @@ class CacheSettings:
     def compress(self, prefix: Prefix) -> SVDqCache:
         """A new cache of a context that was read exactly."""
         cache = self.make_cache(prefix.config)
-        cache.prefill_from(prefix.cache)
+        cache.prefill_from(prefix.cache, prefix.query_energy)
         return cache
 
     def columns(self) -> dict:
@@ -124,7 +150,7 @@ class CacheSettings:
             keys.
         """
         report = cache.memory_report()
-        if parse_schedule(self.keys) is None:
+        if not self.packs:
             return {"k_bits": report.key_bits, "all_in_bits": report.key_bits}
         if report.packed_numbers == 0:
             raise ValueError(

@@ -32,8 +32,9 @@ class Prefix:
     ----------
     config : of the model.
     cache : exact keys and values of one sequence; methods read it and never change it.
-    query_energy : per layer [H, D] float32, the mean of the squared rotated queries over the tokens
-        and over the query heads of a KV head; None for layers that are not full attention.
+    query_energy : per layer [H, D] float32, the mean of the squared queries, rotated and times the
+        softmax scale, over the tokens and over the query heads of a KV head; None for layers that
+        are not full attention.
     first : [1, vocabulary] logits of the token after the context.
     """
 
@@ -166,7 +167,8 @@ def _recording_attention(
     if energies is None:
         raise RuntimeError(f"{RECORDING!r} attention is for read_prefix alone")
     heads, dim = key.shape[1], query.shape[-1]
-    energy = query[0].float().square().mean(dim=1)
+    scaling = kwargs.get("scaling") or dim**-0.5
+    energy = (query[0].float() * scaling).square().mean(dim=1)
     energies[module.layer_idx] = energy.view(heads, -1, dim).mean(dim=1)
     return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
 

@@ -1,0 +1,225 @@
+"""Which latent channels get how many bits: water-filling in units of attention score.
+
+A channel of variance v that is coded with b bits leaves an error of v * d(b). Measured in units of
+attention score, so that channels of all heads and layers compare, the widths that minimise the sum
+of all errors for a given number of bits are those that minimise, channel by channel,
+
+    v * d(b) + lambda * (b + overhead)
+
+with one ``lambda`` for all of them, the price of a bit; ``overhead`` is what a coded channel costs
+beside its codes (its row of the basis and its scale), spread over the tokens. So a layer needs
+nothing of the others but the price.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from svdq.layout import WIDTHS
+
+# d(b): mean squared error of b-bit codes of a normal variable of variance 1, in the range where the
+# fourth power of the error is least (see fit_quantizer). By integration.
+DISTORTION = {8: 1.39e-4, 4: 0.01552, 2: 0.1388, 1: 0.4042, 0: 1.0}
+GRANULE = 4  # channels that share a width; bands of one bit are pairs of granules
+SCOPES = ("model", "layer", "head")
+
+
+def overhead_bits(head_dim: int, num_tokens: int) -> float:
+    """Bits per token that a coded channel costs beside its codes: basis in bfloat16, scale."""
+    return (16 * head_dim + 32) / max(num_tokens, 1)
+
+
+def water_fill(spectrum: Tensor, lambda_: float, overhead: float = 0.0) -> Tensor:
+    """Widths of least error plus price.
+
+    Parameters
+    ----------
+    spectrum : [N, D] score variances of the channels of N heads, each row in descending order.
+    lambda_ : price of a bit, in squared score units.
+    overhead : bits per token that any coded channel costs beside its code.
+
+    Returns
+    -------
+    bands : [N, 4] int32 on the CPU: channels at 8, 4, 2 and 1 bits.
+    """
+    granules = _granules(spectrum)
+    widths = torch.tensor([*WIDTHS, 0])
+    distortion = torch.tensor([DISTORTION[int(w)] for w in widths], dtype=torch.float64)
+    price = lambda_ * GRANULE * (widths + overhead * (widths > 0))
+    cost = granules[..., None] * distortion + price  # widest first: of equals the wider
+    counts = torch.nn.functional.one_hot(cost.argmin(-1), len(widths)).sum(1)[:, :-1]
+    _pair_ones(counts, granules, lambda_ * GRANULE * (1 + overhead))
+    return (counts * GRANULE).int()
+
+
+def solve_lambda(
+    spectra: Sequence[Tensor], k_bits: float, overhead: float = 0.0
+) -> tuple[float, list[Tensor]]:
+    """The price at which heads take ``k_bits`` bits a number on average, or just below.
+
+    Parameters
+    ----------
+    spectra : [H, D] score variances of every layer.
+    k_bits : code bits per key number, averaged over all of them.
+
+    Returns
+    -------
+    lambda_ : the price.
+    bands : [H, 4] int32 of every layer.
+    """
+    joined = torch.cat(list(spectra)).double()
+    budget = k_bits * joined.numel()
+    largest = float(joined.max())
+    low, high = largest * 1e-12, largest * 2 + 1e-30  # at the high price nothing is coded
+    for _ in range(60):
+        middle = (low * high) ** 0.5
+        if _bits(water_fill(joined, middle, overhead)) > budget:
+            low = middle
+        else:
+            high = middle
+    return high, list(water_fill(joined, high, overhead).split([len(x) for x in spectra]))
+
+
+def equal_budgets(spectrum: Tensor, k_bits: float) -> Tensor:
+    """Widths of least error with as many bytes for each head: [H, 4] int32.
+
+    Parameters
+    ----------
+    spectrum : [H, D] score variances, in descending order.
+    k_bits : code bits per key number of every head, rounded down to whole bytes a token.
+    """
+    dim = spectrum.shape[1]
+    budget = int(k_bits * dim / 8) * 8
+    if budget == 0:
+        raise ValueError(f"k_bits={k_bits} of head_dim {dim} is less than a byte a token and head")
+    rows = []
+    for head in spectrum:
+        _, (bands,) = solve_lambda([head[None]], budget / dim)
+        rows.append(_fill(bands[0].tolist(), _granules(head[None])[0].tolist(), budget))
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+def code_something(bands: Tensor, spectrum: Tensor) -> Tensor:
+    """The same bands, or two bits for the first channels of one head where no head has any."""
+    if int(bands.sum()) == 0:
+        bands = bands.clone()
+        bands[int(spectrum[:, 0].argmax()), WIDTHS.index(2)] = GRANULE
+    return bands
+
+
+def _granules(spectrum: Tensor) -> Tensor:
+    """Variance of each run of channels that share a width: [N, D / GRANULE] float64."""
+    return spectrum.detach().cpu().double().unflatten(1, (-1, GRANULE)).sum(-1)
+
+
+def _bits(bands: Tensor) -> int:
+    return int((bands.long() * torch.tensor(WIDTHS)).sum())
+
+
+def _pair_ones(counts: Tensor, granules: Tensor, price: float) -> None:
+    """Make the granules of one bit even: drop the last or add the next, what costs less."""
+    one = WIDTHS.index(1)
+    gain = 1 - DISTORTION[1]
+    for row in (counts[:, one] % 2).nonzero().flatten().tolist():
+        end = int(counts[row].sum())
+        added = price - gain * float(granules[row, end]) if end < granules.shape[1] else torch.inf
+        dropped = gain * float(granules[row, end - 1]) - price
+        counts[row, one] += 1 if added < dropped else -1
+
+
+def _fill(bands: list[int], granules: list[float], budget: int) -> list[int]:
+    """Spend what is left of a budget of bits, a multiple of 8, on what gains most for its bits."""
+    counts = {width: n // GRANULE for width, n in zip(WIDTHS, bands, strict=True)}
+    counts[0] = len(granules) - sum(counts.values())
+    left = budget - sum(GRANULE * width * n for width, n in counts.items())
+    while left:
+        steps = [(2, 4), (4, 8), (0, 2)]
+        if counts[1]:
+            steps = [(2, 4), (4, 8)]
+        options = []
+        for narrow, wide in steps:
+            cost = GRANULE * (wide - narrow)
+            if counts[narrow] and cost <= left:
+                first = sum(n for width, n in counts.items() if width > narrow)
+                gain = granules[first] * (DISTORTION[narrow] - DISTORTION[wide])
+                options.append((gain / cost, {narrow: -1, wide: 1}))
+        if counts[1]:  # a pair of granules
+            first = sum(n for width, n in counts.items() if width > 1)
+            gain = sum(granules[first : first + 2]) * (DISTORTION[1] - DISTORTION[2])
+            options.append((gain / (2 * GRANULE), {1: -2, 2: 2}))
+        if counts[0] > 1:
+            first = len(granules) - counts[0]
+            gain = sum(granules[first : first + 2]) * (1 - DISTORTION[1])
+            options.append((gain / (2 * GRANULE), {0: -2, 1: 2}))
+        if not options:
+            raise ValueError(
+                f"a head of {len(granules) * GRANULE} channels cannot take {budget} bits"
+            )
+        for width, change in max(options, key=lambda option: option[0])[1].items():
+            counts[width] += change
+        left = budget - sum(GRANULE * width * n for width, n in counts.items())
+    return [counts[width] * GRANULE for width in WIDTHS]
+
+
+@dataclass
+class Allocator:
+    """Widths for the layers of one cache, which ask for them one after another.
+
+    With a price, or where a budget holds for each layer or head, a layer is answered at once. A
+    budget for the whole model is solved when all its layers have told their spectra: until then
+    they wait and hold their tokens exact. The price stays for what is fitted later.
+
+    Parameters
+    ----------
+    num_layers : layers that will ask.
+    k_bits : code bits per key number on average, or None with a price.
+    lambda_ : price of a bit in squared score units.
+    scope : ``"model"``, ``"layer"`` or ``"head"``: over what ``k_bits`` is the average.
+    """
+
+    num_layers: int
+    k_bits: float | None
+    lambda_: float | None
+    scope: str = "model"
+    _given: float | None = field(init=False)
+    _waiting: dict[int, tuple[Tensor, float, Callable[[Tensor], None]]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._given = self.lambda_
+        self._waiting = {}
+
+    def reset(self) -> None:
+        """Forget what was asked and solved."""
+        self.lambda_ = self._given
+        self._waiting = {}
+
+    def ask(
+        self, layer: int, spectrum: Tensor, overhead: float, answer: Callable[[Tensor], None]
+    ) -> None:
+        """Tell a layer's spectrum, [H, D]; ``answer`` is called with its bands, [H, 4] int32.
+
+        That happens at once or, where layers wait for each other, when the last one asks.
+        """
+        if self.scope == "head":
+            answer(equal_budgets(spectrum, self.k_bits))
+        elif self.scope == "layer":
+            answer(code_something(solve_lambda([spectrum], self.k_bits, overhead)[1][0], spectrum))
+        elif self.lambda_ is not None:
+            answer(code_something(water_fill(spectrum, self.lambda_, overhead), spectrum))
+        else:
+            self._waiting[layer] = (spectrum.cpu(), overhead, answer)
+            if len(self._waiting) == self.num_layers:
+                self._answer_all()
+
+    def _answer_all(self) -> None:
+        asked = [self._waiting[layer] for layer in sorted(self._waiting)]
+        self._waiting = {}
+        overhead = sum(overhead for _, overhead, _ in asked) / len(asked)
+        spectra = [spectrum for spectrum, _, _ in asked]
+        self.lambda_, all_bands = solve_lambda(spectra, self.k_bits, overhead)
+        for (spectrum, _, answer), bands in zip(asked, all_bands, strict=True):
+            answer(code_something(bands, spectrum))
