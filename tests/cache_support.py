@@ -19,6 +19,7 @@ from transformers import (
 from svdq import SVDqCache, ops
 from svdq.attention import svdq_attention
 from svdq.layer import SVDqLayer
+from svdq.storage import PackedStore
 
 VOCABULARY = 256
 SIZES = {
@@ -111,27 +112,26 @@ class Driver:
 
 def decoded(layer: SVDqLayer, b: int = 0) -> tuple[Tensor, Tensor]:
     """Keys and values of sequence b as the cache stands for them, [H, n, D] float32 in order."""
-    rows, packed, sinks = layer.tokens.rows, layer.tokens.packed, layer.settings.sink_tokens
-    own = [x[b, :, : rows.count[b]].float() for x in (rows.keys, rows.values)]
-    slots = packed.slots[b] if packed is not None else 0
-    if slots == 0:
-        return own[0], own[1]
-    table, position = packed.page_table[b], packed.position[b]
-    keys = ops.unpack_keys(
-        packed.k_pages,
-        packed.basis[b],
-        packed.scale[b],
-        packed.mean[b],
-        packed.layout,
-        table,
-        0,
-        slots,
-        packed.inv_freq,
-        position,
-    )
-    values = ops.unpack_values(packed.v_pages, packed.layout, table, 0, slots)
-    both = zip(own, (keys, values), strict=True)
-    return tuple(torch.cat([e[:, :sinks], p[:, sinks:], e[:, sinks:]], 1) for e, p in both)
+    rows, sinks = layer.tokens.rows, layer.settings.sink_tokens
+    exact = [x[b, :, : rows.count[b]].float() for x in (rows.keys, rows.values)]
+    parts = [exact]
+    stores = [store for store in layer.tokens.stores if store.slots[b]]
+    if stores:
+        packed = [torch.cat(x, 1) for x in zip(*(decoded_store(s, b) for s in stores), strict=True)]
+        parts = [[x[:, :sinks] for x in exact], [x[:, sinks:] for x in packed]]
+        parts.append([x[:, sinks:] for x in exact])
+    keys, values = (torch.cat(x, 1) for x in zip(*parts, strict=True))
+    if layer.tokens.weight is not None:
+        keys = keys / layer.tokens.weight[b].float()[:, None]
+    return keys, values
+
+
+def decoded_store(store: PackedStore, b: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of all slots of one store, weighted as they are."""
+    at = (store.layout, store.page_table[b], 0, store.slots[b])
+    coded = (store.basis[b], store.scale[b], store.mean[b])
+    keys = ops.unpack_keys(store.k_pages, *coded, *at, store.inv_freq, store.position[b])
+    return keys, ops.unpack_values(store.v_pages, *at)
 
 
 def plain_attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cache_support import make_model
 from svdq import SVDqCache
-from svdq.tokens import Settings
+from svdq.settings import Settings
 
 HEADS, GROUP, DIM = 2, 2, 64
 MODULE = SimpleNamespace(num_key_value_groups=GROUP, is_causal=True, training=False)

@@ -126,7 +126,7 @@ def test_a_model_of_another_shape(path, change, message):
 def test_pages_of_another_layout(path):
     with safe_open(path, "pt") as file:
         layers = json.loads(file.metadata()["layers"])
-    layers[0]["layout"][5] = 32  # value groups
+    layers[0]["stores"][0]["layout"][5] = 32  # value groups
     rewrite(path, layers=json.dumps(layers))
     with pytest.raises(ValueError, match="pages have layout"):
         SVDqCache.load(path, CONFIGS["llama"])

@@ -8,7 +8,7 @@ from cache_support import CONFIGS, FINE, Driver, assert_same_state, snapshot
 from svdq import SVDqCache, ops
 from svdq.attention import svdq_attention
 from svdq.presets import PRESETS, preset_bits, resolve_keys
-from svdq.tokens import default_group_size
+from svdq.settings import default_group_size
 
 
 def filled():

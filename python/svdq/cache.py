@@ -21,7 +21,7 @@ from svdq.layout import PAGE_TOKENS, ROPE_MODES
 from svdq.memory import MemoryReport, held_bytes, memory_report
 from svdq.presets import resolve_keys
 from svdq.rope import inverse_frequencies
-from svdq.tokens import Settings
+from svdq.settings import Settings
 
 # crop(0) removes nothing where the argument counts tokens to remove, everything where it is a
 # length to keep.
@@ -62,6 +62,9 @@ class SVDqCache(Cache):
     clip : choose every channel's range by least fourth-power error instead of min to max.
     sink_tokens : leading tokens held exact, at most 64.
     residual_length : recent tokens held exact; pages are packed whole, so up to 63 more are.
+    refit_drift : once the error of a sequence's latest keys is this many times what it was when its
+        basis was fitted, later pages get a new basis, fitted on ``min_fit_tokens`` tokens that stay
+        exact until then; None never does. See :meth:`drift`.
     min_fit_tokens : tokens a sequence must have before a basis is fitted and anything packed; by
         default four times head_dim.
 
@@ -91,6 +94,7 @@ class SVDqCache(Cache):
         sink_tokens: int = 8,
         residual_length: int = 64,
         min_fit_tokens: int | None = None,
+        refit_drift: float | None = None,
     ) -> None:
         resolved, k_bits = resolve_keys(preset, schedule, k_bits, lambda_)
         allocates = k_bits is not None or lambda_ is not None
@@ -111,6 +115,7 @@ class SVDqCache(Cache):
             sink_tokens,
             residual_length,
             min_fit_tokens,
+            refit_drift,
         )
         _check_settings(self.settings)
         config = config.get_text_config(decoder=True)
@@ -230,6 +235,17 @@ class SVDqCache(Cache):
             else:
                 self.layers[i] = copy.copy(layer)
 
+    def drift(self) -> list[list[float]]:
+        """How much worse each layer codes its latest keys than those it was fitted on.
+
+        Returns
+        -------
+        drift : per compressing layer and sequence, the mean squared error of keys packed lately
+            over that of the keys of the fit, mean over heads: 1 where nothing changed. NaN without
+            a basis.
+        """
+        return [layer.tokens.drift() if layer.tokens else [] for layer in self.svdq_layers]
+
     def memory_report(self) -> MemoryReport:
         """Bytes by part and of a full cache for the same tokens, and the true bits of a key."""
         return memory_report(self)
@@ -281,6 +297,8 @@ def _check_settings(settings: Settings) -> None:
         raise ValueError("query_weighted needs keys that are packed")
     if settings.residual_length < 0:
         raise ValueError(f"residual_length must be at least 0, got {settings.residual_length}")
+    if settings.refit_drift is not None and not settings.refit_drift > 1:
+        raise ValueError(f"refit_drift must be above 1 or None, got {settings.refit_drift}")
     least = settings.min_fit_tokens
     if least is not None and least < 1:
         raise ValueError(f"min_fit_tokens must be at least 1, got {least}")

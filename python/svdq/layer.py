@@ -14,7 +14,9 @@ from svdq.exact import causal_attention_with_lse, ragged_attention
 from svdq.layout import PAGE_TOKENS
 from svdq.new_tokens import NewTokens
 from svdq.positions import read_positions
-from svdq.tokens import Allocate, Settings, TokenStore
+from svdq.settings import Settings
+from svdq.stores import attend_stores
+from svdq.tokens import Allocate, TokenStore
 
 DEVICES = ("cpu", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -249,25 +251,9 @@ class SVDqLayer(CacheLayerMixin):
         return out.transpose(1, 2)
 
     def _attend_packed(self, query: Tensor, scaling: float, causal: bool) -> tuple[Tensor, Tensor]:
-        packed, rows = self.tokens.packed, self.tokens.rows
-        return ops.attend(
-            query,
-            packed.k_pages,
-            packed.v_pages,
-            packed.page_table,
-            packed.cache_seqlens,
-            packed.basis,
-            packed.scale,
-            packed.mean,
-            packed.layout,
-            rows.keys,
-            rows.values,
-            rows.lens,
-            scaling,
-            packed.inv_freq,
-            packed.first_position,
-            self.settings.sink_tokens,
-            causal,
+        tokens = self.tokens
+        return attend_stores(
+            query, tokens.stores, tokens.rows, scaling, self.settings.sink_tokens, causal
         )
 
     # Checks

@@ -145,8 +145,8 @@ def _add_layer(report: MemoryReport, tokens: TokenStore, batch: int) -> None:
     if tokens.weight is not None:
         report.key_weight += _nbytes(tokens.weight)
     report.waiting += sum(x.nbytes for x in _reachable_tensors(tokens.waiting, set()))
-    if tokens.packed is not None:
-        _add_packed(report, tokens.packed)
+    for store in tokens.stores:
+        _add_packed(report, store)
 
 
 def _add_packed(report: MemoryReport, packed: PackedStore) -> None:
@@ -163,6 +163,7 @@ def _add_packed(report: MemoryReport, packed: PackedStore) -> None:
     report.key_mean += _nbytes(packed.mean)
     report.page_tables += _nbytes(packed.page_table)
     report.lengths += _nbytes(packed.cache_seqlens) + _nbytes(packed.first_position)
+    report.lengths += _nbytes(packed.fit_error) + _nbytes(packed.error)
     report.packed_numbers += used * PAGE_TOKENS * layout.num_kv_heads * layout.head_dim
 
 

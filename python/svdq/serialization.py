@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 FORMAT = "svdq-cache"
 State = dict[str, Any]
+# Tensors of a store that are kept as they are.
+STORED = ("basis", "scale", "mean", "fit_error", "error")
 
 
 def save(cache: SVDqCache, path: str | os.PathLike) -> None:
@@ -102,7 +104,7 @@ def _save_svdq(layer: SVDqLayer) -> tuple[State, dict[str, Tensor]]:
         )
     if layer.seq_length == 0:
         return {"seq_length": 0}, {}
-    rows, packed = layer.tokens.rows, layer.tokens.packed
+    rows = layer.tokens.rows
     used = max(rows.count)
     state = {
         "seq_length": layer.seq_length,
@@ -114,22 +116,26 @@ def _save_svdq(layer: SVDqLayer) -> tuple[State, dict[str, Tensor]]:
     tensors = {"keys": rows.keys[:, :, :used], "values": rows.values[:, :, :used]}
     if layer.tokens.energy is not None:
         tensors |= {"energy": layer.tokens.energy.total, "seen": layer.tokens.energy.count}
-    if packed is not None:
-        pages = sorted(packed.used_pages)
+    if layer.tokens.weight is not None:
+        tensors["weight"] = layer.tokens.weight
+    state["stores"] = []
+    for n, store in enumerate(layer.tokens.stores):
+        pages = sorted(store.used_pages)
         renumbered = {page: i for i, page in enumerate(pages)}
-        state |= {
-            "layout": packed.layout.ints,
-            "pages": [[renumbered[page] for page in own] for own in packed.pages],
-            "slots": packed.slots,
-            "fitted": packed.fitted,
-            "position": packed.position,
-        }
-        tensors |= {name: getattr(packed, name) for name in ("basis", "scale", "mean")}
-        if layer.tokens.weight is not None:
-            tensors["weight"] = layer.tokens.weight
-        tensors |= {"k_pages": packed.k_pages[pages], "v_pages": packed.v_pages[pages]}
-        if packed.inv_freq is not None:
-            tensors["inv_freq"] = packed.inv_freq
+        state["stores"].append(
+            {
+                "layout": store.layout.ints,
+                "pages": [[renumbered[page] for page in own] for own in store.pages],
+                "slots": store.slots,
+                "fitted": store.fitted,
+                "position": store.position,
+            }
+        )
+        named = {name: getattr(store, name) for name in STORED}
+        named |= {"k_pages": store.k_pages[pages], "v_pages": store.v_pages[pages]}
+        if store.inv_freq is not None:
+            named["inv_freq"] = store.inv_freq
+        tensors |= {f"{n}.{name}": x for name, x in named.items()}
     return state, tensors
 
 
@@ -139,34 +145,37 @@ def _load_svdq(layer: SVDqLayer, state: State, tensors: dict[str, Tensor]) -> No
     layer.lazy_initialization(tensors["keys"])
     for name in ("seq_length", "padding", "knows_positions"):
         setattr(layer, name, state[name])
-    rows, packed = layer.tokens.rows, layer.tokens.packed
+    rows = layer.tokens.rows
     rows.keys, rows.values = tensors["keys"], tensors["values"]
     rows.set_count(state["count"])
     layer.tokens.position = state["first_position"]
     if layer.tokens.energy is not None:
         layer.tokens.energy.total, layer.tokens.energy.count = tensors["energy"], tensors["seen"]
-    if packed is None and "layout" in state:  # it was allocated
-        packed = PackedStore(
-            PageLayout.from_ints(state["layout"]), layer.batch_size, layer.dtype, layer.device
-        )
-        layer.tokens.packed = packed
-    if packed is None:
-        return
     if "weight" in tensors:
         layer.tokens.weight = tensors["weight"]
-    if packed.layout.ints != state["layout"]:
+    stores = [_load_store(layer, n, own, tensors) for n, own in enumerate(state["stores"])]
+    if stores:
+        *layer.tokens.past, layer.tokens.packed = stores
+
+
+def _load_store(layer: SVDqLayer, n: int, state: State, tensors: dict[str, Tensor]) -> PackedStore:
+    layout = PageLayout.from_ints(state["layout"])
+    own = layer.tokens.packed.layout if layer.tokens.packed is not None else layout
+    if layout != own:
         raise ValueError(
-            f"layer {layer.index}: pages have layout {state['layout']}, the model "
-            f"{packed.layout.ints}"
+            f"layer {layer.index}: pages have layout {layout.ints}, the model {own.ints}"
         )
-    for name in ("basis", "scale", "mean", "k_pages", "v_pages"):
-        setattr(packed, name, tensors[name])
-    if "inv_freq" in tensors:
-        packed.inv_freq = _matching_frequencies(layer, tensors["inv_freq"])
+    store = PackedStore(layout, layer.batch_size, layer.dtype, layer.device)
+    for name in (*STORED, "k_pages", "v_pages"):
+        setattr(store, name, tensors[f"{n}.{name}"])
+    if f"{n}.inv_freq" in tensors:
+        store.inv_freq = _matching_frequencies(layer, tensors[f"{n}.inv_freq"])
     for name in ("slots", "fitted"):
-        setattr(packed, name, state[name])
-    packed.set_first_position(state["position"])
-    packed.set_pages([tuple(own) for own in state["pages"]])
+        setattr(store, name, state[name])
+    store.marked = list(store.fitted)
+    store.set_first_position(state["position"])
+    store.set_pages([tuple(own) for own in state["pages"]])
+    return store
 
 
 def _matching_frequencies(layer: SVDqLayer, saved: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from svdq.layout import PAGE_TOKENS, PageLayout
 # through both, so whatever it updates is made outside; updating that is allowed everywhere.
 normal_tensors = torch.inference_mode(False)
 
+DRIFT_TOKENS = 16  # of a page that its error is taken of
+DRIFT_MEMORY = 0.75  # what a page leaves of the mean error before it
 ROW_STEP = 16  # exact rows are allocated in multiples of this
 
 
@@ -47,6 +49,8 @@ class PackedStore:
     position, first_position : position of slot 0 of each sequence, as a list and as [B] int32.
     basis, scale, mean : [B, R, D] bfloat16, [B, R] float32, [B, H, D] float32; valid where
         ``fitted``.
+    fit_error, error : [B, H] float32, mean squared error of a key when the basis was fitted, and of
+        late.
     inv_freq : [rotary_dim / 2] float32; None before the first fit and where keys are packed as they
         come.
     """
@@ -67,7 +71,10 @@ class PackedStore:
         self.basis = torch.zeros((batch_size, rank, dim), dtype=torch.bfloat16, device=device)
         self.scale = torch.zeros((batch_size, rank), device=device)
         self.mean = torch.zeros((batch_size, heads, dim), device=device)
+        self.fit_error = torch.full((batch_size, heads), torch.nan, device=device)
+        self.error = self.fit_error.clone()
         self.fitted = [False] * batch_size
+        self.marked = [False] * batch_size  # whether fit_error is known
         self.slots = [0] * batch_size
         self.inv_freq: Tensor | None = None
         self.set_first_position([0] * batch_size)
@@ -126,6 +133,57 @@ class PackedStore:
         ops.pack_values_(self.v_pages, values, self.layout, table, slot)
         self.slots[b] = end
         self.cache_seqlens[b] = end
+        self._note_errors(b, keys, slot)
+
+    def drift(self) -> Tensor:
+        """Error of late over the error when the basis was fitted, mean over heads, [B]."""
+        tiny = torch.finfo(torch.float32).tiny
+        return (self.error / self.fit_error.clamp(min=tiny)).mean(dim=1)
+
+    def _note_errors(self, b: int, keys: Tensor, slot: int) -> None:
+        """Take the errors of the first tokens of every page of keys packed from ``slot`` on.
+
+        The first keys of a sequence set its mark; of a long prompt a few pages serve.
+        """
+        first, self.marked[b] = not self.marked[b], True
+        step = max(keys.shape[1] // 4, PAGE_TOKENS) if first else PAGE_TOKENS
+        # A fitted prompt begins with sinks, which are packed but never seen.
+        begin = PAGE_TOKENS if first and keys.shape[1] >= 2 * PAGE_TOKENS else 0
+        for start in range(begin, keys.shape[1], step):
+            piece = keys[:, start : start + DRIFT_TOKENS].float()
+            decoded = ops.unpack_keys(
+                self.k_pages,
+                self.basis[b],
+                self.scale[b],
+                self.mean[b],
+                self.layout,
+                torch.tensor(self.pages[b], dtype=torch.int32),
+                slot + start,
+                piece.shape[1],
+                self.inv_freq,
+                self.position[b] + slot + start,
+            )
+            error = (piece - decoded).square().sum(dim=2).mean(dim=1)
+            if first:
+                share = 1 / (1 + (start - begin) // step)  # of a mean over equal pieces
+                before = self.fit_error[b] if start > begin else error
+                self.fit_error[b] = before + (error - before) * share
+                self.error[b] = self.fit_error[b]
+            else:
+                self.error[b] = DRIFT_MEMORY * self.error[b] + (1 - DRIFT_MEMORY) * error
+
+    @normal_tensors
+    def successor(self, keep: list[int]) -> PackedStore:
+        """An empty store for the tokens that follow; sequences ``keep`` go on with their bases."""
+        batch = len(self.slots)
+        new = PackedStore(self.layout, batch, self.v_pages.dtype, self.device)
+        new.inv_freq = self.inv_freq
+        new.set_first_position([p + n for p, n in zip(self.position, self.slots, strict=True)])
+        for b in keep:
+            for name in ("basis", "scale", "mean", "fit_error", "error"):
+                getattr(new, name)[b] = getattr(self, name)[b]
+            new.fitted[b], new.marked[b] = self.fitted[b], self.marked[b]
+        return new
 
     @normal_tensors
     def reserve(self, num_pages: int) -> None:
@@ -146,15 +204,18 @@ class PackedStore:
         self.slots[b] = slots
         self.pages[b] = self.pages[b][: -(-slots // PAGE_TOKENS)]
         self.fitted[b] = self.fitted[b] and slots > 0
+        if not self.fitted[b]:
+            self.marked[b] = False
+            self.fit_error[b] = self.error[b] = torch.nan
         self.set_pages(self.pages)
 
     @normal_tensors
     def select(self, indices: list[int]) -> None:
         """Make sequence i a copy of the old sequence ``indices[i]``, sharing its pages."""
         chosen = torch.tensor(indices, dtype=torch.long)
-        for name in ("basis", "scale", "mean"):
+        for name in ("basis", "scale", "mean", "fit_error", "error"):
             setattr(self, name, getattr(self, name)[chosen])
-        for name in ("fitted", "pages", "slots"):
+        for name in ("fitted", "marked", "pages", "slots"):
             setattr(self, name, [getattr(self, name)[i] for i in indices])
         self.set_first_position([self.position[i] for i in indices])
         self.set_pages(self.pages)

@@ -10,64 +10,13 @@ from torch import Tensor
 
 from svdq import ops
 from svdq.allocation import overhead_bits
-from svdq.layout import PAGE_TOKENS, PageLayout
-from svdq.presets import Schedule
+from svdq.layout import PAGE_TOKENS
+from svdq.settings import Settings
 from svdq.storage import ROW_STEP, ExactRows, PackedStore, normal_tensors
 from svdq.weighting import QueryEnergy, key_weights, score_spectrum
 
 # allocate(spectrum, overhead, answer), see svdq.allocation.Allocator.ask.
 Allocate = Callable[[Tensor, float, Callable[[Tensor], None]], None]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a layer compresses; see :class:`svdq.SVDqCache`.
-
-    Widths come from a ``schedule``, or are allocated (``k_bits``, ``lambda_``); with neither, all
-    stays exact.
-    """
-
-    schedule: Schedule | None
-    k_bits: float | None
-    lambda_: float | None
-    allocate_across: str
-    query_weighted: bool
-    v_bits: int | str
-    v_group_size: int | None
-    rope: str
-    clip: bool
-    sink_tokens: int
-    residual_length: int
-    min_fit_tokens: int | None
-
-    @property
-    def allocates(self) -> bool:
-        """Whether widths follow from the keys."""
-        return self.k_bits is not None or self.lambda_ is not None
-
-    @property
-    def packs(self) -> bool:
-        """Whether anything is ever packed."""
-        return self.schedule is not None or self.allocates
-
-    @property
-    def needs_queries(self) -> bool:
-        """Whether the energy of the queries matters."""
-        return self.allocates or self.query_weighted
-
-    def layout(self, bands: Tensor, head_dim: int, dtype: torch.dtype) -> PageLayout:
-        """The pages of a layer whose heads have these bands, [H, 4]."""
-        exact_bits = dtype.itemsize * 8
-        v_bits = exact_bits if self.v_bits == "exact" else self.v_bits
-        if v_bits not in (2, 4, exact_bits):
-            raise ValueError(
-                f"v_bits must be 2, 4, {exact_bits} or 'exact' for a model in {dtype}, got "
-                f"{v_bits!r}"
-            )
-        group = default_group_size(head_dim) if self.v_group_size is None else self.v_group_size
-        return PageLayout(
-            head_dim, tuple(map(tuple, bands.tolist())), self.rope, int(v_bits), group
-        )
 
 
 @dataclass(frozen=True)
@@ -88,16 +37,6 @@ class Fit:
     spectrum: Tensor
 
 
-def default_group_size(head_dim: int) -> int:
-    """Channels that share a value scale: 64 if that divides, else a small head, else near 64."""
-    if head_dim % 64 == 0:
-        return 64
-    if head_dim < 128:
-        return head_dim
-    sizes = [n for n in range(16, head_dim + 1, 16) if head_dim % n == 0] or [head_dim]
-    return min(sizes, key=lambda n: max(n / 64, 64 / n))
-
-
 class TokenStore:
     """Keys and values of one layer: exact rows and, once a basis is fitted, packed pages.
 
@@ -106,7 +45,9 @@ class TokenStore:
     exact rows.
 
     Where widths are allocated, the pages are known once a spectrum was; ``packed`` is None until
-    then. Rows and pages hold keys that are multiplied with ``weight``, see svdq/weighting.py.
+    then. Where keys drift from what a basis was fitted on, a new store with a basis of its own is
+    opened behind it, and ``past`` holds the ones before. Rows and pages hold keys that are
+    multiplied with ``weight``, see svdq/weighting.py.
 
     Parameters
     ----------
@@ -133,6 +74,7 @@ class TokenStore:
         self.frequencies, self.allocate = frequencies, allocate
         self.rows = ExactRows(batch, heads, dim, dtype, device)
         self.position = [0] * batch  # of every sequence's first token
+        self.past: list[PackedStore] = []
         self.packed: PackedStore | None = None
         self.energy: QueryEnergy | None = None
         self.weight: Tensor | None = None
@@ -162,7 +104,24 @@ class TokenStore:
     @property
     def any_packed(self) -> bool:
         """Whether some sequence has packed tokens."""
-        return self.packed is not None and any(self.packed.slots)
+        return any(any(store.slots) for store in self.stores)
+
+    @property
+    def stores(self) -> list[PackedStore]:
+        """Packed tokens in their order."""
+        return self.past if self.packed is None else [*self.past, self.packed]
+
+    def packed_slots(self, b: int) -> int:
+        """Packed tokens of sequence b, sinks among them."""
+        return sum(store.slots[b] for store in self.stores)
+
+    def drift(self) -> list[float]:
+        """Error of each sequence's latest tokens over the error when its basis was fitted.
+
+        NaN for a sequence that has no basis.
+        """
+        batch = self.shape[0]
+        return [torch.nan] * batch if self.packed is None else self.packed.drift().tolist()
 
     def count(self, b: int) -> int:
         """Tokens of sequence b, without padding."""
@@ -232,8 +191,8 @@ class TokenStore:
         """
         length = keys.shape[2]
         keys = self.weighted(keys)
-        for b, slots in enumerate(self.packed.slots):
-            step = PAGE_TOKENS if slots else length
+        for b in range(self.shape[0]):
+            step = PAGE_TOKENS if self.packed_slots(b) else length
             for start in range(0, length, step):
                 piece = [x[b, :, start : start + step] for x in (keys, values)]
                 before, grown = self.rows.count[b], self.rows.count[b] + piece[0].shape[1]
@@ -266,9 +225,12 @@ class TokenStore:
         sinks, counts = self.settings.sink_tokens, list(self.rows.count)
         for b in range(len(counts)):
             left = max(self.count(b) - length, 0)
-            if self.packed is not None and left < self.packed.slots[b]:
-                self.packed.truncate(b, left if left > sinks else 0)
+            if left < self.packed_slots(b):
+                # Sinks alone stay where they are if later stores rely on them.
+                self._truncate(b, left if left > sinks or self.past else 0)
             counts[b] = left - self._unseen_slots(b)
+        while self.past and not any(self.packed.slots):
+            self.packed = self.past.pop()
         self.rows.set_count(counts)
         self._shrink()
 
@@ -281,8 +243,9 @@ class TokenStore:
             self.energy.select(indices)
         if self.weight is not None:
             self._select_weight(indices)
-        if self.packed is not None:
-            self.packed.select(indices)
+        for store in self.stores:
+            store.select(indices)
+        self.shape = (len(indices), *self.shape[1:])
 
     @normal_tensors
     def _select_weight(self, indices: list[int]) -> None:
@@ -290,21 +253,31 @@ class TokenStore:
 
     def compact(self) -> None:
         """Give back what sequences that are gone have left behind."""
-        if self.packed is not None:
-            self.packed.compact()
+        for store in self.stores:
+            store.compact()
         self._shrink()
 
     def _unseen_slots(self, b: int) -> int:
         """Packed slots of sequence b that are not held exact as well: all but the sinks."""
-        slots = self.packed.slots[b] if self.packed is not None else 0
-        return max(slots - self.settings.sink_tokens, 0)
+        return max(self.packed_slots(b) - self.settings.sink_tokens, 0)
+
+    def _truncate(self, b: int, slots: int) -> None:
+        """Keep this many packed slots of sequence b."""
+        for store in self.stores:
+            if slots < store.slots[b]:
+                store.truncate(b, slots)
+            slots -= store.slots[b]
 
     def _target(self, b: int, count: int) -> int:
         """Slots of sequence b that should be packed once it has this many tokens."""
-        if not self.packed.fitted[b] and count < self.fit_tokens:
-            return 0
-        past_window = (count - self.settings.residual_length) // PAGE_TOKENS * PAGE_TOKENS
-        return max(past_window, self.packed.slots[b])
+        packed = self.packed_slots(b)
+        before = packed - self.packed.slots[b]
+        if not self.packed.fitted[b] and count - before < self.fit_tokens:
+            return packed
+        if self.past and not before:
+            return packed  # begun anew beside others: its sinks would not be in the first store
+        past_window = count - self.settings.residual_length - before
+        return max(before + past_window // PAGE_TOKENS * PAGE_TOKENS, packed)
 
     def _inv_freq(self, num_tokens: int) -> Tensor | None:
         """The layer's inverse frequencies, for sequences of up to this many tokens."""
@@ -317,7 +290,10 @@ class TokenStore:
         """Ask for the layer's bands where they follow from keys, [H, T, D] by sequence."""
         if self.allocate is None or self.packed is not None or not keys:
             return
-        self._fits |= {b: self._measure(b, x) for b, x in keys.items()}
+        sinks = self.settings.sink_tokens
+        self._fits |= {
+            b: self._measure(b, x, sinks, self.position[b] + sinks) for b, x in keys.items()
+        }
         spectra = [fit.spectrum for fit in self._fits.values()]
         tokens = max(x.shape[1] for x in keys.values())
         spectrum = torch.stack(spectra).mean(dim=0)
@@ -333,57 +309,75 @@ class TokenStore:
         if self.rows.capacity:  # else they are about to be stored
             self.pack_window()
 
-    def _measure(self, b: int, keys: Tensor) -> Fit:
-        """Weights, basis and spectrum of sequence b's keys, [H, T, D] from its first token on."""
-        sinks = self.settings.sink_tokens
+    def _measure(self, b: int, keys: Tensor, skip: int, position: int) -> Fit:
+        """Weights, basis and spectrum of sequence b's keys, [H, T, D].
+
+        The first ``skip`` keys, sinks, are outliers and left out; ``position`` is the next one's.
+        """
         inv_freq = self._inv_freq(keys.shape[1])
         half = 0 if inv_freq is None else inv_freq.numel()
         weight = energy = None
         if self.energy is not None:
             energy = self.energy.mean(b, half)
         if self.weight is not None:
-            weight = key_weights(energy)
+            # Tokens that are packed already stay weighted as they are.
+            weight = self.weight[b].float() if self.packed_slots(b) else key_weights(energy)
             keys = keys * (weight / self.weight[b].float())[:, None].to(keys.dtype)
             energy = energy / weight.square()
-        mean, components, variance = ops.fit_basis(
-            keys[:, sinks:], inv_freq, self.position[b] + sinks
-        )
+        mean, components, variance = ops.fit_basis(keys[:, skip:], inv_freq, position)
         if energy is None:
             return Fit(weight, mean, components, variance)
         return Fit(weight, mean, *score_spectrum(components, variance, energy))
 
     def _fit(self, b: int, keys: Tensor) -> Tensor:
-        """Fit sequence b on its keys, [H, T, D] from slot 0, without sinks, which are outliers.
+        """Fit sequence b on its keys, [H, T, D] from the first slot of its store on.
 
         Returns the keys as they are to be packed; rows that are in use change likewise.
         """
-        packed, sinks = self.packed, self.settings.sink_tokens
+        packed = self.packed
+        skip = 0 if self.packed_slots(b) else self.settings.sink_tokens
         if packed.inv_freq is None:
             packed.inv_freq = self._inv_freq(keys.shape[1])
-        fit = self._fits.pop(b, None) or self._measure(b, keys)
+        fit = self._fits.pop(b, None) or self._measure(b, keys, skip, packed.position[b] + skip)
         if fit.weight is not None:
             change = (fit.weight / self.weight[b].float()).to(keys.dtype)[:, None]
+            in_rows = keys.data_ptr() == self.rows.keys[b].data_ptr()
             self.rows.keys[b, :, : self.rows.count[b]] *= change
-            if keys.data_ptr() != self.rows.keys[b].data_ptr():
-                keys = keys * change
+            keys = keys if in_rows else keys * change
             self.weight[b] = fit.weight
-        packed.fit(b, keys[:, sinks:], sinks, self.settings.clip, (fit.mean, fit.components))
+        packed.fit(b, keys[:, skip:], skip, self.settings.clip, (fit.mean, fit.components))
         return keys
 
     def _pack_sequence(self, b: int) -> bool:
         """Pack the exact rows of sequence b that left its window; whether there were any."""
-        slots, count = self.packed.slots[b], self.rows.count[b]
+        slots, count = self.packed_slots(b), self.rows.count[b]
         target = self._target(b, self.count(b))
         if target == slots:
             return False
-        sinks = self.settings.sink_tokens
+        sinks, fitted = self.settings.sink_tokens, self.packed.fitted[b]
         start, stop = min(slots, sinks), target - self._unseen_slots(b)  # rows of these slots
         keys, values = self.rows.keys[b], self.rows.values[b]
-        if not self.packed.fitted[b]:
-            self._fit(b, keys[:, :count])
+        if not fitted:
+            self._fit(b, keys[:, start:count])
         self.packed.pack(b, keys[:, start:stop], values[:, start:stop])
         self.rows.remove(b, sinks, stop)
+        if fitted:
+            self._follow_drift(b)
         return True
+
+    def _follow_drift(self, b: int) -> None:
+        """Open a store with a new basis for sequence b if its keys are no longer what they were."""
+        bound = self.settings.refit_drift
+        if bound is None or not float(self.packed.drift()[b]) > bound:
+            return
+        if any(not self.packed_slots(other) for other in range(self.shape[0])):
+            return  # sinks are in the first store alone
+        old = self.packed
+        # Others that are half-way there go along, so that a batch does not open a store for each.
+        keep = [i for i, drift in enumerate(self.drift()) if not drift > bound / 2]
+        self.packed = old.successor(keep)
+        self.past.append(old)
+        old.compact()
 
     def _shrink(self) -> None:
         """Give exact rows back that only a longer past needed."""

@@ -18,8 +18,8 @@ from svdq import _C, ops
 from svdq.benchmark import machine
 from svdq.benchmark.timing import Timing, time_interleaved
 from svdq.layout import PageLayout
+from svdq.settings import default_group_size
 from svdq.storage import PackedStore
-from svdq.tokens import default_group_size
 
 ROPE_THETA = 1e4  # any base will do: the time does not depend on it
 TORCH_DTYPES = (torch.bfloat16, torch.float32)

@@ -15,7 +15,7 @@ from svdq import ops
 from svdq.evaluation.models import check_length
 from svdq.layout import PAGE_TOKENS, PageLayout
 from svdq.rope import inverse_frequencies
-from svdq.tokens import default_group_size
+from svdq.settings import default_group_size
 
 STAGES = ("fit_basis", "fit_quantizer", "pack_keys", "pack_values")
 

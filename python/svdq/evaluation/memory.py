@@ -73,4 +73,5 @@ def _packed_layer_bytes(layer: SVDqLayer, num_tokens: int) -> int:
     total += pages * (packed.layout.k_page_bytes + v_page_bytes)
     total += pages * packed.page_table.itemsize
     shared = (packed.basis, packed.scale, packed.mean, packed.cache_seqlens, packed.first_position)
+    shared = (*shared, packed.fit_error, packed.error)
     return total + sum(x.nbytes for x in shared)
