@@ -1,4 +1,4 @@
-// The packed format, version 1. This header is the only place that knows where a code, a scale or
+// The packed format, version 2. This header is the only place that knows where a code, a scale or
 // a page lies; CPU kernels, CUDA kernels, bindings, tests and Python read it from here.
 //
 // A page holds 64 consecutive tokens ("slots") of one sequence, for all KV heads of one layer. Keys
@@ -6,7 +6,7 @@
 // page table maps the n-th 64 tokens of a sequence to a row of the pools. Slot s of a sequence
 // holds the token at position s + first_position.
 //
-//   key page   | head 0: 8-bit band | 4-bit band | 2-bit band | 1-bit band | head 1: ... |
+//   key page   | head 0: core: 8-bit band | 4-bit | 2-bit | 1-bit | tail: 8-bit ... | head 1: ... |
 //   value page | head 0: scales, zero points, codes | head 1: ... |    (2- and 4-bit values)
 //              | head 0: 64 x head_dim numbers      | head 1: ... |    (16- and 32-bit values)
 //
@@ -27,9 +27,15 @@
 // multiple of 8, so every band ends on a line: b bits a channel take 64 * b / 8 bytes a channel and
 // page, without padding.
 //
-// A key is decoded as   k = mean + sum_j (code_j - mid(width_j)) * scale_j * basis_j,
-// mid(b) = (2^b - 1) / 2, in the space the layout's RoPE mode names; a value as
-// v = zero + code * scale   per (token, group).
+// A head's bands are those of its core channels, coded before RoPE, then those of its tail channels,
+// coded after it; where both may occur (hybrid) the tail codes what the core leaves. With
+// mid(b) = (2^b - 1) / 2 and R_t the rotation to position t, a key is decoded as
+//
+//   k_t = R_t (mean + sum_core (code_j - mid(width_j)) * scale_j * basis_j)
+//         + tail_mean + sum_tail (code_j - mid(width_j)) * scale_j * basis_j,
+//
+// where one of the two lines is absent for "pre" (the second) and "post" (the first; its mean is
+// then the tail's); a value as v = zero + code * scale   per (token, group).
 #pragma once
 
 #include <cstdint>
@@ -42,7 +48,7 @@
 
 namespace svdq {
 
-inline constexpr int kFormatVersion = 1;
+inline constexpr int kFormatVersion = 2;
 inline constexpr int kPageTokens = 64;
 inline constexpr int kLineBytes = 64;
 inline constexpr int kLanes = 16;                        // 32-bit lanes of a line
@@ -69,6 +75,9 @@ static_assert(4 * kPageTokens * 2 / 8 == kLineBytes, "four 2-bit channels fill o
 enum class RopeMode : int {
   kPre = 0,   // un-rotated keys: core channels, rotated back while attending (the paper)
   kPost = 1,  // rotated keys: tail channels, absorbed into the query
+  // Core channels, then what they leave of the rotated key as tail channels; each may be none.
+  // Without core channels the un-rotated mean alone is rotated: "rotated mean".
+  kHybrid = 2,
 };
 
 // Channels of one head by width, widest first. Core channels live before RoPE, tail channels after.

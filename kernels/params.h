@@ -23,6 +23,9 @@ struct HeadPlan {
     return core.page_bytes() + tail.page_bytes();
   }
   SVDQ_HOST_DEVICE constexpr int rank() const { return core.rank() + tail.rank(); }
+  // Where the tail begins.
+  SVDQ_HOST_DEVICE constexpr int first_tail_channel() const { return first_channel + core.rank(); }
+  SVDQ_HOST_DEVICE constexpr int64_t tail_offset() const { return k_offset + core.page_bytes(); }
 };
 
 // Width of the head's channel j, counted in basis order.
@@ -127,7 +130,8 @@ struct AttendParams {
   const int32_t* cache_seqlens;   // [B]
   const uint16_t* basis;          // [B, R, D] bfloat16
   const float* scale;             // [B, R]
-  const float* mean;              // [B, H, D]
+  const float* mean;              // [B, H, D], the core's for hybrid
+  const float* tail_mean;         // [B, H, D], hybrid only
   const int32_t* first_position;  // [B], may be null: zeros
   const void* exact_keys;         // [B, H, E, D]; strides in elements
   const void* exact_values;

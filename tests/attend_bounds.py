@@ -2,10 +2,10 @@
 
 The CPU backends multiply integer codes with integer weights, q'_j ~ step * int8, one step per band:
 the band's largest weight / 127, and 1 / 254 of that for 8-bit bands, which have a second term. A
-weight is a channel of the absorbed query times the channel's scale (rope "post"), or an element of
-the scaled basis, one row per key channel (rope "pre"). Rounding weights moves the score of token t
-by ``sum_j (code_tj - mid_j) * delta_j`` with every delta_j spread evenly over +-step_j / 2, so of
-variance step_j^2 / 12. All other arithmetic but that on probabilities is float32, with unit
+weight is a channel of the absorbed query times the channel's scale (tail channels), or an element
+of the scaled basis, one row per key channel (core channels). Rounding weights moves the score of
+token t by ``sum_j (code_tj - mid_j) * delta_j`` with every delta_j spread evenly over +-step_j / 2,
+so of variance step_j^2 / 12. All other arithmetic but that on probabilities is float32, with unit
 roundoff 2^-24, whose rounding errors add up like a random walk. The bounds take SIGMAS deviations
 of both: about one score in 10^9 lies outside.
 
@@ -16,7 +16,8 @@ m = log(sum_t p_t exp(e_t)) bounds how far the log-sum-exp moves. As probabiliti
 Probabilities times the scales of packed values are rounded to 1/65535 of the largest on a page.
 
 The CUDA kernels, and so the backend that emulates them, give tensor cores halves: weights, rounded
-to 11 bits where a row's largest is 256; for rope "pre" also the reconstructed keys and the queries;
+to 11 bits where a row's largest is 256; with core channels also the reconstructed keys and the
+queries;
 and probabilities times scales, where a page's largest is at least 2^13. Where a KV head has up to 8
 query rows, the probabilities themselves are halves before that, relative to their page's largest. A
 half's error is spread evenly over +-2^-11 of the number, or +-2^-25 below the smallest normal half.
@@ -85,34 +86,43 @@ def product_variance(cache: Cache, query: Tensor, keys: Tensor) -> Tensor:
     )
 
 
-def score_errors(
-    cache: Cache, b: int, h: int, query: Tensor, codes: Tensor, keys: Tensor
-) -> Tensor:
-    """Bound on the errors of packed scores [g, L, n] for query [g, L, D] and codes [n, r].
-
-    ``keys`` [n, D] is what the codes stand for.
-    """
+def score_errors(cache: Cache, b: int, h: int, query: Tensor, codes: Tensor) -> Tensor:
+    """Bound on the errors of packed scores [g, L, n] for query [g, L, D] and codes [n, R]."""
     layout = cache.layout
-    channels = reference.head_slices(layout)[h]
-    widths = reference.channel_widths(layout)[channels]
-    top = 2.0**widths - 1
-    basis, scale = cache.basis[b, channels].double(), cache.scale[b, channels].double()
-    distance = (codes - top / 2).square()
-    if layout.rope == "post":
-        variance = weight_variances((query @ basis.T) * scale, widths) @ distance.T
-    else:
-        key_variance = distance @ weight_variances(basis.T * scale, widths).T  # [n, D]
+    core, tail = (slices[h] for slices in reference.part_slices(layout))
+    every_width = reference.channel_widths(layout)
+    variance = torch.zeros(*query.shape[:-1], len(codes), dtype=torch.float64)
+    magnitude = torch.zeros(layout.head_dim, dtype=torch.float64)
+    for part in (core, tail):
+        is_tail = part is tail
+        if layout.rope == ("pre" if is_tail else "post"):
+            continue
+        widths, scale = every_width[part], cache.scale[b, part].double()
+        basis, top = cache.basis[b, part].double(), 2.0**widths - 1
+        latent = codes[:, part] - top / 2
+        mean = cache.tail_mean if is_tail and layout.rope == "hybrid" else cache.mean
+        mean = mean[b, h].double()
+        # Terms of sums in float32 are no larger than these.
+        magnitude += mean.abs() + (scale * top) @ basis.abs()
+        if is_tail:
+            weights = (query @ basis.T) * scale
+            variance += weight_variances(weights, widths) @ latent.square().T
+            continue
+        key_variance = latent.square() @ weight_variances(basis.T * scale, widths).T  # [n, D]
         first = int(cache.first_position[b]) if cache.first_position is not None else 0
         positions = first + cache.sink_tokens + torch.arange(len(codes))
         every = query[..., None, :].expand(*query.shape[:-1], len(codes), -1)
         turned = reference.rotate(every, positions, cache.inv_freq, inverse=True)
-        variance = torch.einsum("gltd,td->glt", turned.square(), key_variance)
+        variance += torch.einsum("gltd,td->glt", turned.square(), key_variance)
         if uses_halves():
-            variance = variance + product_variance(cache, query, keys)
-    # Float32: sums over D and over the channels of terms no larger than these, and some twenty more
-    # roundings for scales, offsets and rotations.
-    magnitude = cache.mean[b, h].double().abs() + (scale * top) @ basis.abs()
-    roundings = (2 * layout.head_dim + len(widths) + 20) ** 0.5
+            keys = mean + (latent * scale) @ basis
+            keys = reference.rotate(keys, positions, cache.inv_freq)
+            variance += product_variance(cache, query, keys)
+    # Sums over D and over the channels, and some twenty more roundings for scales, offsets and
+    # rotations.
+    channels = core.stop - core.start + tail.stop - tail.start
+    parts = 2 if layout.rope == "hybrid" else 1
+    roundings = (parts * (2 * layout.head_dim + 20) + channels) ** 0.5
     rounding = roundings * FLOAT_ERROR * query.norm(dim=-1) * magnitude.norm()
     return SIGMAS * (variance.sqrt() + rounding[..., None]) * cache.sm_scale
 
@@ -164,10 +174,12 @@ def expect(cache: Cache, query: Tensor) -> Expected:
         position += int(cache.first_position[b]) if cache.first_position is not None else 0
         codes = reference.unpack_codes(cache.k_pages, *at).double()
         fitted = (cache.basis[b], cache.scale[b], cache.mean[b].double())
-        keys = reference.unpack_keys(cache.k_pages, *fitted, *at, cache.inv_freq, position)
+        tail_mean = None if cache.tail_mean is None else cache.tail_mean[b]
+        rope = (cache.inv_freq, position, tail_mean)
+        keys = reference.unpack_keys(cache.k_pages, *fitted, *at, *rope)
         values = reference.unpack_values(cache.v_pages, *at)
         seen = reference.visible_tokens(q_len, packed, exact, cache.causal)
-        for h, channels in enumerate(reference.head_slices(cache.layout)):
+        for h in range(cache.layout.num_kv_heads):
             heads = slice(h * group, (h + 1) * group)
             q = query[b, heads].double()
             k = torch.cat([keys[h], cache.exact_keys[b, h, :exact].double()])
@@ -177,9 +189,7 @@ def expect(cache: Cache, query: Tensor) -> Expected:
             p = (scores - total[..., None]).exp().nan_to_num(nan=0.0)
             lengths = q.norm(dim=-1)[..., None] * k.norm(dim=-1)
             error = SIGMAS * cache.layout.head_dim**0.5 * FLOAT_ERROR * lengths * cache.sm_scale
-            error[..., :packed] += score_errors(
-                cache, b, h, q, codes[:, channels], keys[h].double()
-            )
+            error[..., :packed] += score_errors(cache, b, h, q, codes)
             error += EXP2_ERROR + 4 * FLOAT_ERROR * scores.abs().nan_to_num(posinf=0.0)
             shift = torch.log1p((p * error.expm1()).sum(-1))
             spread = (v - o[..., None, :]).abs()  # [g, L, n, D]

@@ -66,9 +66,15 @@ def make_keys(
 def make_layout(
     head_dim: int, schedule: list[int], num_heads: int = 1, rope: str = "post", **options
 ) -> PageLayout:
-    """Layout of a schedule of equal groups, the same for all heads."""
+    """Layout of a schedule of equal groups, the same for all heads.
+
+    A hybrid one has 4 core channels of 8 and 4 of 4 bits beside them unless ``core_bands`` says
+    otherwise.
+    """
     bands = reference.allocate_bits(torch.zeros(num_heads, head_dim), schedule)
     options.setdefault("v_group_size", 64 if head_dim % 64 == 0 else 16)
+    if rope == "hybrid":
+        options.setdefault("core_bands", ((4, 4, 0, 0),) * num_heads)
     return PageLayout(head_dim, tuple(map(tuple, bands.tolist())), rope, **options)
 
 
@@ -110,6 +116,7 @@ class Cache:
     first_position: Tensor | None
     sink_tokens: int
     causal: bool
+    tail_mean: Tensor | None = None
 
     def kwargs(self) -> dict:
         """Keyword arguments of ``svdq.ops.attend`` and ``svdq.reference.attend``."""
@@ -133,7 +140,7 @@ def make_cache(
 ) -> tuple[Cache, list[Tensor], list[Tensor]]:
     """A cache packed by the reference, with the keys and values [H, T, D] of its sequences."""
     heads, dim, batch = layout.num_kv_heads, layout.head_dim, len(seqlens)
-    inv_freq = make_inv_freq(rotary_dim or dim) if layout.rope == "pre" else None
+    inv_freq = make_inv_freq(rotary_dim or dim) if layout.rope != "post" else None
     num_pages = [page_count(n) for n in seqlens]
     pool = sum(num_pages) + 2
     k_pages, v_pages = make_k_pages(layout, pool), make_v_pages(layout, pool, v_dtype)
@@ -141,6 +148,7 @@ def make_cache(
     page_table = torch.zeros(batch, max(num_pages), dtype=torch.int32)
     basis = torch.zeros(batch, layout.rank, dim, dtype=torch.bfloat16)
     scale, mean = torch.zeros(batch, layout.rank), torch.zeros(batch, heads, dim)
+    tail_mean = torch.zeros(batch, heads, dim) if layout.rope == "hybrid" else None
     rows = max(exact_lens) + 3
     exact = torch.full((2, batch, heads, rows, dim), torch.nan)
     keys, values = [], []
@@ -157,10 +165,12 @@ def make_cache(
         if tokens == 0:
             continue
         rope = (inv_freq, position)
-        centre, components, _ = reference.fit_basis(keys[b], *rope)
-        fitted = reference.fit_quantizer(keys[b], centre, components, layout, *rope)
+        *fitted, own_tail_mean = reference.fit_keys(keys[b], layout, *rope)
         basis[b], scale[b], mean[b] = fitted
-        reference.pack_keys_(k_pages, keys[b], *fitted, layout, table, 0, *rope)
+        if tail_mean is not None:
+            tail_mean[b] = own_tail_mean
+        where = (layout, table, 0, *rope)
+        reference.pack_keys_(k_pages, keys[b], *fitted, *where, own_tail_mean)
         reference.pack_values_(v_pages, values[b], layout, table, 0)
     cache = Cache(
         k_pages=k_pages,
@@ -179,5 +189,6 @@ def make_cache(
         first_position=first_positions and torch.tensor(first_positions, dtype=torch.int32),
         sink_tokens=sink_tokens,
         causal=causal,
+        tail_mean=tail_mean,
     )
     return cache, keys, values

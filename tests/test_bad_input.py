@@ -3,45 +3,16 @@
 import pytest
 import torch
 
+from refusals import Bits, check_refusal, spoiled, strided, with_int
 from support import make_cache, make_inv_freq, make_k_pages, make_keys, make_layout, make_v_pages
 from svdq import ops, reference
-from svdq.layout import PageLayout
 
 NAN, INF = float("nan"), float("inf")
 INT = torch.int32
 
 
-class Bits(PageLayout):
-    """A layout whose integers were read from somewhere else and are wrong."""
-
-    def __new__(cls, ints):
-        wrong = object.__new__(cls)
-        object.__setattr__(wrong, "ints", ints)
-        return wrong
-
-    def __init__(self, ints):
-        pass
-
-
-def with_int(layout, at, value):
-    ints = list(layout.ints)
-    ints[at] = value
-    return Bits(ints)
-
-
-def spoiled(tensor, value):
-    """A copy with one wrong number, the last."""
-    copy = tensor.clone()
-    copy.view(-1)[-1] = value
-    return copy
-
-
-def strided(tensor):
-    """The same numbers, none of which are neighbours."""
-    return torch.stack([tensor, tensor], dim=-1)[..., 0]
-
-
 POST, PRE = make_layout(64, [4, 2], 2, "post"), make_layout(64, [4, 2], 2, "pre")
+HYBRID = make_layout(64, [4, 2], 2, "hybrid")
 EXACT = make_layout(64, [4, 2], 2, "post", v_bits=16)
 KEYS = make_keys(2, 70, 64)
 ANGLES = make_inv_freq(64)
@@ -53,6 +24,10 @@ FITTED = dict(
         reference.fit_quantizer(KEYS, *BASED.values(), POST),
         strict=True,
     )
+)
+
+HYBRID_FITTED = dict(
+    zip(("basis", "scale", "mean"), reference.fit_keys(KEYS, HYBRID, ANGLES), strict=False)
 )
 
 
@@ -69,6 +44,9 @@ RIGHT = {
     "pack_keys_": lambda: {
         "k_pages": make_k_pages(POST, 2), "keys": KEYS, **FITTED, "layout": POST,
         "page_table": TABLE, "slot": 3, "inv_freq": None,
+    },
+    "residual_keys": lambda: {
+        "keys": KEYS, **HYBRID_FITTED, "layout": HYBRID, "inv_freq": ANGLES, "position": 0,
     },
     "pack_values_": lambda: {
         "v_pages": make_v_pages(POST, 2), "values": KEYS, "layout": POST, "page_table": TABLE,
@@ -122,7 +100,7 @@ WRONG_SLOTS = [
     ("past-all-integers", 2**63 - 1, ""),
 ]
 WRONG_LAYOUTS = [
-    ("other-version", with_int(POST, 0, 2), "version 2"),
+    ("other-version", with_int(POST, 0, 1), "version 1"),
     ("other-heads", make_layout(64, [4, 2], 3, "post"), ""),
     ("other-head-dim", make_layout(128, [4, 2], 2, "post"), ""),
     ("no-layout", Bits([]), "integers"),
@@ -143,6 +121,7 @@ WRONG_V_POOLS = [
     ("strided", strided, "contiguous"),
 ]
 WRONG_ROPES = [("not-needed", ANGLES, "None")]
+WRONG_TAIL_MEANS = [("not-needed", torch.zeros(2, 64), "None")]
 
 WRONG = {
     ("fit_basis", "keys"): WRONG_KEYS[1:]
@@ -171,7 +150,7 @@ WRONG = {
     ("fit_quantizer", "mean"): WRONG_MATRICES,
     ("fit_quantizer", "components"): WRONG_MATRICES,
     ("fit_quantizer", "inv_freq"): WRONG_ROPES,
-    ("fit_quantizer", "layout"): WRONG_LAYOUTS,
+    ("fit_quantizer", "layout"): [("hybrid", HYBRID, "one space"), *WRONG_LAYOUTS],
     ("pack_keys_", "k_pages"): WRONG_K_POOLS,
     ("pack_keys_", "keys"): WRONG_KEYS,
     ("pack_keys_", "basis"): WRONG_MATRICES,
@@ -181,6 +160,12 @@ WRONG = {
     ("pack_keys_", "page_table"): WRONG_TABLES,
     ("pack_keys_", "slot"): WRONG_SLOTS,
     ("pack_keys_", "inv_freq"): WRONG_ROPES,
+    ("pack_keys_", "tail_mean"): WRONG_TAIL_MEANS,
+    ("residual_keys", "keys"): WRONG_KEYS,
+    ("residual_keys", "basis"): WRONG_MATRICES,
+    ("residual_keys", "scale"): WRONG_MATRICES,
+    ("residual_keys", "mean"): WRONG_MATRICES,
+    ("residual_keys", "layout"): [("post", POST, "hybrid"), *WRONG_LAYOUTS],
     ("pack_values_", "v_pages"): WRONG_V_POOLS,
     ("pack_values_", "values"): [*WRONG_KEYS, ("too-large", lambda x: spoiled(x, 7e4), "65504")],
     ("pack_values_", "layout"): WRONG_LAYOUTS,
@@ -198,6 +183,7 @@ WRONG = {
     ("unpack_keys", "page_table"): WRONG_TABLES,
     ("unpack_keys", "num_tokens"): [("negative", -1, "-1")],
     ("unpack_keys", "inv_freq"): WRONG_ROPES,
+    ("unpack_keys", "tail_mean"): WRONG_TAIL_MEANS,
     ("unpack_values", "v_pages"): WRONG_V_POOLS,
     ("unpack_values", "page_table"): WRONG_TABLES,
     ("unpack_values", "num_tokens"): [("negative", -1, "-1")],
@@ -260,6 +246,7 @@ WRONG = {
     ("attend", "sink_tokens"): [("negative", -1, "-1"), ("huge", 2**40, "")],
     ("attend", "sm_scale"): [("nan", NAN, "finite"), ("infinite", INF, "finite")],
     ("attend", "inv_freq"): WRONG_ROPES,
+    ("attend", "tail_mean"): WRONG_TAIL_MEANS,
     ("merge", "out_a"): [
         ("three-dimensions", lambda x: x[0], r"\["),
         ("double", lambda x: x.double(), "Double"),
@@ -283,22 +270,6 @@ CASES = {
     for (op, name), cases in WRONG.items()
     for what, wrong, message in cases
 }
-
-
-def same_bytes(a, b):
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-
-
-def check_refusal(op, args, *words):
-    """The call fails with a message of all these words, and every tensor given is as it was."""
-    tensors = {name: x for name, x in args.items() if isinstance(x, torch.Tensor)}
-    dense = (name for name, x in tensors.items() if x.is_cpu and not x.is_sparse)
-    before = {name: tensors[name].clone() for name in dense}
-    message = f"svdq::{op}" + "".join(f"(?=.*(?:{word}))" for word in words)
-    with pytest.raises((ValueError, RuntimeError), match=f"(?s){message}"):
-        getattr(ops, op)(**args)
-    for name, x in before.items():
-        assert same_bytes(tensors[name], x), f"{op} changed {name} before it failed"
 
 
 @pytest.mark.parametrize("op", RIGHT)

@@ -89,8 +89,8 @@ def path(tmp_path):
 
 
 def test_another_format_version(path):
-    rewrite(path, version="2")
-    with pytest.raises(ValueError, match="has format version 2, this svdq reads 1"):
+    rewrite(path, version="1")
+    with pytest.raises(ValueError, match="has format version 1, this svdq reads 2"):
         SVDqCache.load(path, CONFIGS["llama"])
 
 

@@ -81,7 +81,7 @@ def pack_exact_codes(layout: PageLayout, codes: torch.Tensor, table, slot: int) 
 
 
 def test_constants():
-    assert (FORMAT_VERSION, PAGE_TOKENS, WIDTHS) == (1, 64, (8, 4, 2, 1))
+    assert (FORMAT_VERSION, PAGE_TOKENS, WIDTHS) == (2, 64, (8, 4, 2, 1))
     assert (_C.format.LINE_BYTES, _C.format.MAX_HEAD_DIM) == (64, 512)
 
 
@@ -165,6 +165,23 @@ def test_mixed_bands_lie_widest_first():
     codes = ops.unpack_codes(k_pages, layout, torch.zeros(1, dtype=torch.int32), 0, PAGE_TOKENS)
     expected = torch.tensor([1] * 4 + [2] * 8 + [0] * 12 + [3] * 4 + [0] * 8, dtype=torch.uint8)
     assert_same(codes, expected.expand(PAGE_TOKENS, -1))
+
+
+def test_a_heads_core_lies_before_its_tail():
+    bands, core = ((0, 4, 0, 0), (0, 0, 0, 8)), ((4, 0, 0, 8), (0, 0, 0, 0))
+    layout = PageLayout(32, bands, "hybrid", v_group_size=32, core_bands=core)
+    assert layout.k_page_bytes == 8 * (4 * 8 + 8) + 8 * 4 * 4 + 8 * 8
+    k_pages = torch.zeros(1, layout.k_page_bytes, dtype=torch.uint8)
+    k_pages[0, :256] = 1  # the 8-bit band of the first head's core
+    k_pages[0, 320:448] = 0x22  # its tail's 4-bit band, behind 64 bytes of 1 bit
+    k_pages[0, 448:] = 0xFF  # the second head has a tail alone
+    codes = ops.unpack_codes(k_pages, layout, torch.zeros(1, dtype=torch.int32), 0, PAGE_TOKENS)
+    expected = torch.tensor([1] * 4 + [0] * 8 + [2] * 4 + [1] * 8, dtype=torch.uint8)
+    assert_same(codes, expected.expand(PAGE_TOKENS, -1))
+    assert_same(
+        reference.unpack_codes(k_pages, layout, torch.zeros(1, dtype=torch.int32), 0, PAGE_TOKENS),
+        codes,
+    )
 
 
 @pytest.mark.parametrize(

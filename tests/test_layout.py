@@ -10,13 +10,39 @@ from svdq.layout import WIDTHS, PageLayout
 BANDS = ((16, 32, 16, 0), (0, 4, 8, 24), (0, 0, 0, 0))
 
 
+CORE_BANDS = ((4, 4, 0, 0), (0, 0, 0, 0), (0, 0, 4, 8))
+
+
 @pytest.mark.parametrize("rope", ["pre", "post"])
 def test_ints_round_trip(rope):
     layout = PageLayout(128, BANDS, rope, v_bits=2, v_group_size=32)
-    assert layout.ints[:6] == [1, 3, 128, ["pre", "post"].index(rope), 2, 32]
+    assert layout.ints[:6] == [2, 3, 128, ["pre", "post"].index(rope), 2, 32]
     core = layout.ints[6:10] if rope == "pre" else layout.ints[10:14]
     assert core == [16, 32, 16, 0]
     assert PageLayout.from_ints(layout.ints) == layout
+
+
+@pytest.mark.parametrize("core_bands", [CORE_BANDS, ()], ids=["core", "rotated-mean"])
+def test_hybrid_ints_round_trip(core_bands):
+    layout = PageLayout(128, BANDS, "hybrid", v_bits=2, v_group_size=32, core_bands=core_bands)
+    assert layout.ints[:6] == [2, 3, 128, 2, 2, 32]
+    assert layout.ints[6:14] == [*(core_bands[0] if core_bands else [0] * 4), 16, 32, 16, 0]
+    assert PageLayout.from_ints(layout.ints) == layout
+
+
+def test_parts():
+    layout = PageLayout(128, BANDS, "hybrid", v_bits=2, core_bands=CORE_BANDS)
+    assert layout.core == PageLayout(128, CORE_BANDS, "pre", v_bits=2)
+    assert layout.tail == PageLayout(128, BANDS, "post", v_bits=2)
+    assert layout.rank == layout.core.rank + layout.tail.rank == 8 + 12 + 100
+    assert layout.k_page_bytes == layout.core.k_page_bytes + layout.tail.k_page_bytes
+    assert layout.k_bits == layout.core.k_bits + layout.tail.k_bits
+    assert PageLayout(128, BANDS, "hybrid").core is None
+    none = ((0, 0, 0, 0),) * 3
+    assert PageLayout(128, none, "hybrid", core_bands=CORE_BANDS).tail is None
+    pre, post = PageLayout(128, BANDS, "pre"), PageLayout(128, BANDS, "post")
+    assert (pre.core, pre.tail) == (pre, None)
+    assert (post.core, post.tail) == (None, post)
 
 
 def test_sizes():
@@ -41,7 +67,15 @@ WRONG_LAYOUTS = {
     "part-of-a-line": ({"bands": ((0, 0, 0, 4),)}, "multiple of 8"),
     "odd-band": ({"bands": ((0, 6, 0, 0),)}, "multiple of 4"),
     "negative-band": ({"bands": ((8, -4, 0, 0),)}, "-4"),
-    "version": ({"version": 2}, "version 2"),
+    "version": ({"version": 1}, "version 1"),
+    "core-of-pre": ({"rope": "pre", "core_bands": BANDS}, "core_bands.*'pre'"),
+    "core-of-post": ({"rope": "post", "core_bands": BANDS}, "core_bands.*'post'"),
+    "core-of-two-heads": ({"rope": "hybrid", "core_bands": BANDS[:2]}, "3 heads, got 2"),
+    "too-many-core-channels": (
+        {"rope": "hybrid", "core_bands": ((64, 64, 4, 0), *BANDS[1:])},
+        "132",
+    ),
+    "no-hybrid-channels": ({"rope": "hybrid", "bands": ((0, 0, 0, 0),)}, "channel"),
 }
 
 
@@ -59,7 +93,8 @@ def test_wrong_layouts(change, message):
         (1, -1, "num_kv_heads"),
         (1, 2**40, "num_kv_heads"),
         (2, 0, "head_dim"),
-        (3, 2, "rope"),
+        (3, 3, "rope"),
+        (3, 1, "rope mode"),
         (4, 64, "v_bits"),
         (5, 0, "v_group_size"),
         (6, 2**40, "head 0"),
@@ -73,7 +108,7 @@ def test_wrong_ints(at, value, message):
         PageLayout.from_ints(ints)
 
 
-@pytest.mark.parametrize("ints", [[], [1], [1, 1, 128, 0, 4, 64]])
+@pytest.mark.parametrize("ints", [[], [2], [2, 1, 128, 0, 4, 64]])
 def test_too_few_ints(ints):
     with pytest.raises(ValueError, match="integers"):
         PageLayout.from_ints(ints)

@@ -11,7 +11,7 @@ from support import make_cache, make_inv_freq, make_k_pages, make_keys, make_lay
 from svdq import _C, ops, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ROPES = ["pre", "post"]
+ROPES = ["pre", "post", "hybrid"]
 
 
 def check(op, *args):
@@ -22,11 +22,12 @@ def check(op, *args):
 def setting(rope, dtype=torch.float32, v_bits=4):
     """Layout, frequencies, keys, what fits them, and a page table."""
     layout = make_layout(64, [8, 4, 2, 1], 2, rope, v_bits=v_bits)
-    inv_freq = make_inv_freq(64) if rope == "pre" else None
+    inv_freq = make_inv_freq(64) if rope != "post" else None
     keys = make_keys(2, 70, 64, inv_freq=inv_freq).to(dtype)
     mean, components, _ = reference.fit_basis(keys, inv_freq)
-    fitted = reference.fit_quantizer(keys, mean, components, layout, inv_freq)
-    return layout, inv_freq, keys, (mean, components), fitted, torch.tensor([1, 0]).int()
+    *fitted, tail_mean = reference.fit_keys(keys, layout, inv_freq)
+    based = (mean, components)
+    return layout, inv_freq, keys, based, fitted, torch.tensor([1, 0]).int(), tail_mean
 
 
 def attend_args(rope, dtype, v_bits=4):
@@ -38,25 +39,28 @@ def attend_args(rope, dtype, v_bits=4):
     packed = (c.k_pages, c.v_pages, c.page_table, c.cache_seqlens, c.basis, c.scale, c.mean)
     exact = (c.exact_keys.nan_to_num(), c.exact_values.nan_to_num(), c.exact_lens)
     positions = (layout.ints, c.inv_freq, c.first_position)
-    return (query, *packed, *positions, *exact, 1, c.sm_scale, True)
+    return (query, *packed, *positions, *exact, 1, c.sm_scale, True, c.tail_mean)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rope", ROPES)
 def test_fit_and_pack_keys(rope, dtype):
-    layout, inv_freq, keys, based, fitted, table = setting(rope, dtype)
+    layout, inv_freq, keys, based, fitted, table, tail_mean = setting(rope, dtype)
     check("fit_basis", keys, inv_freq, 3)
-    check("fit_quantizer", keys, inv_freq, 3, *based, layout.ints, True)
+    if rope == "hybrid":
+        check("residual_keys", keys, inv_freq, 3, *fitted, layout.ints)
+    else:
+        check("fit_quantizer", keys, inv_freq, 3, *based, layout.ints, True)
     k_pages = make_k_pages(layout, 2)
-    check("pack_keys_", k_pages, keys, inv_freq, 3, *fitted, layout.ints, table, 1)
+    check("pack_keys_", k_pages, keys, inv_freq, 3, *fitted, layout.ints, table, 1, tail_mean)
 
 
 @pytest.mark.parametrize("rope", ROPES)
 def test_unpack(rope):
-    layout, inv_freq, _, _, fitted, table = setting(rope)
+    layout, inv_freq, _, _, fitted, table, tail_mean = setting(rope)
     k_pages = make_k_pages(layout, 2)
     check("unpack_codes", k_pages, layout.ints, table, 5, 70)
-    check("unpack_keys", k_pages, inv_freq, 3, *fitted, layout.ints, table, 5, 70)
+    check("unpack_keys", k_pages, inv_freq, 3, *fitted, layout.ints, table, 5, 70, tail_mean)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -100,7 +104,7 @@ def test_merge(dtype):
 
 def test_compiled_graphs_hold_the_operators():
     """One graph without a break, and the same results as without compilation."""
-    layout, _, keys, _, fitted, table = setting("post")
+    layout, _, keys, _, fitted, table, _ = setting("post")
     cache, _, _ = make_cache(layout, [70], [4])
     nothing = torch.zeros(1, dtype=torch.int32)
 

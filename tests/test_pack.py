@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from pack_bounds import check_codes
 from support import (
     FLOAT_ERROR,
     assert_same,
@@ -17,47 +18,6 @@ from svdq import _C, ops, reference
 from svdq.layout import WIDTHS, PageLayout
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def code_steps(keys, fitted, layout, inv_freq, position):
-    """Latents in steps, as exact code numbers [T, R], and a bound on an operator's errors in them.
-
-    With u = FLOAT_ERROR, per latent in the operator's float32:
-    - turning a key back: cosine and sine of a sum of two angles (4 u), two products and a sum
-      (3 u), all relative to the length of the pair;
-    - taking the mean off: u of the result;
-    - D products summed in any order: at most (D + 1) u times the sum of their magnitudes;
-    - times 1 / scale plus the middle: 3 roundings of a number below twice the top code.
-    """
-    basis, scale, mean = fitted
-    positions = position + torch.arange(keys.shape[1])
-    rows = reference.rotate(keys, positions, inv_freq, inverse=True)
-    widths = reference.channel_widths(layout)
-    latent = reference.latents(rows, basis, mean, layout)
-    magnitudes = basis.abs(), torch.zeros_like(mean), layout
-    products = reference.latents((rows - mean[:, None]).abs(), *magnitudes)
-    if inv_freq is not None:
-        half = inv_freq.numel()
-        pairs = keys.double().clone()
-        pairs[..., :half] = torch.hypot(pairs[..., :half], pairs[..., half : 2 * half])
-        pairs[..., half : 2 * half] = pairs[..., :half]
-        turned = 7 * reference.latents(pairs, *magnitudes)
-    else:
-        turned = torch.zeros_like(products)
-    error = FLOAT_ERROR * (turned + (keys.shape[2] + 2) * products) / scale
-    top = 2.0**widths - 1
-    return latent / scale + top / 2, error + 3 * FLOAT_ERROR * 2 * top
-
-
-def check_codes(codes, keys, fitted, layout, inv_freq=None, position=0):
-    """Every code is the rounded latent; where its bound spans a boundary, either neighbour."""
-    steps, error = code_steps(keys, fitted, layout, inv_freq, position)
-    top = 2.0 ** reference.channel_widths(layout) - 1
-    low = (steps - error).round().clamp(min=torch.zeros_like(top), max=top)
-    high = (steps + error).round().clamp(min=torch.zeros_like(top), max=top)
-    assert_within(codes, (low + high) / 2, (high - low) / 2)
-    # The bound leaves next to no choice, or the test would say nothing.
-    assert (low != high).double().mean() < 0.02
 
 
 def fit(keys, layout, inv_freq=None, position=0):

@@ -45,8 +45,8 @@ Layout::Layout(const std::vector<int64_t>& ints) {
              "layout: expected ", kLayoutHeader + num_heads * kLayoutPerHead, " integers for ",
              num_heads, " heads, got ", ints.size());
   check_head_dim(ints[2]);
-  SVDQ_CHECK(ints[3] == 0 || ints[3] == 1, "layout: rope mode must be 0 (pre) or 1 (post), got ",
-             ints[3]);
+  SVDQ_CHECK(ints[3] >= 0 && ints[3] <= 2,
+             "layout: rope mode must be 0 (pre), 1 (post) or 2 (hybrid), got ", ints[3]);
   rope_ = static_cast<RopeMode>(ints[3]);
   value_ = parse_value(ints[4], ints[5], ints[2]);
 
@@ -54,14 +54,19 @@ Layout::Layout(const std::vector<int64_t>& ints) {
     const int64_t* counts = ints.data() + kLayoutHeader + h * kLayoutPerHead;
     HeadPlan head{parse_bands(counts, h), parse_bands(counts + kNumWidths, h), rank_,
                   k_page_bytes_};
-    const Bands& unused = rope_ == RopeMode::kPre ? head.tail : head.core;
-    SVDQ_CHECK(unused.rank() == 0, "layout: head ", h,
-               " has channels that its rope mode does not use");
-    SVDQ_CHECK(head.rank() <= ints[2], "layout: head ", h, " codes ", head.rank(),
-               " channels of head_dim ", ints[2]);
+    SVDQ_CHECK((head.core.rank() == 0 || rope_ != RopeMode::kPost) &&
+                   (head.tail.rank() == 0 || rope_ != RopeMode::kPre),
+               "layout: head ", h, " has channels that its rope mode does not use");
+    for (const int rank : {head.core.rank(), head.tail.rank()}) {
+      SVDQ_CHECK(rank <= ints[2], "layout: head ", h, " codes ", rank, " channels of head_dim ",
+                 ints[2]);
+    }
     rank_ += head.rank();
-    k_page_bytes_ += head.core.page_bytes() + head.tail.page_bytes();
+    core_rank_ += head.core.rank();
+    k_page_bytes_ += head.page_bytes();
     heads_.push_back(head);
+    core_heads_.push_back({head.core, Bands{}, head.first_channel, head.k_offset});
+    tail_heads_.push_back({Bands{}, head.tail, head.first_tail_channel(), head.tail_offset()});
   }
   SVDQ_CHECK(rank_ > 0, "layout: no head has a coded channel");
 }
@@ -69,6 +74,20 @@ Layout::Layout(const std::vector<int64_t>& ints) {
 LayoutView Layout::view() const {
   return {num_heads(), head_dim(),    rope_,          value_,
           rank_,       k_page_bytes_, v_page_bytes(), heads_.data()};
+}
+
+LayoutView Layout::core_view() const {
+  LayoutView core = view();
+  core.rope = RopeMode::kPre;
+  core.heads = core_heads_.data();
+  return core;
+}
+
+LayoutView Layout::tail_view() const {
+  LayoutView tail = view();
+  tail.rope = RopeMode::kPost;
+  tail.heads = tail_heads_.data();
+  return tail;
 }
 
 }  // namespace svdq

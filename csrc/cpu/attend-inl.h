@@ -1,9 +1,9 @@
 // The attend stage: flash-decoding over packed pages and exact rows.
 //
 // Work is cut into tasks of (sequence, KV head, up to kTaskRows query rows, run of blocks). A block
-// is a packed page or 64 exact rows. Inside a task every block is visited once: it is reconstructed
-// once where its channels are coded before RoPE, then each kMaxRows query rows score it, update
-// their softmax and add its values, while it lies in the nearest cache. The query heads of a KV
+// is a packed page or 64 exact rows. Inside a task every block is visited once: its core channels,
+// coded before RoPE, are reconstructed once, then each kMaxRows query rows score it (core, tail or
+// both), update their softmax and add its values, while it lies in the nearest cache. The query heads of a KV
 // head are rows like the queries of a speculation. Partial results are merged in a fixed order, and
 // how work is cut depends on shapes alone, so results do not depend on the number of threads.
 //
@@ -13,7 +13,7 @@
 // What one worker needs besides a task's row states; see worker_bytes.
 struct AttendScratch {
   uint8_t* codes;                // [D, 64] unpacked codes of a page
-  float* keys;                   // [D, 64] columns of a page
+  float* keys;                   // [D, 64] columns of a page, from its core channels
   float* page_query;             // [kTaskRows, D] turned to the page's first position
   float* scores;                 // [kMaxRows, 64]
   Probabilities* probabilities;  // [kMaxRows]
@@ -102,12 +102,17 @@ inline void attend_page_rows(const AttendPlan& plan, const AttendTask& task, con
   const int dim = p.layout.head_dim, groups = p.layout.value.groups();
   const HeadPlan& head = plan.head(task.h);
   const RowBlock rows = sub_block(s.rows, first, dim, groups);
-  if (p.layout.rope == RopeMode::kPost) {
-    const QueryCodes query = query_codes(plan, task.sequence_head, head.rank());
-    code_scores<false, kRows>(page.keys, head.tail, query, static_cast<int>(task.row + first),
-                              s.scores);
-  } else {
+  if (plan.has_core())
     column_scores<kRows>(s.page_query + first * dim, dim, p.rope.half, s.keys, s.scores);
+  if (plan.has_tail()) {
+    const QueryCodes query = tail_codes(plan, task.sequence_head, head);
+    const uint8_t* lines = page.keys + head.core.page_bytes();
+    const int row = static_cast<int>(task.row + first);
+    if (plan.has_core()) {
+      code_scores<false, kRows, true>(lines, head.tail, query, row, s.scores);
+    } else {
+      code_scores<false, kRows>(lines, head.tail, query, row, s.scores);
+    }
   }
   uint64_t masks[kRows];
   for (int r = 0; r < kRows; ++r) masks[r] = mask;
@@ -130,15 +135,17 @@ inline void attend_page_rows(const AttendPlan& plan, const AttendTask& task, con
     accumulate_packed<2, kRows>(p.layout.value, page.values, s.weights, next, rows.out);
 }
 
-// Reconstructs the page's keys, rotated relative to its first position, and turns the queries back
-// by that position.
-inline void prepare_page(const AttendPlan& plan, const AttendTask& task, const AttendScratch& s,
-                         const uint8_t* lines) {
-  const AttendParams& p = plan.p;
-  const int dim = p.layout.head_dim, half = p.rope.half;
+// Reconstructs keys from core channels, rotated relative to the first position of their page.
+inline void reconstruct_page(const AttendPlan& plan, const AttendTask& task, const AttendScratch& s,
+                             const uint8_t* lines) {
   const HeadPlan& head = plan.head(task.h);
-  reconstruct_keys(lines, head.core, query_codes(plan, task.sequence_head, head.rank()), dim,
-                   plan.angles, s.codes, s.keys);
+  reconstruct_keys(lines, head.core, core_codes(plan, task.sequence_head, head),
+                   plan.p.layout.head_dim, plan.angles, s.codes, s.keys);
+}
+
+// Turns the queries back by the first position of the page.
+inline void turn_queries(const AttendPlan& plan, const AttendTask& task, const AttendScratch& s) {
+  const int dim = plan.p.layout.head_dim, half = plan.p.rope.half;
   float cosines[kMaxHeadDim / 2], sines[kMaxHeadDim / 2];
   for (int i = 0; i < half; ++i) {
     cosines[i] = static_cast<float>(s.rotation[i]);
@@ -161,7 +168,10 @@ inline void attend_page(const AttendPlan& plan, const AttendTask& task, const At
   Prefetcher next{after.keys, after.keys + plan.head(task.h).page_bytes()};
   next.fetch(kMaxHeadDim);
   next = {after.values, after.values + p.layout.value.page_bytes()};
-  if (p.layout.rope == RopeMode::kPre) prepare_page(plan, task, s, bytes.keys);
+  if (plan.has_core()) {
+    if (plan.head(task.h).core.rank() > 0) reconstruct_page(plan, task, s, bytes.keys);
+    turn_queries(plan, task, s);
+  }
   for (int g = 0; g < p.layout.value.groups(); ++g)
     load_value_scales(p.layout.value, bytes.values, g, mask, s.value_scales[g]);
   for (int64_t first = 0; first < task.rows; first += kMaxRows) {
@@ -211,6 +221,9 @@ inline void attend_task(const AttendPlan& plan, const AttendTask& task, const At
   const int64_t pages = plan.pages(task.b), first = task.split * plan.split_blocks;
   const int64_t last = std::min(first + plan.split_blocks, plan.blocks(task.b));
   const int half = p.rope.half;
+  // Without core channels the columns are those of the mean, in every page the same.
+  if (plan.has_core() && plan.head(task.h).core.rank() == 0)
+    reconstruct_page(plan, task, s, nullptr);
   std::memcpy(s.rotation, plan.split_rotation + (task.b * plan.splits + task.split) * 2 * half,
               sizeof(double) * 2 * half);
   for (int64_t block = first; block < last; ++block) {

@@ -22,7 +22,8 @@ struct AttendPlan {
   const AttendParams& p;
   const PageAngles& angles;
   int64_t rows;               // query rows of a KV head: its query heads times q_len
-  int64_t weight_rows;        // rows of QueryCodes: rows (absorbed queries) or D (core weights)
+  int64_t core_rows;          // rows of QueryCodes over core channels: D, or none after RoPE
+  int64_t weight_rows;        // those, then rows over tail channels: rows, or none before RoPE
   int64_t row_chunks = 1;     // tasks over rows
   int64_t splits = 1;         // tasks over blocks
   int64_t split_blocks = 1;   // blocks of one split
@@ -35,6 +36,8 @@ struct AttendPlan {
   float* partial_max = nullptr;      // [B, H, rows, splits], log2 units
   float* partial_sum = nullptr;      // [B, H, rows, splits]
 
+  bool has_core() const { return p.layout.rope != RopeMode::kPost; }
+  bool has_tail() const { return p.layout.rope != RopeMode::kPre; }
   const HeadPlan& head(int64_t h) const { return p.layout.heads[h]; }
   int64_t batch_rank() const { return int64_t{p.batch} * p.layout.rank; }
   int64_t sequence_heads() const { return int64_t{p.batch} * p.layout.num_heads; }
@@ -73,10 +76,13 @@ inline int64_t carve_plan(AttendPlan& plan, uint8_t* base) {
 
 inline AttendPlan make_plan(const AttendParams& p, const PageAngles& angles) {
   const int64_t rows = p.num_qo_heads / p.layout.num_heads * p.q_len;
+  const int64_t core_rows = p.layout.rope == RopeMode::kPost ? 0 : p.layout.head_dim;
+  const int64_t tail_rows = p.layout.rope == RopeMode::kPre ? 0 : rows;
   AttendPlan plan{.p = p,
                   .angles = angles,
                   .rows = rows,
-                  .weight_rows = p.layout.rope == RopeMode::kPost ? rows : p.layout.head_dim};
+                  .core_rows = core_rows,
+                  .weight_rows = core_rows + tail_rows};
   plan.row_chunks = (rows + kTaskRows - 1) / kTaskRows;
   int64_t most_blocks = 1;
   for (int b = 0; b < p.batch; ++b) most_blocks = std::max(most_blocks, plan.blocks(b));
@@ -87,19 +93,30 @@ inline AttendPlan make_plan(const AttendParams& p, const PageAngles& angles) {
   return plan;
 }
 
-inline QueryCodes query_codes(const AttendPlan& plan, int64_t sequence_head, int rank) {
-  const int64_t first = sequence_head * plan.weight_rows;
+// Rows of weights from `row` on, over `rank` channels.
+inline QueryCodes weight_codes(const AttendPlan& plan, int64_t sequence_head, int64_t row,
+                               int rank) {
+  const int64_t first = sequence_head * plan.weight_rows + row;
   const int8_t* high = plan.weights + first * 2 * plan.p.layout.head_dim;
   return {high, high + rank, plan.steps + first * kNumWidths, plan.offsets + first,
           2 * int64_t{plan.p.layout.head_dim}};
 }
 
-// Quantizes one row of weights [rank] band by band; `offset` takes off what the mid codes
-// contribute.
-inline void quantize_row(const HeadPlan& head, const float* weights, float constant, int8_t* codes,
+// What multiplies a head's core codes: a row for each column of its keys.
+inline QueryCodes core_codes(const AttendPlan& plan, int64_t sequence_head, const HeadPlan& head) {
+  return weight_codes(plan, sequence_head, 0, head.core.rank());
+}
+
+// What multiplies a head's tail codes: a row for each query.
+inline QueryCodes tail_codes(const AttendPlan& plan, int64_t sequence_head, const HeadPlan& head) {
+  return weight_codes(plan, sequence_head, plan.core_rows, head.tail.rank());
+}
+
+// Quantizes one row of weights [rank] over the channels of `bands`, band by band; `offset` takes
+// off what the mid codes contribute.
+inline void quantize_row(const Bands& bands, const float* weights, float constant, int8_t* codes,
                          float* steps, float* offset) {
-  const int rank = head.rank();
-  const Bands& bands = head.core.rank() ? head.core : head.tail;
+  const int rank = bands.rank();
   int channel = 0;
   for (int w = 0; w < kNumWidths; ++w) {
     const int count = bands.count[w];
@@ -133,13 +150,20 @@ inline float dot_basis(const uint16_t* basis, const float* x, int n) {
   return reduce_add(sum);
 }
 
+// Quantizes row `row` of a head's weights [bands.rank()], where `constant` multiplies no code.
+inline void store_weights(const AttendPlan& plan, int64_t sequence_head, int64_t row,
+                          const Bands& bands, const float* weights, float constant) {
+  const int64_t at = sequence_head * plan.weight_rows + row;
+  quantize_row(bands, weights, constant, plan.weights + at * 2 * plan.p.layout.head_dim,
+               plan.steps + at * kNumWidths, plan.offsets + at);
+}
+
 // Scales the queries of one (sequence, KV head) and prepares what multiplies its codes.
 inline void prepare_head(const AttendPlan& plan, int64_t sequence_head) {
   const AttendParams& p = plan.p;
   const int64_t b = sequence_head / p.layout.num_heads, h = sequence_head % p.layout.num_heads;
   const int dim = p.layout.head_dim;
   const HeadPlan& head = plan.head(h);
-  const int rank = head.rank();
   float* query = plan.query + sequence_head * plan.rows * dim;
   const float factor = p.sm_scale * kLog2E;
   for (int64_t i = 0; i < plan.rows * dim; i += kVecLanes) {
@@ -152,22 +176,20 @@ inline void prepare_head(const AttendPlan& plan, int64_t sequence_head) {
   const float* scale = p.scale + b * p.layout.rank + head.first_channel;
   const float* mean = p.mean + sequence_head * dim;
   float weights[kMaxHeadDim];
-  for (int64_t row = 0; row < plan.weight_rows; ++row) {
-    const int64_t at = sequence_head * plan.weight_rows + row;
-    float constant;
-    if (p.layout.rope == RopeMode::kPost) {
-      const float* q = query + row * dim;
-      for (int j = 0; j < rank; ++j)
-        weights[j] = dot_basis(basis + int64_t{j} * dim, q, dim) * scale[j];
-      constant = dot_rows(q, mean, dim);
-    } else {
-      const int channel = pair_channel(static_cast<int>(row), p.rope.half);
-      for (int j = 0; j < rank; ++j)
-        weights[j] = bfloat16_to_float(basis[int64_t{j} * dim + channel]) * scale[j];
-      constant = mean[channel];
-    }
-    quantize_row(head, weights, constant, plan.weights + at * 2 * dim, plan.steps + at * kNumWidths,
-                 plan.offsets + at);
+  for (int64_t row = 0; row < plan.core_rows; ++row) {
+    const int channel = pair_channel(static_cast<int>(row), p.rope.half);
+    for (int j = 0; j < head.core.rank(); ++j)
+      weights[j] = bfloat16_to_float(basis[int64_t{j} * dim + channel]) * scale[j];
+    store_weights(plan, sequence_head, row, head.core, weights, mean[channel]);
+  }
+  basis += int64_t{head.core.rank()} * dim;
+  scale += head.core.rank();
+  if (p.layout.rope == RopeMode::kHybrid) mean = p.tail_mean + sequence_head * dim;
+  for (int64_t row = plan.core_rows; row < plan.weight_rows; ++row) {
+    const float* q = query + (row - plan.core_rows) * dim;
+    for (int j = 0; j < head.tail.rank(); ++j)
+      weights[j] = dot_basis(basis + int64_t{j} * dim, q, dim) * scale[j];
+    store_weights(plan, sequence_head, row, head.tail, weights, dot_rows(q, mean, dim));
   }
 }
 

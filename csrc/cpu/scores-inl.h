@@ -1,6 +1,6 @@
 // Scores of one block of 64 tokens, in units of log2: codes absorbed into the query (tail
 // channels), keys reconstructed from codes and rotated (core channels), and exact keys. All write
-// s[row][64].
+// s[row][64]; those of tail channels may be added to those of core channels.
 
 // Rows of weights, quantized to be multiplied with the codes of one head. A band's codes are
 // multiplied with int8 numbers of one step per band, q'_j ~ step * high_j; 8-bit codes are up to 17
@@ -72,8 +72,9 @@ inline void accumulate_band(const uint8_t* lines, int count, const int8_t* weigh
   }
 }
 
-// s[r] (+)= codes . weights over one band; the first one starts from the offsets.
-template <int kWidth, bool kUnpacked, int kRows>
+// s[r] (+)= codes . weights over one band; the first one starts from the offsets, which kAdd adds to
+// the scores that are there.
+template <int kWidth, bool kUnpacked, int kRows, bool kAdd>
 inline void add_band_scores(const uint8_t* lines, int count, const QueryCodes& query, int channel,
                             int row, int band, bool first, float* s) {
   for (int part = 0; part < kParts; ++part) {
@@ -89,7 +90,10 @@ inline void add_band_scores(const uint8_t* lines, int count, const QueryCodes& q
         const float step = query.step[(row + r) * kNumWidths + band] / (term ? kLowSteps : 1.0f);
         for (int g = 0; g < kGroups; ++g) {
           float* at = s + r * kPageTokens + g * kLanes + part * kVecLanes;
-          const F32 before = first && term == 0 ? splat(query.offset[row + r]) : load<F32>(at);
+          const F32 offset = splat(first && term == 0 ? query.offset[row + r] : 0.0f);
+          const F32 before = kAdd                 ? load<F32>(at) + offset
+                             : first && term == 0 ? offset
+                                                  : load<F32>(at);
           store(at, before + to_float(acc[r][g]) * step);
         }
       }
@@ -97,21 +101,24 @@ inline void add_band_scores(const uint8_t* lines, int count, const QueryCodes& q
   }
 }
 
-// s[r] = offset + sum over the channels of `bands`, for rows row .. row + kRows - 1.
-template <bool kUnpacked, int kRows>
+// s[r] (kAdd: +)= offset + sum over the channels of `bands`, for rows row .. row + kRows - 1.
+template <bool kUnpacked, int kRows, bool kAdd = false>
 inline void code_scores(const uint8_t* lines, const Bands& bands, const QueryCodes& query, int row,
                         float* s) {
   int channel = 0;
   for_each_band(bands, [&]<int kWidth>(int count, int band) {
-    add_band_scores<kWidth, kUnpacked, kRows>(lines, count, query, channel, row, band, channel == 0,
-                                              s);
+    add_band_scores<kWidth, kUnpacked, kRows, kAdd>(lines, count, query, channel, row, band,
+                                                    channel == 0, s);
     channel += count;
     lines += band_bytes<kWidth, kUnpacked>(count);
   });
   if (channel > 0) return;
   for (int r = 0; r < kRows; ++r) {
-    for (int t = 0; t < kPageTokens; t += kVecLanes)
-      store(s + r * kPageTokens + t, splat(query.offset[row + r]));
+    const F32 offset = splat(query.offset[row + r]);
+    for (int t = 0; t < kPageTokens; t += kVecLanes) {
+      float* at = s + r * kPageTokens + t;
+      store(at, kAdd ? load<F32>(at) + offset : offset);
+    }
   }
 }
 

@@ -304,6 +304,7 @@ void attend_class(const AttendParams& p, const AttendCut* cut, Queue& queue) {
 
 template <typename Queue>
 void attend(const AttendParams& p, Queue& queue) {
+  SVDQ_CHECK(p.layout.rope != RopeMode::kHybrid, "attend: CUDA kernels do not take hybrid layouts");
   with_dim_class(p.layout.head_dim, [&]<int kDim>() { attend_class<kDim>(p, nullptr, queue); });
 }
 

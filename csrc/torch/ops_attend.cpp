@@ -47,7 +47,7 @@ std::tuple<at::Tensor, at::Tensor> attend(
     const at::Tensor& scale, const at::Tensor& mean, at::IntArrayRef layout_ints,
     const std::optional<at::Tensor>& inv_freq, const std::optional<at::Tensor>& first_position,
     const at::Tensor& exact_keys, const at::Tensor& exact_values, const at::Tensor& exact_lens,
-    int64_t sink_tokens, double sm_scale, bool causal) {
+    int64_t sink_tokens, double sm_scale, bool causal, const std::optional<at::Tensor>& tail_mean) {
   const Checker check("svdq::attend", query);
   const Layout layout = check.layout(layout_ints);
   const int64_t heads = layout.num_heads(), dim = layout.head_dim(), rank = layout.rank();
@@ -72,6 +72,7 @@ std::tuple<at::Tensor, at::Tensor> attend(
   check.tensor(basis, "basis", at::kBFloat16, {batch, rank, dim});
   check.tensor(scale, "scale", at::kFloat, {batch, rank});
   check.tensor(mean, "mean", at::kFloat, {batch, heads, dim});
+  const float* tail_mean_data = check.tail_mean(tail_mean, layout.rope(), {batch, heads, dim});
   check_exact_rows(check, exact_keys, exact_values, batch, heads, dim);
   check.require(exact_keys.size(2) <= INT32_MAX, "exact_keys must have fewer than 2^31 rows, got " +
                                                      std::to_string(exact_keys.size(2)));
@@ -106,6 +107,7 @@ std::tuple<at::Tensor, at::Tensor> attend(
           .basis = static_cast<const uint16_t*>(basis.const_data_ptr()),
           .scale = scale.const_data_ptr<float>(),
           .mean = mean.const_data_ptr<float>(),
+          .tail_mean = tail_mean_data,
           .first_position = first_position ? first_position->const_data_ptr<int32_t>() : nullptr,
           .exact_keys = exact_keys.const_data_ptr(),
           .exact_values = exact_values.const_data_ptr(),
@@ -156,8 +158,8 @@ TORCH_LIBRARY_FRAGMENT(svdq, m) {
       "cache_seqlens, Tensor basis,"
       " Tensor scale, Tensor mean, int[] layout, Tensor? inv_freq, Tensor? first_position, Tensor "
       "exact_keys,"
-      " Tensor exact_values, Tensor exact_lens, int sink_tokens, float sm_scale, bool causal) -> "
-      "(Tensor out, Tensor lse)");
+      " Tensor exact_values, Tensor exact_lens, int sink_tokens, float sm_scale, bool causal,"
+      " Tensor? tail_mean=None) -> (Tensor out, Tensor lse)");
   m.def(
       "merge(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)");
 }

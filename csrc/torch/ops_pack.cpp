@@ -3,7 +3,9 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <limits>
+#include <numeric>
 
 #include "csrc/core/bit_plan.h"
 #include "csrc/torch/target.h"
@@ -94,6 +96,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fit_quantizer(
   check.require(source.num_tokens > 0, "keys must have at least one token, got none");
   check.tensor(mean, "mean", at::kFloat, {heads, dim});
   check.tensor(components, "components", at::kFloat, {heads, dim, dim});
+  check.require(
+      layout.rope() != RopeMode::kHybrid,
+      "layout must code one space, pre or post: the parts of a hybrid layout are fitted one "
+      "after the other");
   const Rope rope = check.rope(inv_freq, layout.rope(), dim);
   check_finite(check, source, "keys", heads, dim);
 
@@ -107,25 +113,132 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fit_quantizer(
   return {basis, scale, centred};
 }
 
+// What keys are coded with.
+struct KeyCoder {
+  const Layout& layout;
+  const uint16_t* basis;
+  const float* scale;
+  const float* mean;
+  const float* tail_mean;  // hybrid only
+  Rope rope;
+};
+
+KeyCoder key_coder(const Checker& check, const Layout& layout, const at::Tensor& basis,
+                   const at::Tensor& scale, const at::Tensor& mean,
+                   const std::optional<at::Tensor>& tail_mean,
+                   const std::optional<at::Tensor>& inv_freq) {
+  const int64_t heads = layout.num_heads(), dim = layout.head_dim();
+  check.tensor(basis, "basis", at::kBFloat16, {layout.rank(), dim});
+  check.tensor(scale, "scale", at::kFloat, {layout.rank()});
+  check.tensor(mean, "mean", at::kFloat, {heads, dim});
+  return {layout,
+          const_bfloat16_bits(basis),
+          scale.const_data_ptr<float>(),
+          mean.const_data_ptr<float>(),
+          check.tail_mean(tail_mean, layout.rope(), {heads, dim}),
+          check.rope(inv_freq, layout.rope(), dim)};
+}
+
+TokenSource float_source(const at::Tensor& keys) {
+  return {keys.const_data_ptr(), DataType::kFloat32, keys.stride(0), keys.stride(1), keys.size(1)};
+}
+
+// Tokens whose core is decoded at once: their float keys are a few megabytes, whatever the prompt.
+constexpr int64_t kResidualTokens = 2048;
+
+// Where tokens from slot `slot` on are packed.
+struct Destination {
+  uint8_t* pages;
+  const int32_t* page_table;
+  int64_t slot;
+};
+
+// Packs the core channels of keys, the first of which is at `position`.
+void pack_core(const Target& target, const KeyCoder& coder, const TokenSource& source,
+               int64_t position, const Destination& to) {
+  if (coder.layout.core_rank() == 0) return;
+  target.pack_keys({source, coder.layout.core_view(), coder.rope, position, coder.basis,
+                    coder.scale, coder.mean, to.pages, to.page_table, to.slot});
+}
+
+// What packed core channels leave of `keys`, a run of tokens after the other: fn(first, residual)
+// gets the rotated keys from token `first` on less their decoded core, [H, n, D] float.
+template <typename Fn>
+void for_each_residual(const Target& target, const KeyCoder& coder, const at::Tensor& keys,
+                       int64_t position, const Destination& from, const Fn& fn) {
+  const LayoutView core = coder.layout.core_view();
+  for (int64_t first = 0; first < keys.size(1); first += kResidualTokens) {
+    const int64_t count = std::min(kResidualTokens, keys.size(1) - first);
+    at::Tensor residual =
+        at::empty({core.num_heads, count, core.head_dim}, keys.options().dtype(at::kFloat));
+    target.unpack_keys({core, from.pages, from.page_table, from.slot + first, count}, coder.rope,
+                       position + first, coder.basis, coder.scale, coder.mean,
+                       residual.mutable_data_ptr<float>());
+    residual.neg_().add_(keys.narrow(1, first, count));
+    fn(first, residual);
+  }
+}
+
 void pack_keys_(at::Tensor& k_pages, const at::Tensor& keys,
                 const std::optional<at::Tensor>& inv_freq, int64_t position,
                 const at::Tensor& basis, const at::Tensor& scale, const at::Tensor& mean,
-                at::IntArrayRef layout_ints, const at::Tensor& page_table, int64_t slot) {
+                at::IntArrayRef layout_ints, const at::Tensor& page_table, int64_t slot,
+                const std::optional<at::Tensor>& tail_mean) {
   const Checker check("svdq::pack_keys_", k_pages);
   const Layout layout = check.layout(layout_ints);
   const int64_t heads = layout.num_heads(), dim = layout.head_dim();
   const TokenSource source = check.tokens(keys, "keys", heads, dim);
   check.tensor(k_pages, "k_pages", at::kByte, {-1, layout.k_page_bytes()});
-  check.tensor(basis, "basis", at::kBFloat16, {layout.rank(), dim});
-  check.tensor(scale, "scale", at::kFloat, {layout.rank()});
-  check.tensor(mean, "mean", at::kFloat, {heads, dim});
+  const KeyCoder coder = key_coder(check, layout, basis, scale, mean, tail_mean, inv_freq);
   check.pages(page_table, slot, source.num_tokens, k_pages.size(0));
-  const Rope rope = check.rope(inv_freq, layout.rope(), dim);
   check_finite(check, source, "keys", heads, dim);
-  Target(check.device())
-      .pack_keys({source, layout.view(), rope, position, const_bfloat16_bits(basis),
-                  scale.const_data_ptr<float>(), mean.const_data_ptr<float>(),
-                  k_pages.mutable_data_ptr<uint8_t>(), page_table.const_data_ptr<int32_t>(), slot});
+
+  const Target target(check.device());
+  uint8_t* pages = k_pages.mutable_data_ptr<uint8_t>();
+  const int32_t* table = page_table.const_data_ptr<int32_t>();
+  if (layout.rope() != RopeMode::kHybrid) {
+    target.pack_keys({source, layout.view(), coder.rope, position, coder.basis, coder.scale,
+                      coder.mean, pages, table, slot});
+    return;
+  }
+  const Destination to{pages, table, slot};
+  pack_core(target, coder, source, position, to);
+  if (layout.tail_rank() == 0) return;
+  for_each_residual(target, coder, keys, position, to, [&](int64_t first, const at::Tensor& rest) {
+    target.pack_keys({float_source(rest), layout.tail_view(), Rope{}, 0, coder.basis, coder.scale,
+                      coder.tail_mean, pages, table, slot + first});
+  });
+}
+
+at::Tensor residual_keys(const at::Tensor& keys, const std::optional<at::Tensor>& inv_freq,
+                         int64_t position, const at::Tensor& basis, const at::Tensor& scale,
+                         const at::Tensor& mean, at::IntArrayRef layout_ints) {
+  const Checker check("svdq::residual_keys", keys);
+  const Layout layout = check.layout(layout_ints);
+  check.require(layout.rope() == RopeMode::kHybrid, "layout must be hybrid");
+  const int64_t heads = layout.num_heads(), dim = layout.head_dim();
+  const TokenSource source = check.tokens(keys, "keys", heads, dim);
+  const KeyCoder coder = key_coder(check, layout, basis, scale, mean, mean, inv_freq);
+  check_finite(check, source, "keys", heads, dim);
+
+  // Pages for one run of tokens after the other.
+  const int64_t num_pages =
+      (std::min(kResidualTokens, source.num_tokens) + kPageTokens - 1) / kPageTokens;
+  at::Tensor pages = at::empty({num_pages, layout.k_page_bytes()}, keys.options().dtype(at::kByte));
+  std::vector<int32_t> table(num_pages);
+  std::iota(table.begin(), table.end(), 0);
+  at::Tensor out = at::empty({heads, source.num_tokens, dim}, keys.options());
+  const Target target(check.device());
+  for (int64_t first = 0; first < source.num_tokens; first += kResidualTokens) {
+    const int64_t count = std::min(kResidualTokens, source.num_tokens - first);
+    const at::Tensor some = keys.narrow(1, first, count);
+    const Destination own{pages.mutable_data_ptr<uint8_t>(), table.data(), 0};
+    pack_core(target, coder, check.tokens(some, "keys", heads, dim), position + first, own);
+    for_each_residual(
+        target, coder, some, position + first, own,
+        [&](int64_t, const at::Tensor& rest) { out.narrow(1, first, count).copy_(rest); });
+  }
+  return out;
 }
 
 void pack_values_(at::Tensor& v_pages, const at::Tensor& values, at::IntArrayRef layout_ints,
@@ -190,21 +303,24 @@ at::Tensor unpack_codes_op(const at::Tensor& k_pages, at::IntArrayRef layout_int
 at::Tensor unpack_keys_op(const at::Tensor& k_pages, const std::optional<at::Tensor>& inv_freq,
                           int64_t position, const at::Tensor& basis, const at::Tensor& scale,
                           const at::Tensor& mean, at::IntArrayRef layout_ints,
-                          const at::Tensor& page_table, int64_t slot, int64_t num_tokens) {
+                          const at::Tensor& page_table, int64_t slot, int64_t num_tokens,
+                          const std::optional<at::Tensor>& tail_mean) {
   const Checker check("svdq::unpack_keys", k_pages);
   const Layout layout = check.layout(layout_ints);
-  const int64_t heads = layout.num_heads(), dim = layout.head_dim();
   check.tensor(k_pages, "k_pages", at::kByte, {-1, layout.k_page_bytes()});
-  check.tensor(basis, "basis", at::kBFloat16, {layout.rank(), dim});
-  check.tensor(scale, "scale", at::kFloat, {layout.rank()});
-  check.tensor(mean, "mean", at::kFloat, {heads, dim});
-  const UnpackParams params = unpack_params(check, layout, k_pages, page_table, slot, num_tokens);
-  at::Tensor keys = at::empty({heads, num_tokens, dim}, mean.options());
-  Target(check.device())
-      .unpack_keys(params, check.rope(inv_freq, layout.rope(), dim), position,
-                   const_bfloat16_bits(basis), scale.const_data_ptr<float>(),
-                   mean.const_data_ptr<float>(), keys.mutable_data_ptr<float>());
-  return keys;
+  const KeyCoder coder = key_coder(check, layout, basis, scale, mean, tail_mean, inv_freq);
+  UnpackParams params = unpack_params(check, layout, k_pages, page_table, slot, num_tokens);
+  const Target target(check.device());
+  const auto decode = [&](const LayoutView& view, const Rope& rope, const float* centre) {
+    at::Tensor keys = at::empty({view.num_heads, num_tokens, view.head_dim}, mean.options());
+    params.layout = view;
+    target.unpack_keys(params, rope, position, coder.basis, coder.scale, centre,
+                       keys.mutable_data_ptr<float>());
+    return keys;
+  };
+  if (layout.rope() != RopeMode::kHybrid) return decode(layout.view(), coder.rope, coder.mean);
+  at::Tensor keys = decode(layout.core_view(), coder.rope, coder.mean);
+  return keys.add_(decode(layout.tail_view(), Rope{}, coder.tail_mean));
 }
 
 at::Tensor unpack_values_op(const at::Tensor& v_pages, at::IntArrayRef layout_ints,
@@ -233,7 +349,10 @@ TORCH_LIBRARY_FRAGMENT(svdq, m) {
   m.def(
       "pack_keys_(Tensor(a!) k_pages, Tensor keys, Tensor? inv_freq, int position, Tensor basis, "
       "Tensor scale, Tensor mean,"
-      " int[] layout, Tensor page_table, int slot) -> ()");
+      " int[] layout, Tensor page_table, int slot, Tensor? tail_mean=None) -> ()");
+  m.def(
+      "residual_keys(Tensor keys, Tensor? inv_freq, int position, Tensor basis, Tensor scale, "
+      "Tensor mean, int[] layout) -> Tensor");
   m.def(
       "pack_values_(Tensor(a!) v_pages, Tensor values, int[] layout, Tensor page_table, int slot) "
       "-> ()");
@@ -246,7 +365,7 @@ TORCH_LIBRARY_FRAGMENT(svdq, m) {
   m.def(
       "unpack_keys(Tensor k_pages, Tensor? inv_freq, int position, Tensor basis, Tensor scale, "
       "Tensor mean, int[] layout,"
-      " Tensor page_table, int slot, int num_tokens) -> Tensor");
+      " Tensor page_table, int slot, int num_tokens, Tensor? tail_mean=None) -> Tensor");
   m.def(
       "unpack_values(Tensor v_pages, int[] layout, Tensor page_table, int slot, int num_tokens) -> "
       "Tensor");
@@ -258,6 +377,7 @@ static void register_stages(torch::Library& m) {
   m.impl("allocate_bits", &allocate_bits);
   m.impl("fit_quantizer", &fit_quantizer);
   m.impl("pack_keys_", &pack_keys_);
+  m.impl("residual_keys", &residual_keys);
   m.impl("pack_values_", &pack_values_);
   m.impl("append_exact_", &append_exact_);
   m.impl("unpack_codes", &unpack_codes_op);

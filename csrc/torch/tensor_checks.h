@@ -100,7 +100,18 @@ class Checker {
     }
   }
 
-  // Frequencies of the rotation that `mode` needs: required before RoPE, refused after it.
+  // The mean of the tail channels: required for hybrid layouts, refused for others.
+  const float* tail_mean(const std::optional<at::Tensor>& mean, RopeMode mode,
+                         std::vector<int64_t> sizes) const {
+    TORCH_CHECK_VALUE(mean.has_value() == (mode == RopeMode::kHybrid), op_,
+                      mean ? ": tail_mean must be None for a layout that is not hybrid"
+                           : ": tail_mean is needed for a hybrid layout");
+    if (!mean) return nullptr;
+    tensor(*mean, "tail_mean", at::kFloat, std::move(sizes));
+    return mean->const_data_ptr<float>();
+  }
+
+  // Frequencies of the rotation that `mode` needs: refused after RoPE, else required.
   Rope rope(const std::optional<at::Tensor>& inv_freq, RopeMode mode, int64_t head_dim) const {
     if (mode == RopeMode::kPost) {
       TORCH_CHECK_VALUE(!inv_freq.has_value(), op_,

@@ -60,8 +60,15 @@ def _(keys, inv_freq, position, mean, components, layout, clip):
 
 
 @_register_fake("pack_keys_", on_host="page_table")
-def _(k_pages, keys, inv_freq, position, basis, scale, mean, layout, page_table, slot):
+def _(
+    k_pages, keys, inv_freq, position, basis, scale, mean, layout, page_table, slot, tail_mean=None
+):
     return None
+
+
+@_register_fake("residual_keys")
+def _(keys, inv_freq, position, basis, scale, mean, layout):
+    return keys.new_empty(keys.shape)
 
 
 @_register_fake("pack_values_", on_host="page_table")
@@ -80,7 +87,19 @@ def _(k_pages, layout, page_table, slot, num_tokens):
 
 
 @_register_fake("unpack_keys", on_host="page_table")
-def _(k_pages, inv_freq, position, basis, scale, mean, layout, page_table, slot, num_tokens):
+def _(
+    k_pages,
+    inv_freq,
+    position,
+    basis,
+    scale,
+    mean,
+    layout,
+    page_table,
+    slot,
+    num_tokens,
+    tail_mean=None,
+):
     heads, dim = mean.shape
     return mean.new_empty((heads, num_tokens, dim))
 
@@ -111,6 +130,7 @@ def _(
     sink_tokens,
     sm_scale,
     causal,
+    tail_mean=None,
 ):
     out = query.new_empty(query.shape)
     return out, query.new_empty(query.shape[:3], dtype=torch.float32)

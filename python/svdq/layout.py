@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from svdq import _C
 
 FORMAT_VERSION: int = _C.format.VERSION
 PAGE_TOKENS: int = _C.format.PAGE_TOKENS
 WIDTHS: tuple[int, ...] = tuple(_C.format.WIDTHS)
-ROPE_MODES: tuple[str, ...] = ("pre", "post")
+ROPE_MODES: tuple[str, ...] = ("pre", "post", "hybrid")
+
+Bands = tuple[tuple[int, int, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -25,32 +27,49 @@ class PageLayout:
     head_dim : channels of a head, D; a multiple of 16 up to 512.
     bands : per KV head, the number of channels at each width of ``WIDTHS`` (8, 4, 2, 1 bits), as
         :func:`svdq.ops.allocate_bits` returns them. Channels left over get no bits.
-    rope : ``"pre"`` codes un-rotated keys (the paper), ``"post"`` codes rotated keys.
+    rope : ``"pre"`` codes un-rotated keys (the paper), ``"post"`` codes rotated keys, ``"hybrid"``
+        codes ``core_bands`` of the un-rotated keys and, as ``bands``, what those leave of the
+        rotated keys.
     v_bits : 2 or 4 (packed per token and group), 16 or 32 (values exact in the model's dtype).
     v_group_size : channels that share a value scale; a multiple of 16 dividing head_dim.
     version : format version of the pages.
+    core_bands : per KV head, like ``bands``, for ``"hybrid"`` alone. None (the default) for all
+        heads is the "rotated mean": the un-rotated keys' mean is rotated, all else is tail.
     """
 
     head_dim: int
-    bands: tuple[tuple[int, int, int, int], ...]
+    bands: Bands
     rope: str = "pre"
     v_bits: int = 4
     v_group_size: int = 64
     version: int = FORMAT_VERSION
+    core_bands: Bands = ()
 
     def __post_init__(self) -> None:
         if self.rope not in ROPE_MODES:
             raise ValueError(f"rope must be one of {ROPE_MODES}, got {self.rope!r}")
-        object.__setattr__(self, "bands", tuple(tuple(int(n) for n in head) for head in self.bands))
+        none = ((0,) * len(WIDTHS),) * len(self.bands)
+        if self.rope == "hybrid":
+            object.__setattr__(self, "core_bands", self.core_bands or none)
+        elif self.core_bands:
+            raise ValueError(f"core_bands are for rope 'hybrid' alone, got rope {self.rope!r}")
+        if self.core_bands and len(self.core_bands) != len(self.bands):
+            raise ValueError(
+                f"core_bands must have one entry for each of {len(self.bands)} heads, got "
+                f"{len(self.core_bands)}"
+            )
+        for name in ("bands", "core_bands"):
+            bands = tuple(tuple(int(n) for n in head) for head in getattr(self, name))
+            object.__setattr__(self, name, bands)
         _C.check_layout(self.ints)
 
     @functools.cached_property
     def ints(self) -> list[int]:
         """The integers that describe it to operators (``kLayoutHeader`` in kernels/format.h)."""
-        none = (0,) * len(WIDTHS)
-        head_ints = [
-            n for head in self.bands for n in (head + none if self.rope == "pre" else none + head)
-        ]
+        none = ((0,) * len(WIDTHS),) * len(self.bands)
+        core = self.bands if self.rope == "pre" else self.core_bands or none
+        tail = none if self.rope == "pre" else self.bands
+        head_ints = [n for head in zip(core, tail, strict=True) for part in head for n in part]
         rope = ROPE_MODES.index(self.rope)
         header = [self.version, len(self.bands), self.head_dim, rope, self.v_bits]
         return [*header, self.v_group_size, *head_ints]
@@ -63,8 +82,11 @@ class PageLayout:
         version, num_heads, head_dim, rope, v_bits, v_group_size = ints[:6]
         n = len(WIDTHS)
         heads = [ints[6 + 2 * n * h : 6 + 2 * n * (h + 1)] for h in range(num_heads)]
-        bands = tuple(tuple(head[n:] if rope else head[:n]) for head in heads)
-        return cls(head_dim, bands, ROPE_MODES[rope], v_bits, v_group_size, version)
+        core, tail = (tuple(tuple(h[at]) for h in heads) for at in (slice(n), slice(n, None)))
+        mode = ROPE_MODES[rope]
+        bands = core if mode == "pre" else tail
+        core_bands = core if mode == "hybrid" else ()
+        return cls(head_dim, bands, mode, v_bits, v_group_size, version, core_bands)
 
     @property
     def num_kv_heads(self) -> int:
@@ -74,12 +96,28 @@ class PageLayout:
     @functools.cached_property
     def rank(self) -> int:
         """Coded channels of all heads together: rows of the flattened basis, R."""
-        return sum(sum(head) for head in self.bands)
+        return sum(map(sum, (*self.bands, *self.core_bands)))
+
+    @property
+    def core(self) -> PageLayout | None:
+        """The channels coded before RoPE as a layout of their own; None where there are none."""
+        bands = self.core_bands if self.rope == "hybrid" else self.bands
+        return None if self.rope == "post" else self._part("pre", bands)
+
+    @property
+    def tail(self) -> PageLayout | None:
+        """The channels coded after RoPE as a layout of their own; None where there are none."""
+        return None if self.rope == "pre" else self._part("post", self.bands)
+
+    def _part(self, rope: str, bands: Bands) -> PageLayout | None:
+        channels = sum(map(sum, bands))
+        return replace(self, rope=rope, bands=bands, core_bands=()) if channels else None
 
     @functools.cached_property
     def k_bits(self) -> float:
         """Code bits per key number, without any overhead."""
-        bits = sum(n * width for head in self.bands for n, width in zip(head, WIDTHS, strict=True))
+        bands = (*self.bands, *self.core_bands)
+        bits = sum(n * width for head in bands for n, width in zip(head, WIDTHS, strict=True))
         return bits / (self.num_kv_heads * self.head_dim)
 
     @functools.cached_property

@@ -16,9 +16,9 @@ make the outputs of their sequence NaN and nothing is read. A layer may have up 
 
 Wherever ``keys`` are taken they are rotated keys, as a Hugging Face model hands them to its cache.
 ``inv_freq`` is the model's inverse frequencies, ``[rotary_dim / 2]`` float32, for layouts with
-``rope="pre"``, else ``None``: channels ``i`` and ``i + rotary_dim / 2`` form a pair that position
-``p`` turns by ``p * inv_freq[i]`` (the "rotate half" convention); channels from ``rotary_dim`` on
-are not turned. ``position`` is the position of the first token of ``keys``.
+``rope="pre"`` and ``"hybrid"``, else ``None``: channels ``i`` and ``i + rotary_dim / 2`` form a
+pair that position ``p`` turns by ``p * inv_freq[i]`` (the "rotate half" convention); channels from
+``rotary_dim`` on are not turned. ``position`` is the position of the first token of ``keys``.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ __all__ = [
     "merge",
     "pack_keys_",
     "pack_values_",
+    "residual_keys",
     "unpack_codes",
     "unpack_keys",
     "unpack_values",
@@ -111,7 +112,8 @@ def fit_quantizer(
     ----------
     keys, inv_freq, position : as for :func:`fit_basis`.
     mean, components : of :func:`fit_basis`.
-    layout : widths of every head's channels.
+    layout : widths of every head's channels; ``rope`` is ``"pre"`` or ``"post"``. The parts of a
+        hybrid layout are fitted one after the other (:func:`svdq.fitting.fit_keys`).
 
     Returns
     -------
@@ -133,24 +135,61 @@ def pack_keys_(
     slot: int,
     inv_freq: Tensor | None = None,
     position: int = 0,
+    tail_mean: Tensor | None = None,
 ) -> None:
     """Project keys on the basis, quantize and write their codes into pages: prefill or append.
 
     ``code = clamp(round((key - mean) . basis_j / scale_j + mid), 0, 2^b - 1)`` with
-    ``mid = (2^b - 1) / 2``. Slots outside ``slot .. slot + T - 1`` keep their codes.
+    ``mid = (2^b - 1) / 2``. Slots outside ``slot .. slot + T - 1`` keep their codes. With a hybrid
+    layout that codes the core channels, of un-rotated keys; what they leave of the rotated keys,
+    less ``tail_mean``, is coded as tail channels.
 
     Parameters
     ----------
     k_pages : [P, layout.k_page_bytes] uint8, contiguous; written.
     keys : [H, T, D] float32, bfloat16 or float16, rotated, finite; last dimension contiguous.
-    basis, scale, mean : of :func:`fit_quantizer`.
+    basis, scale, mean : of :func:`fit_quantizer`, or of :func:`svdq.fitting.fit_keys`.
     page_table : [N] int32 on the CPU, pages of this sequence in order; ``64 * N >= slot + T``.
     slot : slot of ``keys[:, 0]`` in the sequence.
     inv_freq, position : as for :func:`fit_basis`.
+    tail_mean : [H, D] float32 of :func:`svdq.fitting.fit_keys`, for hybrid layouts alone.
     """
     _ops.pack_keys_(
-        k_pages, keys, inv_freq, position, basis, scale, mean, layout.ints, page_table, slot
+        k_pages,
+        keys,
+        inv_freq,
+        position,
+        basis,
+        scale,
+        mean,
+        layout.ints,
+        page_table,
+        slot,
+        tail_mean,
     )
+
+
+def residual_keys(
+    keys: Tensor,
+    basis: Tensor,
+    scale: Tensor,
+    mean: Tensor,
+    layout: PageLayout,
+    inv_freq: Tensor | None = None,
+    position: int = 0,
+) -> Tensor:
+    """What the core channels of a hybrid layout leave of rotated keys, to fit the tail to.
+
+    Parameters
+    ----------
+    keys, inv_freq, position : as for :func:`fit_basis`.
+    basis, scale, mean : [R, D] bfloat16, [R] float32, [H, D] float32; the tail's rows are not read.
+
+    Returns
+    -------
+    [H, T, D] in the keys' dtype: keys less their decoded core, the rotated mean included.
+    """
+    return _ops.residual_keys(keys, inv_freq, position, basis, scale, mean, layout.ints)
 
 
 def pack_values_(
@@ -186,13 +225,24 @@ def unpack_keys(
     num_tokens: int,
     inv_freq: Tensor | None = None,
     position: int = 0,
+    tail_mean: Tensor | None = None,
 ) -> Tensor:
     """Decode keys, for inspection: [H, num_tokens, D] float32, rotated to their positions.
 
     ``position`` is the position of slot ``slot``; other arguments as for :func:`pack_keys_`.
     """
     return _ops.unpack_keys(
-        k_pages, inv_freq, position, basis, scale, mean, layout.ints, page_table, slot, num_tokens
+        k_pages,
+        inv_freq,
+        position,
+        basis,
+        scale,
+        mean,
+        layout.ints,
+        page_table,
+        slot,
+        num_tokens,
+        tail_mean,
     )
 
 
@@ -234,6 +284,7 @@ def attend(
     first_position: Tensor | None = None,
     sink_tokens: int = 0,
     causal: bool = True,
+    tail_mean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend over packed pages and exact rows, dequantizing in registers.
 
@@ -253,9 +304,10 @@ def attend(
     exact_keys, exact_values : [B, H, E, D] float32, bfloat16 or float16, rotated keys.
     exact_lens : [B] int32, at most E.
     sm_scale : softmax scale, usually ``D ** -0.5``.
-    inv_freq : as for :func:`fit_basis`; needed where the layout says ``rope="pre"``.
+    inv_freq : as for :func:`fit_basis`; needed where the layout says ``"pre"`` or ``"hybrid"``.
     first_position : [B] int32, position of slot 0 of each sequence (None: zeros).
     sink_tokens : leading slots that are held as exact rows and skipped here.
+    tail_mean : [B, H, D] float32, for hybrid layouts alone.
 
     Returns
     -------
@@ -280,6 +332,7 @@ def attend(
         sink_tokens,
         sm_scale,
         causal,
+        tail_mean,
     )
 
 

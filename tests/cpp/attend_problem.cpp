@@ -7,16 +7,18 @@ using reference::Row;
 
 AttendProblem::AttendProblem(const AttendCase& c, uint64_t stream)
     : c_(c),
-      layout_(layout_ints(c.rope, c.head_dim, c.bands, c.v_bits, c.v_group_size)),
-      frequencies_(inverse_frequencies(c.rope == RopeMode::kPre ? c.rotary_half : 0)),
+      layout_(layout_ints(c.rope, c.head_dim, c.bands, c.v_bits, c.v_group_size, c.core_bands)),
+      frequencies_(inverse_frequencies(c.rope == RopeMode::kPost ? 0 : c.rotary_half)),
       rope_{frequencies_.data(), static_cast<int>(frequencies_.size())},
       cache_seqlens_(c.cache_seqlens.begin(), c.cache_seqlens.end()),
       exact_lens_(c.exact_lens.begin(), c.exact_lens.end()),
       first_positions_(c.first_positions.begin(), c.first_positions.end()),
       sm_scale_(static_cast<float>(1 / std::sqrt(c.head_dim))) {
   Random random(stream);
-  for (int h = 0; h < num_heads(); ++h)
-    channels_.push_back(reference::channels_of(layout_.view().heads[h]));
+  for (int h = 0; h < num_heads(); ++h) {
+    core_.push_back(reference::channels_of(layout_.core_view().heads[h]));
+    tail_.push_back(reference::channels_of(layout_.tail_view().heads[h]));
+  }
 
   const int64_t rows = int64_t{batch()} * num_qo_heads() * c.q_len;
   query_.resize(rows * c.head_dim * size_of(c.dtype));
@@ -25,7 +27,7 @@ AttendProblem::AttendProblem(const AttendCase& c, uint64_t stream)
     for (int d = 0; d < c.head_dim; ++d) {
       // After RoPE weights are query . basis: one channel alone keeps their magnitudes equal.
       double x = random.normal();
-      if (c.exact_weights && c.rope == RopeMode::kPost) x = d == one_hot ? 4.0 : 0.0;
+      if (c.exact_weights && has_tail()) x = d == one_hot ? 4.0 : 0.0;
       write_number(&query_[(r * c.head_dim + d) * size_of(c.dtype)], c.dtype, x);
     }
   }
@@ -59,18 +61,22 @@ void AttendProblem::make_basis(Random& random) {
   scale_.resize(batch() * layout_.rank());
   mean_.resize(batch() * num_heads() * dim);
   for (float& x : mean_) x = static_cast<float>(random.normal());
+  if (c_.rope == RopeMode::kHybrid) tail_mean_.resize(mean_.size());
+  for (float& x : tail_mean_) x = static_cast<float>(random.normal());
   for (uint16_t& x : basis_) {
     const double sign = random.integer(0, 1) ? 1.0 : -1.0;
     x = float_to_bfloat16(static_cast<float>((c_.exact_weights ? sign : random.normal()) / 8.0));
   }
   for (int b = 0; b < batch(); ++b) {
-    for (const auto& channels : channels_) {
-      for (const Channel& channel : channels) {
-        // The codes of a channel are spread evenly over their range: about the same variance for
-        // each width.
-        const double factor = c_.exact_weights ? 1.0 : 0.5 + 0.1 * random.integer(0, 10);
-        scale_[b * layout_.rank() + channel.row] =
-            static_cast<float>(4 * factor / (1 << channel.width));
+    for (const auto* part : {&core_, &tail_}) {
+      for (const auto& channels : *part) {
+        for (const Channel& channel : channels) {
+          // The codes of a channel are spread evenly over their range: about the same variance for
+          // each width.
+          const double factor = c_.exact_weights ? 1.0 : 0.5 + 0.1 * random.integer(0, 10);
+          scale_[b * layout_.rank() + channel.row] =
+              static_cast<float>(4 * factor / (1 << channel.width));
+        }
       }
     }
   }
@@ -144,6 +150,7 @@ void AttendProblem::run(const Backend& backend, const Executor& executor) {
   p.basis = basis_.data();
   p.scale = scale_.data();
   p.mean = mean_.data();
+  p.tail_mean = tail_mean_.empty() ? nullptr : tail_mean_.data();
   p.first_position = first_positions_.empty() ? nullptr : first_positions_.data();
   p.exact_keys = exact_keys_.data();
   p.exact_values = exact_values_.data();
@@ -160,43 +167,37 @@ void AttendProblem::run(const Backend& backend, const Executor& executor) {
   backend.attend(p, executor);
 }
 
-// What a score may be off because the weights that multiply codes are held in 8 bits (a band of
+double AttendProblem::scaled_basis(int b, const Channel& channel, int d) const {
+  const int64_t row = int64_t{b} * layout_.rank() + channel.row;
+  return static_cast<double>(bfloat16_to_float(basis_[row * c_.head_dim + d])) *
+         static_cast<double>(scale_[row]);
+}
+
+// What a row's product with codes may be off because its weights are held in 8 bits (a band of
 // 8-bit codes: in two terms of 8 bits). A weight is off by at most half a step, and the step is the
 // largest weight of the band over 127.
-double AttendProblem::weight_error(int b, int h, int slot, const Row& query) const {
+template <typename Weight>
+double AttendProblem::row_error(const std::vector<Channel>& channels, int b, int slot,
+                                const Weight& weight) const {
   if (c_.exact_weights) return 0;
-  const uint16_t* basis = &basis_[int64_t{b} * layout_.rank() * c_.head_dim];
-  const uint8_t* page =
-      &k_pages_[table_[b * table_stride_ + slot / kPageTokens] * layout_.k_page_bytes()];
-  // sum_j |code_j - mid_j| * step / 2, where weight(channel) gives the weights of one row.
-  const auto row_error = [&](const auto& weight) {
-    double largest[9] = {}, distance[9] = {};  // by width
-    for (const Channel& channel : channels_[h]) {
-      const int code = get_code(page, channel.place(slot % kPageTokens), channel.width);
-      largest[channel.width] = std::max(largest[channel.width], std::fabs(weight(channel)));
-      distance[channel.width] += std::fabs(code - channel.mid());
-    }
-    double sum = 0;
-    for (int width : kWidths)
-      sum += distance[width] * largest[width] / 127 / 2 / (width == 8 ? 254 : 1);
-    return 1.02 *
-           sum;  // rounding of the weights themselves, seen against the second term's small step
-  };
-  const auto basis_number = [&](const Channel& channel, int d) {
-    return static_cast<double>(bfloat16_to_float(basis[int64_t{channel.row} * c_.head_dim + d])) *
-           static_cast<double>(scale_[b * layout_.rank() + channel.row]);
-  };
-  const auto sm_scale = static_cast<double>(sm_scale_);
-  if (c_.rope == RopeMode::kPost) {  // weights are query . basis
-    return sm_scale * row_error([&](const Channel& channel) {
-             double sum = 0;
-             for (int d = 0; d < c_.head_dim; ++d) sum += query[d] * basis_number(channel, d);
-             return sum;
-           });
+  double largest[9] = {}, distance[9] = {};  // by width
+  for (const Channel& channel : channels) {
+    const int code = get_code(key_page(b, slot), channel.place(slot % kPageTokens), channel.width);
+    largest[channel.width] = std::max(largest[channel.width], std::fabs(weight(channel)));
+    distance[channel.width] += std::fabs(code - channel.mid());
   }
-  Row errors(c_.head_dim);  // weights are rows of the basis, one for each channel of the key
+  double sum = 0;
+  for (int width : kWidths)
+    sum += distance[width] * largest[width] / 127 / 2 / (width == 8 ? 254 : 1);
+  return 1.02 * sum;  // rounding of the weights, seen against the second term's small step
+}
+
+// Weights of core channels are rows of the basis, one for each channel of the key.
+double AttendProblem::core_error(int b, int h, int slot, const Row& query) const {
+  Row errors(c_.head_dim);
   for (int d = 0; d < c_.head_dim; ++d) {
-    errors[d] = row_error([&](const Channel& channel) { return basis_number(channel, d); });
+    errors[d] = row_error(core_[h], b, slot,
+                          [&](const Channel& channel) { return scaled_basis(b, channel, d); });
   }
   double sum = 0;
   for (int d = 2 * rope_.half; d < c_.head_dim; ++d) sum += std::fabs(query[d]) * errors[d];
@@ -204,50 +205,73 @@ double AttendProblem::weight_error(int b, int h, int slot, const Row& query) con
     sum +=
         std::hypot(query[i], query[i + rope_.half]) * std::hypot(errors[i], errors[i + rope_.half]);
   }
-  return sm_scale * sum;
+  return static_cast<double>(sm_scale_) * sum;
+}
+
+// Weights of tail channels are query . basis.
+double AttendProblem::tail_error(int b, int h, int slot, const Row& query) const {
+  return static_cast<double>(sm_scale_) * row_error(tail_[h], b, slot, [&](const Channel& channel) {
+           double sum = 0;
+           for (int d = 0; d < c_.head_dim; ++d) sum += query[d] * scaled_basis(b, channel, d);
+           return sum;
+         });
 }
 
 AttendProblem::Seen AttendProblem::packed(int b, int h, int slot, const Row& query) const {
   const int32_t id = table_[b * table_stride_ + slot / kPageTokens];
-  const uint8_t* k_page = &k_pages_[id * layout_.k_page_bytes()];
   const uint8_t* v_page = &v_pages_[id * layout_.v_page_bytes() + h * layout_.value().page_bytes()];
   const int at = slot % kPageTokens;
   const uint16_t* basis = &basis_[int64_t{b} * layout_.rank() * c_.head_dim];
-  Row key =
-      reference::decode_key(channels_[h], k_page, at, basis, &scale_[b * layout_.rank()],
-                            &mean_[(int64_t{b} * num_heads() + h) * c_.head_dim], c_.head_dim);
-  reference::rotate(
-      key, rope_, (first_positions_.empty() ? 0 : first_positions_[b]) + static_cast<double>(slot));
+  const float* scale = &scale_[b * layout_.rank()];
+  // The parts of the key, rotated, and their lengths together.
+  Row key(c_.head_dim);
+  double magnitude = 0;
+  const auto add = [&](const std::vector<Channel>& channels, const std::vector<float>& means,
+                       bool turn) {
+    const float* mean = &means[(int64_t{b} * num_heads() + h) * c_.head_dim];
+    Row part =
+        reference::decode_key(channels, key_page(b, slot), at, basis, scale, mean, c_.head_dim);
+    if (turn) {
+      reference::rotate(
+          part, rope_,
+          (first_positions_.empty() ? 0 : first_positions_[b]) + static_cast<double>(slot));
+    }
+    double norm = 0;
+    for (int d = 0; d < c_.head_dim; ++d) {
+      key[d] += part[d];
+      norm += part[d] * part[d];
+    }
+    magnitude += std::sqrt(norm);
+    // Codes are multiplied as they are and their middle is taken off afterwards, so twice their
+    // range passes through.
+    for (const Channel& channel : channels) {
+      norm = 0;
+      for (int d = 0; d < c_.head_dim; ++d) norm += std::pow(scaled_basis(b, channel, d), 2);
+      magnitude += 2 * channel.mid() * std::sqrt(norm);
+    }
+  };
+  double error = 0;
+  if (has_core()) {
+    add(core_[h], mean_, true);
+    error += core_error(b, h, slot, query);
+  }
+  if (has_tail()) {
+    add(tail_[h], c_.rope == RopeMode::kHybrid ? tail_mean_ : mean_, false);
+    error += tail_error(b, h, slot, query);
+  }
 
   const ValueLayout& value = layout_.value();
-  Seen seen{0,
-            weight_error(b, h, slot, query),
-            Row(c_.head_dim),
-            slot / kPageTokens,
-            Row(c_.head_dim),
-            Row(c_.head_dim)};
-  double query_norm = 0, key_norm = 0;
+  Seen seen{0, error, Row(c_.head_dim), slot / kPageTokens, Row(c_.head_dim), Row(c_.head_dim)};
+  double query_norm = 0;
   for (int d = 0; d < c_.head_dim; ++d) {
     seen.score += static_cast<double>(sm_scale_) * query[d] * key[d];
     query_norm += query[d] * query[d];
-    key_norm += key[d] * key[d];
     seen.value[d] = reference::decode_value(value, v_page, d, at, c_.exact_dtype);
     if (value.packed()) {
       seen.code[d] =
           get_code(v_page + value.code_offset(), value_code_place(value.bits, d, at), value.bits);
       seen.scale[d] = reference::value_scale(value, v_page, d, at);
     }
-  }
-  // Codes are multiplied as they are and their middle is taken off afterwards, so twice their range
-  // passes through.
-  double magnitude = std::sqrt(key_norm);
-  for (const Channel& channel : channels_[h]) {
-    double norm = 0;
-    for (int d = 0; d < c_.head_dim; ++d) {
-      norm += std::pow(bfloat16_to_float(basis[int64_t{channel.row} * c_.head_dim + d]), 2);
-    }
-    magnitude += 2 * channel.mid() * static_cast<double>(scale_[b * layout_.rank() + channel.row]) *
-                 std::sqrt(norm);
   }
   seen.error += static_cast<double>(sm_scale_) * std::sqrt(query_norm) * magnitude *
                 (20 * kFloatRounding + sum_rounding(c_.head_dim));

@@ -15,6 +15,7 @@ struct AttendCase {
   int head_dim = 64;
   int rotary_half = 32;
   HeadBands bands = {{{4, 8, 4, 8}}, {{0, 12, 4, 16}}};
+  HeadBands core_bands = {};  // hybrid only; empty: none
   int v_bits = 4;
   int v_group_size = 32;
   int group = 2;  // query heads of a KV head
@@ -77,19 +78,30 @@ class AttendProblem {
   void make_basis(Random& random);
   Seen packed(int b, int h, int slot, const reference::Row& query) const;
   Seen exact(int b, int h, int e, const reference::Row& query) const;
-  double weight_error(int b, int h, int slot, const reference::Row& query) const;
+  bool has_core() const { return c_.rope != RopeMode::kPost; }
+  bool has_tail() const { return c_.rope != RopeMode::kPre; }
+  double core_error(int b, int h, int slot, const reference::Row& query) const;
+  double tail_error(int b, int h, int slot, const reference::Row& query) const;
+  // sum_j |code_j - mid_j| * step_j / 2, where weight(channel) gives the weights of one row.
+  template <typename Weight>
+  double row_error(const std::vector<reference::Channel>& channels, int b, int slot,
+                   const Weight& weight) const;
+  double scaled_basis(int b, const reference::Channel& channel, int d) const;
+  const uint8_t* key_page(int b, int slot) const {
+    return &k_pages_[table_[b * table_stride_ + slot / kPageTokens] * layout_.k_page_bytes()];
+  }
   static double product_error(const std::vector<Seen>& seen, double lse, int d);
 
   AttendCase c_;
   Layout layout_;
   std::vector<float> frequencies_;
   Rope rope_;
-  std::vector<std::vector<reference::Channel>> channels_;  // per head
+  std::vector<std::vector<reference::Channel>> core_, tail_;  // channels per head
   std::vector<uint8_t> query_, exact_keys_, exact_values_, k_pages_, v_pages_, out_;
   std::vector<int32_t> table_, cache_seqlens_, exact_lens_, first_positions_;
   int64_t table_stride_ = 0, exact_batch_stride_ = 0, exact_head_stride_ = 0;
   std::vector<uint16_t> basis_;
-  std::vector<float> scale_, mean_, lse_;
+  std::vector<float> scale_, mean_, tail_mean_, lse_;
   float sm_scale_;
 };
 

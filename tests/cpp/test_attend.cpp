@@ -13,8 +13,9 @@ class Attend : public testing::BackendTest {
  protected:
   // Compares every query row of a case with the formula.
   void check(const char* what, const AttendCase& c, uint64_t stream) {
-    SCOPED_TRACE(::testing::Message() << what << ", stream " << stream
-                                      << (c.rope == RopeMode::kPre ? ", pre" : ", post"));
+    SCOPED_TRACE(::testing::Message()
+                 << what << ", stream " << stream << ", " << testing::name_of(c.rope)
+                 << (c.core_bands.empty() ? "" : " with core"));
     AttendProblem problem(c, stream);
     problem.run(backend(), executor_);
     for (int b = 0; b < problem.batch(); ++b) {
@@ -38,17 +39,29 @@ class Attend : public testing::BackendTest {
     }
   }
 
-  // The same in both RoPE modes, with weights that are exact and with weights that are rounded to 8
-  // bits.
-  void check_all(const char* what, AttendCase c, uint64_t stream) {
-    for (RopeMode mode : {RopeMode::kPre, RopeMode::kPost}) {
+  // The same in every RoPE mode, hybrid with core channels and without, with weights that are exact
+  // and with weights that are rounded to 8 bits.
+  void check_all(const char* what, const AttendCase& given, uint64_t stream) {
+    for (AttendCase c : modes(given)) {
       for (bool exact : {true, false}) {
-        c.rope = mode;
         c.exact_weights = exact;
         check(what, c, stream++);
         if (HasFatalFailure()) return;
       }
     }
+  }
+
+  // Core channels of hybrid layouts: of every width, none, or all.
+  static std::vector<AttendCase> modes(AttendCase c) {
+    std::vector<AttendCase> all;
+    for (RopeMode mode : {RopeMode::kPre, RopeMode::kPost, RopeMode::kHybrid}) {
+      c.rope = mode;
+      all.push_back(c);
+    }
+    const Bands cores[] = {{{4, 4, 0, 8}}, {{0, 0, 4, 0}}, {{0, 0, 0, 0}}};
+    for (size_t h = 0; h < c.bands.size(); ++h) c.core_bands.push_back(cores[h % 3]);
+    all.push_back(c);
+    return all;
   }
 };
 
@@ -90,13 +103,7 @@ TEST_P(Attend, LongSequencesAreSplit) {
   c.cache_seqlens = {4097, 1500};
   c.exact_lens = {70, 1};
   c.first_positions = {3, 90000};
-  for (RopeMode mode : {RopeMode::kPre, RopeMode::kPost}) {
-    c.rope = mode;
-    for (bool exact : {true, false}) {
-      c.exact_weights = exact;
-      check("long", c, 3000);
-    }
-  }
+  check_all("long", c, 3000);
 }
 
 TEST_P(Attend, EveryGroupAndQueryLength) {
@@ -181,6 +188,20 @@ TEST_P(Attend, PartialRotationAndPositions) {
     c.first_positions = {0, 131000};
     c.exact_weights = half % 2 == 0;
     check("partial rotation", c, stream++);
+  }
+}
+
+TEST_P(Attend, PartsOfHybridKeys) {
+  AttendCase c;
+  c.rope = RopeMode::kHybrid;
+  // All channels in both parts, none at all, one part alone.
+  c.bands = {{{16, 16, 16, 16}}, {{0, 0, 0, 0}}, {{0, 12, 0, 0}}, {{0, 0, 0, 0}}};
+  c.core_bands = {{{16, 16, 16, 16}}, {{0, 0, 0, 0}}, {{0, 0, 0, 0}}, {{0, 4, 0, 8}}};
+  c.q_len = 3;
+  c.first_positions = {7, 131000};
+  for (bool exact : {true, false}) {
+    c.exact_weights = exact;
+    check("parts", c, 9500 + exact);
   }
 }
 

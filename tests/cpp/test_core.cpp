@@ -49,6 +49,33 @@ TEST(Layout, OffsetsFollowTheBands) {
   EXPECT_EQ(view.heads[2].core.rank(), 0);
 }
 
+TEST(Layout, PartsOfHybridPages) {
+  const Layout layout(layout_ints(RopeMode::kHybrid, 96,
+                                  {{{4, 8, 0, 16}}, {{0, 0, 0, 0}}, {{0, 4, 12, 0}}}, 2, 48,
+                                  {{{0, 4, 0, 8}}, {{0, 0, 0, 0}}, {{0, 0, 8, 0}}}));
+  EXPECT_EQ(layout.rank(), 12 + 28 + 8 + 16);
+  EXPECT_EQ(layout.core_rank(), 12 + 8);
+  EXPECT_EQ(layout.tail_rank(), 28 + 16);
+  EXPECT_EQ(layout.k_page_bytes(), 8 * (24 + 80 + 16 + 40));
+  const LayoutView views[] = {layout.view(), layout.core_view(), layout.tail_view()};
+  for (const LayoutView& view : views) {
+    EXPECT_EQ(view.rank, layout.rank());
+    EXPECT_EQ(view.k_page_bytes, layout.k_page_bytes());
+    EXPECT_EQ(view.num_heads, 3);
+  }
+  EXPECT_EQ(views[1].rope, RopeMode::kPre);
+  EXPECT_EQ(views[2].rope, RopeMode::kPost);
+  EXPECT_EQ(views[0].heads[2].rank(), 24);
+  EXPECT_EQ(views[1].heads[2].rank(), 8);
+  EXPECT_EQ(views[2].heads[2].rank(), 16);
+  EXPECT_EQ(views[1].heads[2].first_channel, 40);
+  EXPECT_EQ(views[1].heads[2].k_offset, 8 * 104);
+  EXPECT_EQ(views[2].heads[2].first_channel, 48);
+  EXPECT_EQ(views[2].heads[2].k_offset, 8 * 120);
+  EXPECT_EQ(views[2].heads[0].first_channel, 12);
+  EXPECT_EQ(views[2].heads[0].k_offset, 8 * 24);
+}
+
 TEST(Layout, RejectsWhatNoPageCanHold) {
   const testing::HeadBands none{{{0, 0, 0, 0}}}, some{{{8, 0, 0, 0}}};
   const std::vector<int64_t> good = layout_ints(RopeMode::kPre, 64, some);
@@ -71,7 +98,7 @@ TEST(Layout, RejectsWhatNoPageCanHold) {
       {2, 528, "head_dim"},
       {2, -64, "head_dim"},
       {2, huge, "head_dim"},
-      {3, 2, "rope"},
+      {3, 3, "rope"},
       {3, -1, "rope"},
       {3, 1, "rope mode"},
       {4, 3, "v_bits"},
@@ -102,6 +129,12 @@ TEST(Layout, RejectsWhatNoPageCanHold) {
   longer.push_back(0);
   error_of([&] { Layout layout(longer); });
   error_of([&] { Layout layout(layout_ints(RopeMode::kPre, 64, none)); });
+  error_of([&] { Layout layout(layout_ints(RopeMode::kHybrid, 64, none)); });
+  // Each part of a hybrid head may code all channels, and no more.
+  const testing::HeadBands all{{{64, 0, 0, 0}}}, more{{{64, 4, 0, 0}}};
+  ASSERT_NO_THROW(Layout(layout_ints(RopeMode::kHybrid, 64, all, 4, 16, all)));
+  error_of([&] { Layout layout(layout_ints(RopeMode::kHybrid, 64, all, 4, 16, more)); });
+  error_of([&] { Layout layout(layout_ints(RopeMode::kHybrid, 64, more, 4, 16, all)); });
 }
 
 TEST(BitPlan, PaperSchedules) {

@@ -42,7 +42,7 @@ TEST(Format, GoldenBytes) {
 }
 
 TEST(Format, GoldenSizes) {
-  EXPECT_EQ(kFormatVersion, 1);
+  EXPECT_EQ(kFormatVersion, 2);
   EXPECT_EQ((Bands{{8, 16, 16, 8}}.page_bytes()), 64 * (8 + 8 + 4 + 1));
   EXPECT_EQ((ValueLayout{4, 32, 96}.page_bytes()), 64 * (3 * 4 + 48));
   EXPECT_EQ((ValueLayout{2, 64, 128}.code_offset()), 512);

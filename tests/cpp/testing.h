@@ -147,15 +147,21 @@ class ShuffledExecutor : public Executor {
 
 using HeadBands = std::vector<Bands>;  // one per head
 
+inline const char* name_of(RopeMode rope) {
+  return rope == RopeMode::kPre ? "pre" : rope == RopeMode::kPost ? "post" : "hybrid";
+}
+
+// `core` is for hybrid layouts, whose tail is `heads`; empty: no core channels.
 inline std::vector<int64_t> layout_ints(RopeMode rope, int head_dim, const HeadBands& heads,
-                                        int v_bits = 4, int v_group_size = 16) {
+                                        int v_bits = 4, int v_group_size = 16,
+                                        const HeadBands& core = {}) {
   std::vector<int64_t> ints = {kFormatVersion, static_cast<int64_t>(heads.size()),
                                head_dim,       static_cast<int64_t>(rope),
                                v_bits,         v_group_size};
-  for (const Bands& bands : heads) {
-    for (RopeMode mode : {RopeMode::kPre, RopeMode::kPost}) {
-      for (int count : bands.count) ints.push_back(mode == rope ? count : 0);
-    }
+  for (size_t h = 0; h < heads.size(); ++h) {
+    const Bands own = rope == RopeMode::kPre ? heads[h] : core.empty() ? Bands{} : core[h];
+    for (int count : own.count) ints.push_back(count);
+    for (int count : heads[h].count) ints.push_back(rope == RopeMode::kPre ? 0 : count);
   }
   return ints;
 }

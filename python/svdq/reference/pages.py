@@ -1,0 +1,172 @@
+"""Where codes and values lie in pages, and the quantized values themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from svdq.layout import PAGE_TOKENS, WIDTHS, PageLayout
+
+LANES, QUAD = 16, 4  # a line of codes is 16 lanes of 4 bytes
+
+# Codes in pages. A unit is 64 codes of one width, 4 in each of 16 lanes; a line, 8 / width units.
+
+
+def _places(unit: Tensor, lane: Tensor, element: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    per_line = 8 // width
+    byte = unit // per_line * LANES * QUAD + lane * QUAD + element
+    return byte, (unit % per_line * width).expand_as(byte)
+
+
+def key_places(width: int, num_channels: int) -> tuple[Tensor, Tensor]:
+    """Byte and shift of the codes of one band, [64, num_channels] by slot and channel."""
+    token, channel = torch.arange(PAGE_TOKENS)[:, None], torch.arange(num_channels)
+    unit = channel // QUAD * (PAGE_TOKENS // LANES) + token // LANES
+    return _places(unit, token % LANES, channel % QUAD, width)
+
+
+def value_places(width: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Byte and shift of the codes of one head's values, [64, head_dim] by slot and channel."""
+    token, channel = torch.arange(PAGE_TOKENS)[:, None], torch.arange(head_dim)
+    unit = channel // LANES * (PAGE_TOKENS // QUAD) + token // QUAD
+    return _places(unit, channel % LANES, token % QUAD, width)
+
+
+def read_codes(pages: Tensor, places: tuple[Tensor, Tensor], width: int) -> Tensor:
+    """Codes [..., 64, n] of the bytes [..., size] of a band."""
+    byte, shift = places
+    return (pages.long()[..., byte] >> shift) & (2**width - 1)
+
+
+def join_codes(codes: Tensor, places: tuple[Tensor, Tensor]) -> Tensor:
+    """Inverse of :func:`read_codes`: every byte is the sum of its shifted codes."""
+    byte, shift = (x.flatten() for x in places)
+    shifted = codes.flatten(-2) << shift
+    pages = shifted.new_zeros(*shifted.shape[:-1], int(byte.max()) + 1)
+    return pages.index_add_(-1, byte, shifted).byte()
+
+
+def band_counts(layout: PageLayout) -> list[tuple[int, ...]]:
+    """Channels at each width of every head's core, then tail, in the order of basis and page."""
+    none = [(0,) * len(WIDTHS)] * layout.num_kv_heads
+    core = layout.bands if layout.rope == "pre" else layout.core_bands or none
+    tail = none if layout.rope == "pre" else layout.bands
+    return [bands for head in zip(core, tail, strict=True) for bands in head]
+
+
+def _bands(layout: PageLayout) -> Iterator[tuple]:
+    """Of every band of every head: columns of the codes, bytes of a page, places and width."""
+    channel, byte = 0, 0
+    for count, width in (
+        (n, w) for bands in band_counts(layout) for n, w in zip(bands, WIDTHS, strict=True)
+    ):
+        size = count * width * PAGE_TOKENS // 8
+        if count:
+            span = slice(channel, channel + count), slice(byte, byte + size)
+            yield *span, key_places(width, count), width
+        channel, byte = channel + count, byte + size
+
+
+def _rows(page_table: Tensor, slot: int, num_tokens: int) -> tuple[Tensor, slice]:
+    """Rows of the pool that these slots touch, and where the slots lie in them laid end to end."""
+    first = slot // PAGE_TOKENS
+    rows = page_table[first : -(-(slot + num_tokens) // PAGE_TOKENS)].long()
+    return rows, slice(slot - first * PAGE_TOKENS, slot - first * PAGE_TOKENS + num_tokens)
+
+
+def write_codes_(
+    k_pages: Tensor, codes: Tensor, layout: PageLayout, page_table: Tensor, slot: int
+) -> None:
+    """Store codes [T, R]: the inverse of :func:`unpack_codes`; other slots keep theirs."""
+    rows, slots = _rows(page_table, slot, codes.shape[0])
+    for columns, span, places, width in _bands(layout):
+        band = read_codes(k_pages[rows, span], places, width).flatten(0, 1)
+        band[slots] = codes[:, columns].long()
+        k_pages[rows, span] = join_codes(band.unflatten(0, (-1, PAGE_TOKENS)), places)
+
+
+def unpack_codes(
+    k_pages: Tensor, layout: PageLayout, page_table: Tensor, slot: int, num_tokens: int
+) -> Tensor:
+    """Read codes; see :func:`svdq.ops.unpack_codes`."""
+    rows, slots = _rows(page_table, slot, num_tokens)
+    codes = torch.empty(num_tokens, layout.rank, dtype=torch.uint8)
+    for columns, span, places, width in _bands(layout):
+        codes[:, columns] = read_codes(k_pages[rows, span], places, width).flatten(0, 1)[slots]
+    return codes
+
+
+# Values: per token and group of channels, v = zero + code * scale.
+
+
+def _by_slot(pages: Tensor) -> Tensor:
+    """[pages, H, 64, n] -> [H, slots, n]."""
+    return pages.transpose(0, 1).flatten(1, 2)
+
+
+def _by_page(slots: Tensor) -> Tensor:
+    """[H, slots, n] -> [pages, H, 64, n]."""
+    return slots.unflatten(1, (-1, PAGE_TOKENS)).transpose(0, 1)
+
+
+def _value_parts(v_pages: Tensor, rows: Tensor, layout: PageLayout) -> list[Tensor]:
+    """Scales and zero points [H, slots, groups] half and codes [H, slots, D], or exact values."""
+    pages = v_pages[rows].unflatten(1, (layout.num_kv_heads, -1))
+    if layout.v_bits > 8:
+        return [_by_slot(pages.unflatten(2, (PAGE_TOKENS, -1)))]
+    size = layout.head_dim // layout.v_group_size * PAGE_TOKENS * 2
+    *halves, codes = pages.split([size, size, pages.shape[2] - 2 * size], dim=2)
+    halves = [x.contiguous().view(torch.half).unflatten(2, (-1, PAGE_TOKENS)).mT for x in halves]
+    places = value_places(layout.v_bits, layout.head_dim)
+    return [_by_slot(x) for x in (*halves, read_codes(codes, places, layout.v_bits))]
+
+
+def value_parts(
+    v_pages: Tensor, layout: PageLayout, page_table: Tensor, slot: int, num_tokens: int
+) -> list[Tensor]:
+    """What is stored of these slots: scales, zero points and codes, or exact values."""
+    rows, slots = _rows(page_table, slot, num_tokens)
+    return [part[:, slots] for part in _value_parts(v_pages, rows, layout)]
+
+
+def quantize_values(values: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale and zero point [H, T, groups] half and codes before rounding, [H, T, D] float64."""
+    # The range is taken in float32, so that its rounding to half has one outcome everywhere.
+    grouped = values.float().unflatten(-1, (-1, layout.v_group_size))
+    low, high = grouped.amin(-1), grouped.amax(-1)
+    top = 2**layout.v_bits - 1
+    scale, zero = ((high - low) / top).half(), low.half()
+    steps = (grouped.double() - zero.double()[..., None]) / scale.double()[..., None]
+    return scale, zero, torch.where(scale[..., None] > 0, steps, 0.0).clamp(0, top).flatten(-2)
+
+
+def pack_values_(
+    v_pages: Tensor, values: Tensor, layout: PageLayout, page_table: Tensor, slot: int
+) -> None:
+    """Quantize or copy values; see :func:`svdq.ops.pack_values_`."""
+    rows, slots = _rows(page_table, slot, values.shape[1])
+    parts = _value_parts(v_pages, rows, layout)
+    if layout.v_bits > 8:
+        parts[0][:, slots] = values
+        v_pages[rows] = _by_page(parts[0]).flatten(1)
+        return
+    scale, zero, codes = parts
+    scale[:, slots], zero[:, slots], exact_codes = quantize_values(values, layout)
+    codes[:, slots] = exact_codes.round().long()
+    halves = [_by_page(x).mT.flatten(2).view(torch.uint8) for x in (scale, zero)]
+    codes = join_codes(_by_page(codes), value_places(layout.v_bits, layout.head_dim))
+    v_pages[rows] = torch.cat([*halves, codes], dim=2).flatten(1)
+
+
+def unpack_values(
+    v_pages: Tensor, layout: PageLayout, page_table: Tensor, slot: int, num_tokens: int
+) -> Tensor:
+    """Decode values; see :func:`svdq.ops.unpack_values`."""
+    parts = value_parts(v_pages, layout, page_table, slot, num_tokens)
+    if layout.v_bits > 8:
+        return parts[0].float()
+    scale, zero, codes = (part.double() for part in parts)
+    grouped = codes.unflatten(2, (-1, layout.v_group_size))
+    return (zero[..., None] + grouped * scale[..., None]).flatten(2).float()

@@ -1,0 +1,90 @@
+"""fit_keys: what keys of any layout are coded with, the two spaces of a hybrid layout included."""
+
+import pytest
+import torch
+
+from support import assert_same, make_inv_freq, make_keys, make_layout, rms
+from svdq import ops, reference
+from svdq.fitting import fit_keys
+from svdq.layout import PageLayout
+
+NONE = (0, 0, 0, 0)
+
+
+def coded_error(keys, layout, inv_freq):
+    """Root mean square of what coding leaves of the keys."""
+    *fitted, tail_mean = fit_keys(keys, layout, inv_freq, 5)
+    tokens = keys.shape[1]
+    table = torch.arange(-(-tokens // 64), dtype=torch.int32)
+    k_pages = torch.zeros(len(table), layout.k_page_bytes, dtype=torch.uint8)
+    where = (layout, table, 0)
+    ops.pack_keys_(k_pages, keys, *fitted, *where, inv_freq, 5, tail_mean)
+    decoded = ops.unpack_keys(k_pages, *fitted, *where, tokens, inv_freq, 5, tail_mean)
+    return rms(decoded - keys) / rms(keys - keys.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize("rope", ["pre", "post"])
+def test_one_space_is_fitted_by_its_operators(backend, rope):
+    layout = make_layout(64, [4, 2, 0, 0], 2, rope)
+    inv_freq = make_inv_freq(64) if rope == "pre" else None
+    keys = make_keys(2, 300, 64, inv_freq=inv_freq, position=5)
+    *fitted, tail_mean = fit_keys(keys, layout, inv_freq, 5, clip=False)
+    mean, components, _ = ops.fit_basis(keys, inv_freq, 5)
+    expected = ops.fit_quantizer(keys, mean, components, layout, inv_freq, 5, clip=False)
+    assert tail_mean is None
+    for got, want in zip(fitted, expected, strict=True):
+        assert_same(got, want)
+
+
+HYBRID = {
+    "mixed": make_layout(64, [4, 2, 0, 0], 2, "hybrid"),
+    "rotated-mean": make_layout(64, [4, 2, 0, 0], 2, "hybrid", core_bands=(NONE, NONE)),
+    "core-alone": PageLayout(64, (NONE, NONE), "hybrid", core_bands=((4, 8, 4, 8),) * 2),
+    "heads-of-different-size": PageLayout(
+        64, ((0, 16, 0, 0), NONE, NONE), "hybrid", core_bands=(NONE, (0, 8, 8, 0), NONE)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HYBRID)
+def test_hybrid_fits_its_core_and_then_its_tail(backend, name):
+    layout = HYBRID[name]
+    inv_freq = make_inv_freq(64)
+    keys = make_keys(layout.num_kv_heads, 700, 64, inv_freq=inv_freq, position=5)
+    basis, scale, mean, tail_mean = fit_keys(keys, layout, inv_freq, 5)
+    expected = reference.fit_keys(keys, layout, inv_freq, 5)
+    assert [x.shape for x in (basis, scale, mean, tail_mean)] == [x.shape for x in expected]
+    assert (basis.dtype, scale.dtype) == (torch.bfloat16, torch.float32)
+    core, tail = reference.part_slices(layout)
+    for h in range(layout.num_kv_heads):
+        for at in (core[h], tail[h]):
+            rows = basis[at].float()
+            assert torch.allclose(rows @ rows.T, torch.eye(len(rows)), atol=0.02)
+        # The core is what the layout of the core alone is fitted with.
+        assert torch.allclose(scale[core[h]], expected[1][core[h]], rtol=0.1)
+    assert (scale > 0).all()
+
+
+def test_more_of_the_keys_is_kept_in_their_own_space():
+    """Keys that are compressible before RoPE: a rotated mean and core channels help, in turn."""
+    inv_freq = make_inv_freq(64)
+    keys = make_keys(2, 2000, 64, inv_freq=inv_freq, position=5)
+    bands = ((0, 16, 0, 0),) * 2
+    post = coded_error(keys, PageLayout(64, bands, "post"), None)
+    mean = coded_error(keys, PageLayout(64, bands, "hybrid"), inv_freq)
+    smaller = ((0, 8, 0, 0),) * 2
+    core = coded_error(keys, PageLayout(64, smaller, "hybrid", core_bands=smaller), inv_freq)
+    pre = coded_error(keys, PageLayout(64, bands, "pre"), inv_freq)
+    assert post > 1.1 * mean > 1.1 * core > 1.1 * pre
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtypes(backend, dtype):
+    layout, inv_freq = HYBRID["mixed"], make_inv_freq(64)
+    keys = make_keys(2, 300, 64, inv_freq=inv_freq, position=5)
+    exact = fit_keys(keys, layout, inv_freq, 5)
+    rounded = fit_keys(keys.to(dtype), layout, inv_freq, 5)
+    for got, want in zip(rounded[1:3], exact[1:3], strict=True):
+        assert rms(got - want) < 0.1 * rms(want)
+    # The core has the keys' mean: what is left is little beside it.
+    assert rms(rounded[3] - exact[3]) < 0.01 * rms(exact[2])
