@@ -130,7 +130,8 @@ def decoded_store(store: PackedStore, b: int) -> tuple[Tensor, Tensor]:
     """Keys and values of all slots of one store, weighted as they are."""
     at = (store.layout, store.page_table[b], 0, store.slots[b])
     coded = (store.basis[b], store.scale[b], store.mean[b])
-    keys = ops.unpack_keys(store.k_pages, *coded, *at, store.inv_freq, store.position[b])
+    turned = (store.inv_freq, store.position[b], store.tail_mean_of(b))
+    keys = ops.unpack_keys(store.k_pages, *coded, *at, *turned)
     return keys, ops.unpack_values(store.v_pages, *at)
 
 

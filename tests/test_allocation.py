@@ -114,14 +114,14 @@ def test_layers_wait_for_the_last_one():
     spectra = [make_spectrum(2, 64, seed) for seed in range(3)]
     allocator, answers = Allocator(3, 0.7, None), {}
     for layer in (2, 0):
-        allocator.ask(layer, spectra[layer], 0.0, lambda x, i=layer: answers.update({i: x}))
+        allocator.ask(layer, spectra[layer], 0.0, 0.0, lambda x, i=layer: answers.update({i: x}))
     assert not answers
-    allocator.ask(1, spectra[1], 0.0, lambda x: answers.update({1: x}))
+    allocator.ask(1, spectra[1], 0.0, 0.0, lambda x: answers.update({1: x}))
     price, expected = solve_lambda(spectra, 0.7)
     assert allocator.lambda_ == price
     assert all(torch.equal(answers[i], bands) for i, bands in enumerate(expected))
     # What is asked later is answered at once, at the same price.
-    allocator.ask(0, spectra[0] * 2, 0.0, lambda x: answers.update({"later": x}))
+    allocator.ask(0, spectra[0] * 2, 0.0, 0.0, lambda x: answers.update({"later": x}))
     assert torch.equal(answers["later"], water_fill(spectra[0] * 2, price))
     allocator.reset()
     assert allocator.lambda_ is None

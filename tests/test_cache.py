@@ -40,7 +40,7 @@ def feed_and_compare(driver, length, tolerance, padding=None, **kwargs):
             assert rms(held[0] - own[0]) <= OTHER_TOKENS * rms(own[0])
 
 
-@pytest.mark.parametrize("rope", ["pre", "post"])
+@pytest.mark.parametrize("rope", ["pre", "post", "hybrid", "rotated-mean"])
 @pytest.mark.parametrize(
     ("settings", "tolerance"),
     [

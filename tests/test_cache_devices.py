@@ -21,9 +21,8 @@ def step(request, monkeypatch):
     config = make_model("llama", "sdpa").config
     assert config.head_dim == DIM and config.num_key_value_heads == HEADS
     cache = SVDqCache(config, rope=request.param)
-    bands = torch.tensor([[0, 16, 8, 0]] * HEADS)
-    layout = cache.settings.layout(bands, DIM, torch.bfloat16)  # reads numbers: before the fakes
-    monkeypatch.setattr(Settings, "layout", lambda *_: layout)
+    bands = cache.settings.scheduled_bands(DIM)  # reads numbers: before the fakes
+    monkeypatch.setattr(Settings, "scheduled_bands", lambda *_: bands)
     layer = cache.layers[0]
     if layer.frequencies is not None:
         frequencies = layer.frequencies(4096)  # looks at numbers, too

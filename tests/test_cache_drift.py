@@ -75,7 +75,7 @@ def test_positions_go_on_in_the_new_store():
         position += store.slots[0]
 
 
-@pytest.mark.parametrize("rope", ["pre", "post"])
+@pytest.mark.parametrize("rope", ["pre", "post", "hybrid", "rotated-mean"])
 def test_attention_reads_every_store(rope):
     driver = Driver(2, refit_drift=1.5, **{**SETTINGS, "rope": rope})
     driver.feed(600)

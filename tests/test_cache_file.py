@@ -30,8 +30,10 @@ def prefilled(family, tokens, settings):
         {"rope": "post", "v_bits": 2, "clip": False, "sink_tokens": 3},
         {"k_bits": 0.7},
         {"lambda_": 1e-3, "rope": "post"},
+        {"rope": "hybrid", "k_bits": 1.25, "core_channels": 8},
+        {"rope": "rotated-mean"},
     ],
-    ids=["default", "fine", "exact", "post", "allocated", "price"],
+    ids=["default", "fine", "exact", "post", "allocated", "price", "hybrid", "rotated mean"],
 )
 def test_goes_on_like_the_original(tmp_path, family, settings):
     model, cache = prefilled(family, make_tokens(2, 400), settings)

@@ -200,6 +200,7 @@ def test_tokens_that_are_used_twice():
         ({"v_bits": 3}, "v_bits must be one of"),
         ({"v_bits": "full"}, "v_bits must be one of"),
         ({"rope": "half"}, "rope must be one of"),
+        ({"rope": "hybrid", "core_channels": 4}, "core_channels must be a positive multiple of 8"),
         ({"sink_tokens": -1}, r"sink_tokens must be 0 \.\. 64"),
         ({"sink_tokens": 65}, r"sink_tokens must be 0 \.\. 64"),
         ({"residual_length": -1}, "residual_length must be at least 0"),

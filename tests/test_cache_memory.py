@@ -29,8 +29,13 @@ def assert_report_is_true(cache):
         {"k_bits": 0.7},
         {"k_bits": 1.25, "allocate_across": "head", "rope": "post"},
         {"lambda_": 0.1, "query_weighted": False},
+        {"rope": "hybrid"},
+        {"rope": "rotated-mean", "k_bits": 0.7},
     ],
-    ids=["default", "fine", "exact", "post", "no window", "allocated", "per head", "price"],
+    ids=[
+        *("default", "fine", "exact", "post", "no window", "allocated", "per head", "price"),
+        *("hybrid", "rotated mean"),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_report_equals_what_is_allocated(settings, dtype):

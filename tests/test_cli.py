@@ -37,6 +37,9 @@ TINY_TASK = ("--prefill-tokens", 320, "--predict-tokens", 40, "--window-start", 
         ([], ["demo", "eval", "bench", "table", "info"]),
         (["demo"], ["--prompt-tokens", "--gguf-file", "--output-dir", "--k-bits"]),
         (["eval", "perplexity"], ["--preset", "--no-clip", "--window-start", "--json"]),
+        (["eval", "retrieval"], ["--k-bits", "--lambda", "--allocate-across", "--no-weighted"]),
+        (["eval", "harness"], ["--k-bits", "--lambda", "--allocate-across", "--no-weighted"]),
+        (["eval", "keys"], ["--preset", "--k-bits", "--rope", "--weighted", "--html"]),
         (["bench", "attend"], ["--kv-len", "--rope", "--head-dim", "--json"]),
         (["bench", "prefill"], ["--tokens", "--json"]),
     ],
@@ -56,6 +59,21 @@ def test_help_names_options(arguments, words):
             ["eval", "perplexity", "--preset", "9.5"],
             "k_bits must be above 0 and at most 8, or 16, got 9.5",
         ),
+        (["eval", "retrieval", "--k-bits", "-1"], "key bits must be .* got '-1'"),
+        (["eval", "perplexity", "--lambda", "0"], "lambda_ must be above 0, got 0.0"),
+        (
+            ["eval", "perplexity", "--allocate-across", "head"],
+            "--allocate-across head needs bits to allocate",
+        ),
+        (
+            ["eval", "perplexity", "--lambda", "1e-3", "--allocate-across", "layer"],
+            "--allocate-across layer needs bits to allocate",
+        ),
+        (
+            ["eval", "perplexity", "--preset", "exact", "--weighted"],
+            "'exact' are not packed, so they cannot be weighted",
+        ),
+        (["eval", "keys", "--preset", "exact"], "'exact' codes nothing"),
         (["eval", "perplexity", "--v-bits", "3.5"], "value bits must be .* got '3.5'"),
         (["eval", "perplexity", "--text-file", "none.txt"], "cannot read none.txt"),
         (["eval", "perplexity", "--model", "./none"], "no model folder none"),
@@ -123,6 +141,47 @@ def test_perplexity_writes_rows(model_options, tmp_path):
         assert row["machine"]["backend"] == _C.backend()
         assert f"{row['perplexity']:.3f}" in result.output
         assert row["method"] in result.output
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ((), {"svdq paper-1.25, pre-RoPE, clipped": ("model", None)}),
+        (("--k-bits", 0.7), {"svdq 0.7, pre-RoPE, clipped": ("model", None)}),
+        (("--lambda", 1e-4), {"svdq lambda=0.0001, pre-RoPE, clipped": ("model", None)}),
+        (
+            ("--preset", "2.25", "--k-bits", 1, "--k-bits", 2, "--allocate-across", "head"),
+            {
+                "svdq 2.25, pre-RoPE, clipped, per head": ("head", None),
+                "svdq 1, pre-RoPE, clipped, per head": ("head", None),
+                "svdq 2, pre-RoPE, clipped, per head": ("head", None),
+            },
+        ),
+        (
+            ("--preset", "paper-1.25", "--k-bits", 1, "--allocate-across", "layer", "--weighted"),
+            {
+                "svdq paper-1.25, pre-RoPE, clipped, weighted": ("model", True),
+                "svdq 1, pre-RoPE, clipped, per layer, weighted": ("layer", True),
+            },
+        ),
+        (
+            ("--k-bits", 1, "--no-weighted"),
+            {"svdq 1, pre-RoPE, clipped, unweighted": ("model", False)},
+        ),
+    ],
+)
+def test_options_say_how_bits_are_allocated(model_options, tmp_path, options, expected):
+    path = tmp_path / "rows.json"
+    result = invoke(
+        "eval", "perplexity", *model_options["model"], "--text-file", model_options["text"],
+        *TINY_TASK, *options, "--json", path,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    _, *rows = json.loads(path.read_text())
+    assert {r["method"]: (r["allocate_across"], r["query_weighted"]) for r in rows} == expected
+    for row in rows:
+        if re.fullmatch(r"[0-9.]+", row["preset"]):  # a whole number of granules, at most
+            assert float(row["preset"]) - 0.25 < row["k_bits"] <= float(row["preset"])
 
 
 def test_tables_come_from_json_alone(model_options, tmp_path):

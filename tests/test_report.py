@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from model_support import make_text, save_model
 from svdq.cli import app
 from svdq.cli.table import cells
-from svdq.evaluation.plots import PLOTS
+from svdq.evaluation.plots import PLOTS, to_svg
 from svdq.evaluation.report import html_table, write_csv, write_html
 
 MACHINE = {"cpu": "A <fast> one", "threads": 2, "memory_bytes": None}
@@ -150,8 +150,18 @@ def test_csv_has_a_column_for_every_key(tmp_path):
 def test_key_error_has_a_table():
     rows = [row for row in make_rows() if row["benchmark"] == "key_error"]
     headings, body = cells(rows)
-    assert headings == ["keys", "layer", "bits", "relative error", "times smaller"]
-    assert body[1] == ["svdq 1.25", "1", "1.25", "0.0500", "8.00"]
+    assert headings[:4] == ["keys", "no.", "bits", "relative error"]
+    assert body == [["svdq 1.25", "1", "1.25", "0.0583", "8.0", "8.0", "8.0"]]
+
+
+def test_bits_of_several_methods_have_a_panel_each():
+    rows = [row for row in make_rows() if row["benchmark"] == "bits"]
+    rows = [row | {"method": f"m{i}", "bits": row["bits"] + i} for i in (0, 1) for row in rows]
+    plot = to_svg("bits", rows)
+    assert [plot.count(f">{label}<") for label in ("m0", "m1", "KV head")] == [1, 1, 2]
+    # Layers have 1.5, 2.5, 3.5 bits in one and one more in the other; there are two heads, and a
+    # scale for both that ends at 4.5.
+    assert [plot.count(f">{value}<") for value in ("1.5", "2.5", "3.5", "4.5")] == [3, 5, 5, 3]
 
 
 def test_perplexity_command_writes_all_three(tmp_path):

@@ -186,7 +186,7 @@ class Allocator:
     lambda_: float | None
     scope: str = "model"
     _given: float | None = field(init=False)
-    _waiting: dict[int, tuple[Tensor, float, Callable[[Tensor], None]]] = field(init=False)
+    _waiting: dict[int, tuple] = field(init=False)  # arguments of ask, by layer
 
     def __post_init__(self) -> None:
         self._given = self.lambda_
@@ -198,28 +198,46 @@ class Allocator:
         self._waiting = {}
 
     def ask(
-        self, layer: int, spectrum: Tensor, overhead: float, answer: Callable[[Tensor], None]
+        self,
+        layer: int,
+        spectrum: Tensor,
+        overhead: float,
+        taken: float,
+        answer: Callable[[Tensor], None],
     ) -> None:
-        """Tell a layer's spectrum, [H, D]; ``answer`` is called with its bands, [H, 4] int32.
+        """Tell a layer's spectrum; ``answer`` is called with its bands, [H, 4] int32.
 
         That happens at once or, where layers wait for each other, when the last one asks.
+
+        Parameters
+        ----------
+        spectrum : [H, D] score variances, in descending order.
+        overhead : bits per token of any coded channel, see :func:`overhead_bits`.
+        taken : bits per key number that the layer spends otherwise, of its share of ``k_bits``.
         """
+        if self.k_bits is not None and taken >= self.k_bits:
+            raise ValueError(
+                f"k_bits={self.k_bits} must be more than the {taken} that core channels take"
+            )
         if self.scope == "head":
-            answer(equal_budgets(spectrum, self.k_bits))
+            answer(equal_budgets(spectrum, self.k_bits - taken))
         elif self.scope == "layer":
-            answer(code_something(solve_lambda([spectrum], self.k_bits, overhead)[1][0], spectrum))
+            bands = solve_lambda([spectrum], self.k_bits - taken, overhead)[1][0]
+            answer(code_something(bands, spectrum))
         elif self.lambda_ is not None:
             answer(code_something(water_fill(spectrum, self.lambda_, overhead), spectrum))
         else:
-            self._waiting[layer] = (spectrum.cpu(), overhead, answer)
+            self._waiting[layer] = (spectrum.cpu(), overhead, taken, answer)
             if len(self._waiting) == self.num_layers:
                 self._answer_all()
 
     def _answer_all(self) -> None:
         asked = [self._waiting[layer] for layer in sorted(self._waiting)]
         self._waiting = {}
-        overhead = sum(overhead for _, overhead, _ in asked) / len(asked)
-        spectra = [spectrum for spectrum, _, _ in asked]
-        self.lambda_, all_bands = solve_lambda(spectra, self.k_bits, overhead)
-        for (spectrum, _, answer), bands in zip(asked, all_bands, strict=True):
+        spectra, overheads, taken, answers = zip(*asked, strict=True)
+        numbers = [spectrum.numel() for spectrum in spectra]
+        spent = sum(bits * n for bits, n in zip(taken, numbers, strict=True)) / sum(numbers)
+        overhead = sum(overheads) / len(overheads)
+        self.lambda_, all_bands = solve_lambda(spectra, self.k_bits - spent, overhead)
+        for answer, spectrum, bands in zip(answers, spectra, all_bands, strict=True):
             answer(code_something(bands, spectrum))

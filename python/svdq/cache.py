@@ -17,11 +17,11 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from svdq import serialization
 from svdq.allocation import SCOPES, Allocator
 from svdq.layer import SVDqLayer
-from svdq.layout import PAGE_TOKENS, ROPE_MODES
+from svdq.layout import PAGE_TOKENS
 from svdq.memory import MemoryReport, held_bytes, memory_report
 from svdq.presets import resolve_keys
 from svdq.rope import inverse_frequencies
-from svdq.settings import Settings
+from svdq.settings import ROPE_MODES, Settings
 
 # crop(0) removes nothing where the argument counts tokens to remove, everything where it is a
 # length to keep.
@@ -57,8 +57,11 @@ class SVDqCache(Cache):
         dtype has, or ``"exact"`` for either.
     v_group_size : channels that share a value scale, a multiple of 16 that divides head_dim; about
         64 by default.
-    rope : ``"pre"`` packs un-rotated keys (the paper, most accurate), ``"post"`` keys as they come
-        (fastest).
+    rope : where keys are coded. ``"pre"``: un-rotated (the paper, most accurate); ``"post"``: as
+        they come (fastest); ``"hybrid"``: the first ``core_channels`` un-rotated, what they leave
+        as it comes; ``"rotated-mean"``: the same with the un-rotated keys' mean for a core.
+    core_channels : un-rotated channels of ``rope="hybrid"``, a multiple of 8; 4 bits each where
+        bits are allocated, else the first of the schedule.
     clip : choose every channel's range by least fourth-power error instead of min to max.
     sink_tokens : leading tokens held exact, at most 64.
     residual_length : recent tokens held exact; pages are packed whole, so up to 63 more are.
@@ -90,6 +93,7 @@ class SVDqCache(Cache):
         v_bits: int | str | None = None,
         v_group_size: int | None = None,
         rope: str = "pre",
+        core_channels: int = 8,
         clip: bool = True,
         sink_tokens: int = 8,
         residual_length: int = 64,
@@ -111,6 +115,7 @@ class SVDqCache(Cache):
             v_bits,
             v_group_size,
             rope,
+            core_channels,
             bool(clip),
             sink_tokens,
             residual_length,
@@ -283,6 +288,10 @@ def _check_settings(settings: Settings) -> None:
         raise ValueError(f"v_bits must be one of {V_BITS}, got {settings.v_bits!r}")
     if settings.rope not in ROPE_MODES:
         raise ValueError(f"rope must be one of {ROPE_MODES}, got {settings.rope!r}")
+    if settings.core_channels < 8 or settings.core_channels % 8:
+        raise ValueError(
+            f"core_channels must be a positive multiple of 8, got {settings.core_channels}"
+        )
     if not 0 <= settings.sink_tokens <= PAGE_TOKENS:
         raise ValueError(f"sink_tokens must be 0 .. {PAGE_TOKENS}, got {settings.sink_tokens}")
     if settings.allocate_across not in SCOPES:

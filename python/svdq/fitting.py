@@ -1,12 +1,98 @@
-"""Fitting what keys of any layout are coded with: one space, or the two of a hybrid layout."""
+"""Fitting what keys of any layout are coded with: one space, or the two of a hybrid layout.
+
+Widths may follow from the spectrum of the keys, so fitting has two halves: :func:`fit_bases` needs
+no widths but those of a hybrid layout's core, :func:`fit_codes` needs all.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from svdq import ops
 from svdq.layout import PageLayout
+
+# (components, variance) -> the same by falling importance, and that importance.
+Order = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Bases:
+    """What is known of keys before their widths are.
+
+    Parameters
+    ----------
+    mean : [H, D] float32, of a hybrid layout's tail.
+    components : [H, D, D] float32, rows by falling importance.
+    spectrum : [H, D] float32, that importance: variances, or what ``order`` made of them.
+    core : basis rows, scales and mean [H, D] of a hybrid layout's core channels, else None.
+    """
+
+    mean: Tensor
+    components: Tensor
+    spectrum: Tensor
+    core: tuple[Tensor, Tensor, Tensor] | None = None
+
+
+def fit_bases(
+    keys: Tensor,
+    core: PageLayout | None = None,
+    inv_freq: Tensor | None = None,
+    position: int = 0,
+    clip: bool = True,
+    order: Order | None = None,
+) -> Bases:
+    """Mean and components of keys or, with a core, of what it leaves.
+
+    Parameters
+    ----------
+    keys, inv_freq, position, clip : as for :func:`svdq.ops.fit_quantizer`.
+    core : a hybrid layout, of whose tail nothing is read; None where keys are coded in one space.
+    order : what makes channels important; None for their variance.
+    """
+    mean, components, spectrum = ops.fit_basis(keys, inv_freq, position)
+    fitted = None
+    if core is not None:
+        if core.core is not None:
+            if order is not None:
+                components, _ = order(components, spectrum)
+            fitted = ops.fit_quantizer(keys, mean, components, core.core, inv_freq, position, clip)
+        else:  # the rotated mean alone
+            empty = keys.new_zeros((0, core.head_dim), dtype=torch.bfloat16)
+            fitted = empty, mean.new_zeros(0), mean
+        residual = ops.residual_keys(keys, *_spread(fitted, core), core, inv_freq, position)
+        mean, components, spectrum = ops.fit_basis(residual)
+    if order is not None:
+        components, spectrum = order(components, spectrum)
+    return Bases(mean, components, spectrum, fitted)
+
+
+def fit_codes(
+    keys: Tensor,
+    bases: Bases,
+    layout: PageLayout,
+    inv_freq: Tensor | None = None,
+    position: int = 0,
+    clip: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Basis rows, scales and means for a layout's widths; results as of :func:`fit_keys`."""
+    if bases.core is None:
+        fitted = ops.fit_quantizer(
+            keys, bases.mean, bases.components, layout, inv_freq, position, clip
+        )
+        return *fitted, None
+    basis, scale, mean = _spread(bases.core, layout)
+    tail_mean = bases.mean
+    if layout.tail is not None:
+        _, tail_rows = _rows_of_parts(layout, keys.device)
+        residual = ops.residual_keys(keys, basis, scale, mean, layout, inv_freq, position)
+        basis[tail_rows], scale[tail_rows], tail_mean = ops.fit_quantizer(
+            residual, tail_mean, bases.components, layout.tail, clip=clip
+        )
+    return basis, scale, mean, tail_mean
 
 
 def fit_keys(
@@ -33,24 +119,21 @@ def fit_keys(
     mean : [H, D] float32; of a hybrid layout the core's, which is rotated.
     tail_mean : [H, D] float32 of a hybrid layout, else None.
     """
-    mean, components, _ = ops.fit_basis(keys, inv_freq, position)
-    if layout.rope != "hybrid":
-        fitted = ops.fit_quantizer(keys, mean, components, layout, inv_freq, position, clip)
-        return *fitted, None
-    core_rows, tail_rows = _rows_of_parts(layout, keys.device)
-    basis = keys.new_zeros((layout.rank, layout.head_dim), dtype=torch.bfloat16)
-    scale = mean.new_zeros(layout.rank)
-    if layout.core is not None:
-        basis[core_rows], scale[core_rows], mean = ops.fit_quantizer(
-            keys, mean, components, layout.core, inv_freq, position, clip
-        )
-    residual = ops.residual_keys(keys, basis, scale, mean, layout, inv_freq, position)
-    tail_mean, components, _ = ops.fit_basis(residual)
-    if layout.tail is not None:
-        basis[tail_rows], scale[tail_rows], tail_mean = ops.fit_quantizer(
-            residual, tail_mean, components, layout.tail, clip=clip
-        )
-    return basis, scale, mean, tail_mean
+    core = layout if layout.rope == "hybrid" else None
+    bases = fit_bases(keys, core, inv_freq, position, clip)
+    return fit_codes(keys, bases, layout, inv_freq, position, clip)
+
+
+def _spread(
+    core: tuple[Tensor, Tensor, Tensor], layout: PageLayout
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What decodes core channels in the places of a layout: basis [R, D], scale [R] and mean."""
+    rows, scales, mean = core
+    core_rows, _ = _rows_of_parts(layout, rows.device)
+    basis = rows.new_zeros((layout.rank, layout.head_dim))
+    scale = scales.new_zeros(layout.rank)
+    basis[core_rows], scale[core_rows] = rows, scales
+    return basis, scale, mean
 
 
 def _rows_of_parts(layout: PageLayout, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -161,6 +161,8 @@ def _add_packed(report: MemoryReport, packed: PackedStore) -> None:
     report.key_scale += _nbytes(packed.scale)
     report.key_basis += _nbytes(packed.basis)
     report.key_mean += _nbytes(packed.mean)
+    if packed.tail_mean is not None:
+        report.key_mean += _nbytes(packed.tail_mean)
     report.page_tables += _nbytes(packed.page_table)
     report.lengths += _nbytes(packed.cache_seqlens) + _nbytes(packed.first_position)
     report.lengths += _nbytes(packed.fit_error) + _nbytes(packed.error)

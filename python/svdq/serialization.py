@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FORMAT = "svdq-cache"
 State = dict[str, Any]
 # Tensors of a store that are kept as they are.
-STORED = ("basis", "scale", "mean", "fit_error", "error")
+STORED = ("fit_error", "error", "k_pages", "v_pages")
 
 
 def save(cache: SVDqCache, path: str | os.PathLike) -> None:
@@ -131,8 +131,8 @@ def _save_svdq(layer: SVDqLayer) -> tuple[State, dict[str, Tensor]]:
                 "position": store.position,
             }
         )
-        named = {name: getattr(store, name) for name in STORED}
-        named |= {"k_pages": store.k_pages[pages], "v_pages": store.v_pages[pages]}
+        named = {name: getattr(store, name) for name in (*store.coding, *STORED)}
+        named |= {name: named[name][pages] for name in ("k_pages", "v_pages")}
         if store.inv_freq is not None:
             named["inv_freq"] = store.inv_freq
         tensors |= {f"{n}.{name}": x for name, x in named.items()}
@@ -166,7 +166,7 @@ def _load_store(layer: SVDqLayer, n: int, state: State, tensors: dict[str, Tenso
             f"layer {layer.index}: pages have layout {layout.ints}, the model {own.ints}"
         )
     store = PackedStore(layout, layer.batch_size, layer.dtype, layer.device)
-    for name in (*STORED, "k_pages", "v_pages"):
+    for name in (*store.coding, *STORED):
         setattr(store, name, tensors[f"{n}.{name}"])
     if f"{n}.inv_freq" in tensors:
         store.inv_freq = _matching_frequencies(layer, tensors[f"{n}.inv_freq"])

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from svdq.layout import PageLayout
+from svdq import ops
+from svdq.layout import WIDTHS, PageLayout
 from svdq.presets import Schedule
+
+ROPE_MODES = ("pre", "post", "rotated-mean", "hybrid")
+CORE_BITS = 4  # of every core channel where the tail's bits are allocated
+
+Bands = tuple[int, int, int, int]  # channels at each width of one head
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,7 @@ class Settings:
     v_bits: int | str
     v_group_size: int | None
     rope: str
+    core_channels: int
     clip: bool
     sink_tokens: int
     residual_length: int
@@ -48,8 +55,34 @@ class Settings:
         """Whether the energy of the queries matters."""
         return self.allocates or self.query_weighted
 
-    def layout(self, bands: Tensor, head_dim: int, dtype: torch.dtype) -> PageLayout:
-        """The pages of a layer whose heads have these bands, [H, 4]."""
+    @property
+    def layout_rope(self) -> str:
+        """The layout's RoPE mode: a rotated mean is a hybrid without core channels."""
+        return "hybrid" if self.rope == "rotated-mean" else self.rope
+
+    def scheduled_bands(self, head_dim: int) -> tuple[Bands, Bands]:
+        """Core and tail bands of a head by the schedule: its first channels are the core."""
+        return scheduled_bands(
+            head_dim, self.schedule, self.core_channels if self.rope == "hybrid" else 0
+        )
+
+    def core_bands(self) -> Bands:
+        """Core bands of a head where the tail's are allocated."""
+        core = self.core_channels if self.rope == "hybrid" else 0
+        return tuple(core if width == CORE_BITS else 0 for width in WIDTHS)
+
+    def core_bits(self, head_dim: int) -> float:
+        """Bits per key number that the core takes where the tail's bits are allocated."""
+        return sum(self.core_bands()) * CORE_BITS / head_dim
+
+    def layout(
+        self,
+        bands: Sequence[Bands],
+        head_dim: int,
+        dtype: torch.dtype,
+        core_bands: Sequence[Bands] = (),
+    ) -> PageLayout:
+        """The pages of a layer whose heads have these bands, those of the tail for a hybrid."""
         exact_bits = dtype.itemsize * 8
         v_bits = exact_bits if self.v_bits == "exact" else self.v_bits
         if v_bits not in (2, 4, exact_bits):
@@ -59,8 +92,25 @@ class Settings:
             )
         group = default_group_size(head_dim) if self.v_group_size is None else self.v_group_size
         return PageLayout(
-            head_dim, tuple(map(tuple, bands.tolist())), self.rope, int(v_bits), group
+            head_dim,
+            tuple(bands),
+            self.layout_rope,
+            int(v_bits),
+            group,
+            core_bands=tuple(core_bands) if self.layout_rope == "hybrid" else (),
         )
+
+
+def scheduled_bands(
+    head_dim: int, schedule: Sequence[int], core_channels: int = 0
+) -> tuple[Bands, Bands]:
+    """Core and tail bands of a head by a schedule, whose first channels are the core."""
+    bands = ops.allocate_bits(torch.zeros(1, head_dim), list(schedule))[0].tolist()
+    core, left = [], core_channels
+    for count in bands:
+        core.append(min(count, left))
+        left -= core[-1]
+    return tuple(core), tuple(n - own for n, own in zip(bands, core, strict=True))
 
 
 def default_group_size(head_dim: int) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from svdq import ops
+from svdq.fitting import Bases, fit_bases, fit_codes
 from svdq.layout import PAGE_TOKENS, PageLayout
 
 # Tensors made under inference mode cannot be updated in place outside of it. A cache may live
@@ -49,6 +50,7 @@ class PackedStore:
     position, first_position : position of slot 0 of each sequence, as a list and as [B] int32.
     basis, scale, mean : [B, R, D] bfloat16, [B, R] float32, [B, H, D] float32; valid where
         ``fitted``.
+    tail_mean : [B, H, D] float32 of a hybrid layout, else None.
     fit_error, error : [B, H] float32, mean squared error of a key when the basis was fitted, and of
         late.
     inv_freq : [rotary_dim / 2] float32; None before the first fit and where keys are packed as they
@@ -71,6 +73,7 @@ class PackedStore:
         self.basis = torch.zeros((batch_size, rank, dim), dtype=torch.bfloat16, device=device)
         self.scale = torch.zeros((batch_size, rank), device=device)
         self.mean = torch.zeros((batch_size, heads, dim), device=device)
+        self.tail_mean = torch.zeros_like(self.mean) if layout.rope == "hybrid" else None
         self.fit_error = torch.full((batch_size, heads), torch.nan, device=device)
         self.error = self.fit_error.clone()
         self.fitted = [False] * batch_size
@@ -86,31 +89,36 @@ class PackedStore:
         self.first_position = _integers(first_position, self.device)
 
     @property
+    def coding(self) -> tuple[str, ...]:
+        """Names of the tensors that code and decode keys."""
+        names = ("basis", "scale", "mean")
+        return names if self.tail_mean is None else (*names, "tail_mean")
+
+    def coding_of(self, b: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Basis, scale and mean of sequence b."""
+        return self.basis[b], self.scale[b], self.mean[b]
+
+    def tail_mean_of(self, b: int) -> Tensor | None:
+        """The second mean of sequence b, for hybrid layouts."""
+        return None if self.tail_mean is None else self.tail_mean[b]
+
+    @property
     def used_pages(self) -> set[int]:
         """Rows of the pools that some sequence names."""
         return set().union(*self.pages)
 
-    def fit(
-        self,
-        b: int,
-        keys: Tensor,
-        slot: int,
-        clip: bool,
-        known: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
-        """Fit sequence b's basis and quantizer on its keys, ``[H, T, D]`` from slot ``slot`` on.
+    def fit(self, b: int, keys: Tensor, slot: int, clip: bool, bases: Bases | None = None) -> None:
+        """Fit sequence b's quantizer on its keys, ``[H, T, D]`` from slot ``slot`` on.
 
-        ``known`` are the mean and the components of these keys, where they are known already.
+        ``bases`` are those of these keys, where they are known already.
         """
         position = self.position[b] + slot
-        if known is None:
-            known = ops.fit_basis(keys, self.inv_freq, position)[:2]
-        mean, components = known
-        fitted = ops.fit_quantizer(
-            keys, mean, components, self.layout, self.inv_freq, position, clip
-        )
-        for target, value in zip((self.basis, self.scale, self.mean), fitted, strict=True):
-            target[b] = value
+        if bases is None:
+            core = self.layout if self.layout.rope == "hybrid" else None
+            bases = fit_bases(keys, core, self.inv_freq, position, clip)
+        fitted = fit_codes(keys, bases, self.layout, self.inv_freq, position, clip)
+        for name, value in zip(self.coding, fitted, strict=False):
+            getattr(self, name)[b] = value
         self.fitted[b] = True
 
     def pack(self, b: int, keys: Tensor, values: Tensor) -> None:
@@ -121,14 +129,13 @@ class PackedStore:
         ops.pack_keys_(
             self.k_pages,
             keys,
-            self.basis[b],
-            self.scale[b],
-            self.mean[b],
+            *self.coding_of(b),
             self.layout,
             table,
             slot,
             self.inv_freq,
             self.position[b] + slot,
+            self.tail_mean_of(b),
         )
         ops.pack_values_(self.v_pages, values, self.layout, table, slot)
         self.slots[b] = end
@@ -153,15 +160,14 @@ class PackedStore:
             piece = keys[:, start : start + DRIFT_TOKENS].float()
             decoded = ops.unpack_keys(
                 self.k_pages,
-                self.basis[b],
-                self.scale[b],
-                self.mean[b],
+                *self.coding_of(b),
                 self.layout,
                 torch.tensor(self.pages[b], dtype=torch.int32),
                 slot + start,
                 piece.shape[1],
                 self.inv_freq,
                 self.position[b] + slot + start,
+                self.tail_mean_of(b),
             )
             error = (piece - decoded).square().sum(dim=2).mean(dim=1)
             if first:
@@ -180,7 +186,7 @@ class PackedStore:
         new.inv_freq = self.inv_freq
         new.set_first_position([p + n for p, n in zip(self.position, self.slots, strict=True)])
         for b in keep:
-            for name in ("basis", "scale", "mean", "fit_error", "error"):
+            for name in (*self.coding, "fit_error", "error"):
                 getattr(new, name)[b] = getattr(self, name)[b]
             new.fitted[b], new.marked[b] = self.fitted[b], self.marked[b]
         return new
@@ -213,7 +219,7 @@ class PackedStore:
     def select(self, indices: list[int]) -> None:
         """Make sequence i a copy of the old sequence ``indices[i]``, sharing its pages."""
         chosen = torch.tensor(indices, dtype=torch.long)
-        for name in ("basis", "scale", "mean", "fit_error", "error"):
+        for name in (*self.coding, "fit_error", "error"):
             setattr(self, name, getattr(self, name)[chosen])
         for name in ("fitted", "marked", "pages", "slots"):
             setattr(self, name, [getattr(self, name)[i] for i in indices])

@@ -53,6 +53,7 @@ def attend_stores(
             store.first_position,
             sink_tokens if store is stores[0] else 0,
             causal and last,
+            store.tail_mean,
         )
         result = part if result is None else ops.merge(*result, *part)
     return result

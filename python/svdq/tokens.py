@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from svdq import ops
 from svdq.allocation import overhead_bits
-from svdq.layout import PAGE_TOKENS
+from svdq.fitting import Bases, fit_bases
+from svdq.layout import PAGE_TOKENS, PageLayout
 from svdq.settings import Settings
 from svdq.storage import ROW_STEP, ExactRows, PackedStore, normal_tensors
 from svdq.weighting import QueryEnergy, key_weights, score_spectrum
 
-# allocate(spectrum, overhead, answer), see svdq.allocation.Allocator.ask.
-Allocate = Callable[[Tensor, float, Callable[[Tensor], None]], None]
+# allocate(spectrum, overhead, taken, answer), see svdq.allocation.Allocator.ask.
+Allocate = Callable[[Tensor, float, float, Callable[[Tensor], None]], None]
 
 
 @dataclass(frozen=True)
@@ -26,15 +27,11 @@ class Fit:
     Parameters
     ----------
     weight : [H, D] float32 that keys are multiplied with, or None.
-    mean, components : of the weighted keys, see :func:`svdq.ops.fit_basis`; components in the order
-        of ``spectrum``.
-    spectrum : [H, D] variances, of scores where the queries' energy is known.
+    bases : of the weighted keys; by score variance where the queries' energy is known.
     """
 
     weight: Tensor | None
-    mean: Tensor
-    components: Tensor
-    spectrum: Tensor
+    bases: Bases
 
 
 class TokenStore:
@@ -56,7 +53,7 @@ class TokenStore:
     dtype, device : of the keys and values.
     frequencies : maps the largest position in use to the layer's inverse frequencies; None for
         layers whose keys are packed as they come.
-    allocate : called as ``allocate(spectrum, overhead, answer)`` for the layer's bands, see
+    allocate : called as ``allocate(spectrum, overhead, taken, answer)`` for the layer's bands, see
         :meth:`svdq.allocation.Allocator.ask`; None where a schedule says them.
     """
 
@@ -78,12 +75,18 @@ class TokenStore:
         self.packed: PackedStore | None = None
         self.energy: QueryEnergy | None = None
         self.weight: Tensor | None = None
+        self._core: PageLayout | None = None  # a hybrid layout, of which the core counts
         self._fits: dict[int, Fit] = {}  # of sequences that are not packed yet
         if settings.packs:
-            bands = ops.allocate_bits(torch.zeros(heads, dim), list(settings.schedule or (8,)))
-            layout = settings.layout(bands, dim, dtype)  # says what is wrong before tokens come
+            core, tail = settings.core_bands(), (0, 0, 4, 0)  # some tail, until it is allocated
+            if not settings.allocates:
+                core, tail = settings.scheduled_bands(dim)
+            # Says what is wrong before tokens come.
+            layout = settings.layout([tail] * heads, dim, dtype, [core] * heads)
             if not settings.allocates:
                 self.packed = PackedStore(layout, batch, dtype, device)
+            if layout.rope == "hybrid":
+                self._core = layout
         if settings.needs_queries:
             self.energy = QueryEnergy(batch, heads, dim, device)
         if settings.query_weighted:
@@ -294,17 +297,19 @@ class TokenStore:
         self._fits |= {
             b: self._measure(b, x, sinks, self.position[b] + sinks) for b, x in keys.items()
         }
-        spectra = [fit.spectrum for fit in self._fits.values()]
+        spectra = [fit.bases.spectrum for fit in self._fits.values()]
         tokens = max(x.shape[1] for x in keys.values())
         spectrum = torch.stack(spectra).mean(dim=0)
-        self.allocate(spectrum, overhead_bits(self.shape[2], tokens), self._receive)
+        overhead = overhead_bits(self.shape[2], tokens)
+        self.allocate(spectrum, overhead, self.settings.core_bits(self.shape[2]), self._receive)
 
     def _receive(self, bands: Tensor) -> None:
         """Take the layer's bands, and pack the tokens that waited for them."""
-        layout = self.settings.layout(bands, self.shape[2], self.rows.keys.dtype)
-        self.packed = PackedStore(
-            layout, self.shape[0], self.rows.keys.dtype, self.rows.keys.device
-        )
+        dtype, device = self.rows.keys.dtype, self.rows.keys.device
+        core = self._core.core_bands if self._core is not None else ()
+        tail = [tuple(head) for head in bands.tolist()]
+        layout = self.settings.layout(tail, self.shape[2], dtype, core)
+        self.packed = PackedStore(layout, self.shape[0], dtype, device)
         self.packed.set_first_position(self.position)
         if self.rows.capacity:  # else they are about to be stored
             self.pack_window()
@@ -324,10 +329,9 @@ class TokenStore:
             weight = self.weight[b].float() if self.packed_slots(b) else key_weights(energy)
             keys = keys * (weight / self.weight[b].float())[:, None].to(keys.dtype)
             energy = energy / weight.square()
-        mean, components, variance = ops.fit_basis(keys[:, skip:], inv_freq, position)
-        if energy is None:
-            return Fit(weight, mean, components, variance)
-        return Fit(weight, mean, *score_spectrum(components, variance, energy))
+        order = None if energy is None else functools.partial(score_spectrum, energy=energy)
+        clip = self.settings.clip
+        return Fit(weight, fit_bases(keys[:, skip:], self._core, inv_freq, position, clip, order))
 
     def _fit(self, b: int, keys: Tensor) -> Tensor:
         """Fit sequence b on its keys, [H, T, D] from the first slot of its store on.
@@ -345,7 +349,7 @@ class TokenStore:
             self.rows.keys[b, :, : self.rows.count[b]] *= change
             keys = keys if in_rows else keys * change
             self.weight[b] = fit.weight
-        packed.fit(b, keys[:, skip:], skip, self.settings.clip, (fit.mean, fit.components))
+        packed.fit(b, keys[:, skip:], skip, self.settings.clip, fit.bases)
         return keys
 
     def _pack_sequence(self, b: int) -> bool:

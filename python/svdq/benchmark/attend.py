@@ -18,9 +18,10 @@ from svdq import _C, ops
 from svdq.benchmark import machine
 from svdq.benchmark.timing import Timing, time_interleaved
 from svdq.layout import PageLayout
-from svdq.settings import default_group_size
+from svdq.settings import default_group_size, scheduled_bands
 from svdq.storage import PackedStore
 
+CORE_CHANNELS = 8  # of rope="hybrid"
 ROPE_THETA = 1e4  # any base will do: the time does not depend on it
 TORCH_DTYPES = (torch.bfloat16, torch.float32)
 
@@ -92,9 +93,17 @@ def synthetic_keys(shape: Shape, seed: int = 0) -> Tensor:
 
 def page_layout(shape: Shape, schedule: Sequence[int], rope: str, v_bits: int) -> PageLayout:
     """Layout of the pages to attend over; ``ValueError`` for shapes that pages cannot have."""
-    dim = shape.head_dim
-    bands = ops.allocate_bits(torch.zeros(shape.num_kv_heads, dim), list(schedule))
-    return PageLayout(dim, tuple(map(tuple, bands.tolist())), rope, v_bits, default_group_size(dim))
+    dim, heads = shape.head_dim, shape.num_kv_heads
+    hybrid = rope in ("hybrid", "rotated-mean")
+    core, tail = scheduled_bands(dim, schedule, CORE_CHANNELS if rope == "hybrid" else 0)
+    return PageLayout(
+        dim,
+        (tail,) * heads,
+        "hybrid" if hybrid else rope,
+        v_bits,
+        default_group_size(dim),
+        core_bands=(core,) * heads if hybrid else (),
+    )
 
 
 def packed_case(
@@ -110,7 +119,7 @@ def packed_case(
     values = torch.randn(keys.shape, generator=torch.Generator().manual_seed(1))
     dim = shape.head_dim
     inv_freq = None
-    if rope == "pre":
+    if rope != "post":
         inv_freq = 1.0 / ROPE_THETA ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     store = PackedStore(page_layout(shape, schedule, rope, v_bits), 1, dtype, keys.device)
     store.inv_freq = inv_freq
@@ -142,6 +151,7 @@ def packed_case(
             dim**-0.5,
             inv_freq,
             sink_tokens=shape.sink_tokens,
+            tail_mean=store.tail_mean,
         )
         return out
 

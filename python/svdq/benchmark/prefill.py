@@ -45,6 +45,8 @@ def bench_prefill(
     Rows: case (the prefill, every stage, and the stages together), ms, fraction_of_prefill, tokens,
     layers (those that a cache would pack).
     """
+    if rope not in ("pre", "post"):
+        raise ValueError(f"bench prefill times rope pre and post, got {rope!r}")
     if len(token_ids) < 1:
         raise ValueError("expected at least one token to prefill")
     check_length(model, len(token_ids))

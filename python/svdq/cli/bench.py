@@ -36,9 +36,7 @@ app = typer.Typer(
 def attend(
     rope: Annotated[
         list[Rope],
-        typer.Option(
-            help="Code keys before or after RoPE; repeatable.", rich_help_panel=CACHE_PANEL
-        ),
+        typer.Option(help="Where keys are coded; repeatable.", rich_help_panel=CACHE_PANEL),
     ] = [Rope.post, Rope.pre],  # noqa: B006  (typer reads it, nothing mutates it)
     preset: KeyBits = "paper-1.25",
     v_bits: Annotated[
@@ -107,7 +105,7 @@ def prefill(
     ] = 8192,
     preset: KeyBits = "paper-1.25",
     rope: Annotated[
-        Rope, typer.Option(help="Code keys before or after RoPE.", rich_help_panel=CACHE_PANEL)
+        Rope, typer.Option(help="Where keys are coded.", rich_help_panel=CACHE_PANEL)
     ] = Rope.pre,
     v_bits: Annotated[
         int, typer.Option(help="Bits per value, 4 or 2.", rich_help_panel=CACHE_PANEL)

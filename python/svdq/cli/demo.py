@@ -74,7 +74,7 @@ def demo(
     k_bits: KeyBits = "paper-1.25",
     v_bits: ValueBits = "4",
     rope: Annotated[
-        Rope, typer.Option(help="Code keys before or after RoPE.", rich_help_panel=CACHE_PANEL)
+        Rope, typer.Option(help="Where keys are coded.", rich_help_panel=CACHE_PANEL)
     ] = Rope.pre,
     clip: Clip = True,
     sink_tokens: SinkTokens = 8,

@@ -6,12 +6,15 @@ from typing import Annotated
 
 import typer
 
-from svdq.cli import harness, retrieval
+from svdq.cli import harness, keys, retrieval
 from svdq.cli.errors import reports_errors
 from svdq.cli.methods import make_methods
 from svdq.cli.options import (
     CACHE_PANEL,
     MODEL_PANEL,
+    Across,
+    AllocateAcross,
+    Averages,
     Clip,
     CsvFile,
     Dtype,
@@ -22,10 +25,12 @@ from svdq.cli.options import (
     Model,
     Peers,
     Presets,
+    Prices,
     Rope,
     SinkTokens,
     TextFile,
     ValueBits,
+    Weighted,
 )
 from svdq.cli.progress import quiet_transformers, step_progress
 from svdq.cli.table import report
@@ -43,11 +48,15 @@ def group() -> None:
 @app.command()
 @reports_errors
 def perplexity(
-    preset: Presets = ["paper-1.25"],  # noqa: B006  (typer reads it, nothing mutates it)
-    peer: Peers = [],  # noqa: B006
+    preset: Presets = None,
+    k_bits: Averages = None,
+    price: Prices = None,
+    allocate_across: AllocateAcross = Across.model,
+    weighted: Weighted = None,
+    peer: Peers = [],  # noqa: B006  (typer reads it, nothing mutates it)
     clip: Clip = True,
     rope: Annotated[
-        Rope, typer.Option(help="Code keys before or after RoPE.", rich_help_panel=CACHE_PANEL)
+        Rope, typer.Option(help="Where keys are coded.", rich_help_panel=CACHE_PANEL)
     ] = Rope.pre,
     v_bits: ValueBits = "exact",
     sink_tokens: SinkTokens = 8,
@@ -85,7 +94,8 @@ def perplexity(
     from svdq.evaluation import models
     from svdq.evaluation.perplexity import Task, evaluate_perplexity
 
-    methods = make_methods(preset, peer, v_bits, rope, clip, sink_tokens)
+    allocated = (k_bits, price, allocate_across, weighted)
+    methods = make_methods(preset, peer, v_bits, rope, clip, sink_tokens, 0, *allocated)
     task = Task(tuple(window_start), prefill_tokens, predict_tokens)
     text = models.load_text(text_file)
     source = models.find_model(model, gguf_file)
@@ -102,5 +112,6 @@ def perplexity(
     report(rows, json_file, markdown, title, csv_file, html_file)
 
 
+app.command()(keys.keys)
 app.command()(retrieval.retrieval)
 app.command()(harness.harness)

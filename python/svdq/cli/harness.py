@@ -12,6 +12,9 @@ from svdq.cli.methods import make_methods
 from svdq.cli.options import (
     CACHE_PANEL,
     MODEL_PANEL,
+    Across,
+    AllocateAcross,
+    Averages,
     Clip,
     CsvFile,
     Dtype,
@@ -22,9 +25,11 @@ from svdq.cli.options import (
     Model,
     Peers,
     Presets,
+    Prices,
     Rope,
     SinkTokens,
     ValueBits,
+    Weighted,
 )
 from svdq.cli.progress import quiet_transformers, step_progress
 from svdq.cli.table import report
@@ -85,11 +90,15 @@ def harness(
             rich_help_panel=TASK_PANEL,
         ),
     ] = False,
-    preset: Presets = ["paper-1.25"],  # noqa: B006  (typer reads it, nothing mutates it)
-    peer: Peers = [],  # noqa: B006
+    preset: Presets = None,
+    k_bits: Averages = None,
+    price: Prices = None,
+    allocate_across: AllocateAcross = Across.model,
+    weighted: Weighted = None,
+    peer: Peers = [],  # noqa: B006  (typer reads it, nothing mutates it)
     clip: Clip = True,
     rope: Annotated[
-        Rope, typer.Option(help="Code keys before or after RoPE.", rich_help_panel=CACHE_PANEL)
+        Rope, typer.Option(help="Where keys are coded.", rich_help_panel=CACHE_PANEL)
     ] = Rope.pre,
     v_bits: ValueBits = "exact",
     sink_tokens: SinkTokens = 8,
@@ -116,7 +125,10 @@ def harness(
     from svdq.evaluation.harness import evaluate_harness, import_harness
 
     import_harness()
-    methods = make_methods(preset, peer, v_bits, rope, clip, sink_tokens, residual_length)
+    allocated = (k_bits, price, allocate_across, weighted)
+    methods = make_methods(
+        preset, peer, v_bits, rope, clip, sink_tokens, residual_length, *allocated
+    )
     tasks = [name.strip() for names in task for name in names.split(",") if name.strip()]
     if not tasks:
         raise ValueError(f"--tasks names no task, got {','.join(task)!r}")

@@ -2,44 +2,76 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from svdq.cli.options import Rope
+from svdq.cli.options import Across, Rope
 
 if TYPE_CHECKING:
     from svdq.evaluation.matching import Matched
     from svdq.evaluation.prefix import Method
 
 
+def asked_keys(
+    presets: Sequence[str] | None,
+    averages: Sequence[float] | None,
+    prices: Sequence[float] | None = None,
+    default: Sequence[str] = ("paper-1.25",),
+) -> list[str]:
+    """The words for :func:`svdq.evaluation.methods.key_argument` that the options mean.
+
+    Parameters
+    ----------
+    presets, averages, prices : of ``--preset``, ``--k-bits`` and ``--lambda``; in this order.
+    default : what stands for none of them.
+    """
+    keys = list(presets or [])
+    keys += [f"{bits:.12g}" for bits in averages or []]
+    keys += [f"lambda={price:.12g}" for price in prices or []]
+    return keys or list(default)
+
+
 def make_methods(
-    presets: list[str],
-    peers: list[str],
+    presets: Sequence[str] | None,
+    peers: Sequence[str],
     v_bits: str,
     rope: Rope,
     clip: bool,
     sink_tokens: int,
     residual_length: int = 0,
+    averages: Sequence[float] | None = None,
+    prices: Sequence[float] | None = None,
+    across: Across = Across.model,
+    weighted: bool | None = None,
 ) -> list[Method | Matched]:
-    """svdq with every preset, then the peers, which have the same sinks.
+    """svdq with every preset, average and price, then the peers, which have the same sinks.
 
     Raises
     ------
     ValueError, ImportError
-        For words that mean nothing, or a peer whose package is not installed.
+        For words that mean nothing, options that contradict each other, or a peer whose package is
+        not installed.
     """
     from svdq.evaluation.matching import parse_peer
-    from svdq.evaluation.methods import CacheSettings
+    from svdq.evaluation.methods import CacheSettings, key_argument
 
-    settings = [
-        CacheSettings(
-            keys,
-            v_bits=v_bits,
-            rope=rope.value,
-            clip=clip,
-            sink_tokens=sink_tokens,
-            residual_length=residual_length,
+    keys = asked_keys(presets, averages, prices)
+    if across is not Across.model and not any("k_bits" in key_argument(word) for word in keys):
+        raise ValueError(f"--allocate-across {across.value} needs bits to allocate, see --k-bits")
+    settings = []
+    for word in keys:
+        # Schedules have nothing to allocate; a price has no scope but the model, and says so.
+        fixed = key_argument(word).keys() & {"preset", "schedule"}
+        settings.append(
+            CacheSettings(
+                word,
+                v_bits=v_bits,
+                rope=rope.value,
+                clip=clip,
+                sink_tokens=sink_tokens,
+                residual_length=residual_length,
+                allocate_across="model" if fixed else across.value,
+                query_weighted=weighted,
+            )
         )
-        for keys in presets
-    ]
-    reference = settings[0] if settings else None
-    return [*settings, *(parse_peer(peer, reference, sink_tokens) for peer in peers)]
+    return [*settings, *(parse_peer(peer, settings[0], sink_tokens) for peer in peers)]

@@ -22,6 +22,16 @@ class Rope(str, enum.Enum):
 
     pre = "pre"
     post = "post"
+    rotated_mean = "rotated-mean"
+    hybrid = "hybrid"
+
+
+class Across(str, enum.Enum):
+    """Over what allocated bits are the average."""
+
+    model = "model"
+    layer = "layer"
+    head = "head"
 
 
 MODEL_PANEL = "Model and text"
@@ -54,12 +64,47 @@ TextFile = Annotated[
     ),
 ]
 Presets = Annotated[
-    list[str],
+    list[str] | None,
     typer.Option(
         help="Bits per key number: a preset, an average to allocate (0.7), a price (lambda=0.01) "
-        "or a schedule (4,4,2,0,0,0,0,0); "
-        "repeatable.",
+        "or a schedule (4,4,2,0,0,0,0,0); repeatable. Default: paper-1.25, unless --k-bits or "
+        "--lambda is given.",
         rich_help_panel=CACHE_PANEL,
+        show_default=False,
+    ),
+]
+Averages = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--k-bits",
+        help="Bits per key number to allocate on average; repeatable.",
+        rich_help_panel=CACHE_PANEL,
+        show_default=False,
+    ),
+]
+Prices = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--lambda",
+        help="Price of a bit in squared units of attention score; repeatable.",
+        rich_help_panel=CACHE_PANEL,
+        show_default=False,
+    ),
+]
+AllocateAcross = Annotated[
+    Across,
+    typer.Option(
+        help="Over what bits to allocate are the average.",
+        rich_help_panel=CACHE_PANEL,
+    ),
+]
+Weighted = Annotated[
+    bool | None,
+    typer.Option(
+        "--weighted/--no-weighted",
+        help="Fit bases in units of attention score. Default: where bits are allocated.",
+        rich_help_panel=CACHE_PANEL,
+        show_default=False,
     ),
 ]
 Peers = Annotated[

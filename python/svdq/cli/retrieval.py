@@ -12,6 +12,9 @@ from svdq.cli.methods import make_methods
 from svdq.cli.options import (
     CACHE_PANEL,
     MODEL_PANEL,
+    Across,
+    AllocateAcross,
+    Averages,
     Clip,
     CsvFile,
     Dtype,
@@ -22,10 +25,12 @@ from svdq.cli.options import (
     Model,
     Peers,
     Presets,
+    Prices,
     Rope,
     SinkTokens,
     TextFile,
     ValueBits,
+    Weighted,
 )
 from svdq.cli.progress import quiet_transformers, step_progress
 from svdq.cli.table import report
@@ -42,11 +47,15 @@ class Haystack(str, enum.Enum):
 
 @reports_errors
 def retrieval(
-    preset: Presets = ["paper-1.25"],  # noqa: B006  (typer reads it, nothing mutates it)
-    peer: Peers = [],  # noqa: B006
+    preset: Presets = None,
+    k_bits: Averages = None,
+    price: Prices = None,
+    allocate_across: AllocateAcross = Across.model,
+    weighted: Weighted = None,
+    peer: Peers = [],  # noqa: B006  (typer reads it, nothing mutates it)
     clip: Clip = True,
     rope: Annotated[
-        Rope, typer.Option(help="Code keys before or after RoPE.", rich_help_panel=CACHE_PANEL)
+        Rope, typer.Option(help="Where keys are coded.", rich_help_panel=CACHE_PANEL)
     ] = Rope.pre,
     v_bits: ValueBits = "exact",
     sink_tokens: SinkTokens = 8,
@@ -111,7 +120,10 @@ def retrieval(
     from svdq.evaluation.retrieval import Sweep, evaluate_retrieval
     from svdq.evaluation.tasks import NOISE, TASKS, SampleMaker
 
-    methods = make_methods(preset, peer, v_bits, rope, clip, sink_tokens, residual_length)
+    allocated = (k_bits, price, allocate_across, weighted)
+    methods = make_methods(
+        preset, peer, v_bits, rope, clip, sink_tokens, residual_length, *allocated
+    )
     tasks = tuple(task or TASKS)
     sweep = Sweep(tasks, tuple(context_tokens), tuple(depth), samples, seed)
     text = NOISE if haystack is Haystack.noise else models.load_text(text_file)

@@ -68,10 +68,14 @@ COLUMNS: dict[str, list[tuple[str, str, Callable[[Any], str]]]] = {
     ],
     "key_error": [
         ("method", "keys", str),
-        ("layer", "layer", str),
+        ("number", "no.", str),
         ("bits", "bits", _bits),
+        ("all_in_bits", "bits, all in", _bits),
         ("relative_error", "relative error", _number(4)),
-        ("ratio", "times smaller", _number(2)),
+        ("ratio_min", "times smaller: least", _number(1)),
+        ("ratio_median", "median", _number(1)),
+        ("ratio_mean", "mean", _number(1)),
+        ("score_ratio_median", "of scores, median", _number(1)),
     ],
     "attend": [
         ("case", "case", str),
@@ -113,21 +117,28 @@ TRANSPOSED = {"demo"}
 def cells(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
     """Headings and formatted cells of rows of one benchmark; empty where a row lacks a value.
 
-    For the benchmarks of ``TRANSPOSED`` each row of results becomes a column.
+    Rows that are only drawn are left out, those of retrieval and of errors of keys summarized. For
+    the benchmarks of ``TRANSPOSED`` each row of results becomes a column.
     """
+    from svdq.evaluation.summary import DRAWN_ONLY, summarize_key_errors
+
+    rows = [row for row in rows if row.get("benchmark") not in DRAWN_ONLY]
     if not rows or rows[0].get("benchmark") not in COLUMNS:
         raise ValueError(f"expected rows with benchmark one of {sorted(COLUMNS)}")
-    columns = COLUMNS[rows[0]["benchmark"]]
-    if rows[0]["benchmark"] == "retrieval":
+    benchmark = rows[0]["benchmark"]
+    columns = COLUMNS[benchmark]
+    if benchmark == "retrieval":
         rows, pooled = _retrieval_columns(rows)
         columns = columns + pooled
+    elif benchmark == "key_error":
+        rows = summarize_key_errors(rows)
     columns = [c for c in columns if any(c[0] in row for row in rows)]
     body = [
         ["" if row.get(key) is None else write(row[key]) for key, _, write in columns]
         for row in rows
     ]
     headings = [heading for _, heading, _ in columns]
-    if rows[0]["benchmark"] in TRANSPOSED:
+    if benchmark in TRANSPOSED:
         headings, *body = map(list, zip(headings, *body, strict=True))
     return headings, body
 
@@ -151,14 +162,40 @@ def _retrieval_columns(rows: Sequence[dict]) -> tuple[list[dict], list]:
     return summary, columns
 
 
+def layer_cells(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of the ratios of errors of keys: a line a layer, a column a method.
+
+    Methods are named by their numbers in the table of :func:`cells`.
+    """
+    rows = [row for row in rows if row.get("benchmark") == "key_error"]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    found: dict[int, dict[str, str]] = {}
+    for row in rows:
+        ratio = row["ratio"]
+        found.setdefault(row["layer"], {})[row["method"]] = "" if ratio is None else f"{ratio:.1f}"
+    body = [[str(layer), *(line.get(m, "") for m in methods)] for layer, line in found.items()]
+    return ["layer", *(str(i) for i in range(1, len(methods) + 1))], body
+
+
 def terminal_table(rows: Sequence[dict], title: str | None = None) -> Table:
     """Rows as a table for the terminal."""
     headings, body = cells(rows)
+    return _terminal(headings, body, title, rows[0]["benchmark"] in TRANSPOSED)
+
+
+def layer_table(rows: Sequence[dict], title: str | None = None) -> Table:
+    """What :func:`layer_cells` says, for the terminal."""
+    return _terminal(*layer_cells(rows), title)
+
+
+def _terminal(
+    headings: list[str], body: list[list[str]], title: str | None, transposed: bool = False
+) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     for index, heading in enumerate(headings):
         # Headings may wrap in a narrow terminal, but not inside of words or numbers.
         least = max(map(len, [*heading.split(), *(row[index] for row in body)]))
-        if index == 0 or rows[0]["benchmark"] in TRANSPOSED:
+        if index == 0 or transposed:
             table.add_column(heading, justify="right" if index else "left", overflow="fold")
         else:
             table.add_column(heading, justify="right", min_width=least)
@@ -267,9 +304,11 @@ def report(
 ) -> list[dict]:
     """Print rows and write them to files if asked; the rows with the machine in each."""
     from svdq.benchmark import machine
+    from svdq.evaluation.summary import DRAWN_ONLY
 
     facts = machine.describe()
-    rows = [row | {"machine": facts} for row in rows]
+    # There are many rows that are only drawn, and others beside them that name the machine.
+    rows = [row if row["benchmark"] in DRAWN_ONLY else row | {"machine": facts} for row in rows]
     if markdown:
         typer.echo(markdown_table(rows))
     else:

@@ -74,4 +74,6 @@ def _packed_layer_bytes(layer: SVDqLayer, num_tokens: int) -> int:
     total += pages * packed.page_table.itemsize
     shared = (packed.basis, packed.scale, packed.mean, packed.cache_seqlens, packed.first_position)
     shared = (*shared, packed.fit_error, packed.error)
+    if packed.tail_mean is not None:
+        shared = (*shared, packed.tail_mean)
     return total + sum(x.nbytes for x in shared)

@@ -84,6 +84,12 @@ class CacheSettings:
         resolve_keys(**key_argument(self.keys))
         if not 0 <= self.sink_tokens <= PAGE_TOKENS:
             raise ValueError(f"sink_tokens must be 0 .. {PAGE_TOKENS}, got {self.sink_tokens}")
+        if self.allocate_across != "model" and "k_bits" not in key_argument(self.keys):
+            raise ValueError(
+                f"keys {self.keys!r} have no bits to allocate across each {self.allocate_across}"
+            )
+        if self.query_weighted and not self.packs:
+            raise ValueError(f"keys {self.keys!r} are not packed, so they cannot be weighted")
 
     @property
     def packs(self) -> bool:
@@ -135,6 +141,8 @@ class CacheSettings:
             "preset": self.keys,
             "rope": self.rope,
             "clip": self.clip,
+            "allocate_across": self.allocate_across,
+            "query_weighted": self.query_weighted,
             "v_bits": self.v_bits,
             "sink_tokens": self.sink_tokens,
             "residual_length": self.residual_length,

@@ -138,24 +138,30 @@ def method_of(row: dict) -> str:
 
 
 def bits_heat(rows: Sequence[dict]) -> Figure:
-    """Bits a key number by layer and KV head.
+    """Bits a key number by layer and KV head, a panel for each method.
 
     Parameters
     ----------
-    rows : of ``"bits"``: layer, head, bits.
+    rows : of ``"bits"``: layer, head, bits; method where there are several.
     """
     layers = sorted({row["layer"] for row in rows})
     heads = sorted({row["head"] for row in rows})
-    values = np.full((len(heads), len(layers)), np.nan)
-    for row in rows:
-        values[heads.index(row["head"]), layers.index(row["layer"])] = row["bits"]
-    figure = _figure(max(5, 1 + 0.38 * len(layers)), 1.6 + 0.35 * len(heads))
-    axes = figure.subplots()
-    image = _heat(axes, values, 0, None, "viridis", "{:.2g}")
-    axes.set_xticks(range(len(layers)), layers)
-    axes.set_yticks(range(len(heads)), heads)
-    axes.set(xlabel="layer", ylabel="KV head")
-    figure.colorbar(image, ax=axes, label="bits")
+    methods = list(dict.fromkeys(row.get("method") for row in rows))
+    height = 1.6 + 0.35 * len(heads)
+    figure = _figure(max(5, 1 + 0.38 * len(layers)), height * len(methods))
+    most = max(row["bits"] for row in rows)
+    panels = figure.subplots(len(methods), squeeze=False)[:, 0]
+    for axes, method in zip(panels, methods, strict=True):
+        values = np.full((len(heads), len(layers)), np.nan)
+        for row in rows:
+            if row.get("method") == method:
+                values[heads.index(row["head"]), layers.index(row["layer"])] = row["bits"]
+        image = _heat(axes, values, 0, most, "viridis", "{:.2g}")
+        axes.set_xticks(range(len(layers)), layers)
+        axes.set_yticks(range(len(heads)), heads)
+        axes.set(xlabel="layer", ylabel="KV head")
+        axes.set_title(method, fontsize=9)
+    figure.colorbar(image, ax=panels, label="bits")
     return figure
 
 

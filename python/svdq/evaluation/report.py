@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from svdq.evaluation.plots import PLOTS, to_svg
-from svdq.evaluation.summary import able_tasks, summarize
+from svdq.evaluation.summary import DRAWN_ONLY, able_tasks, summarize, summarize_key_errors
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; }
@@ -23,8 +23,8 @@ p.note { color: #555; }
 """
 # Columns that a table of a page leaves out: the same in all rows, said once or long.
 HIDDEN = ("benchmark", "machine", "cache_parts", "variances", "window_starts")
-# Rows that are only drawn: there is one for every head.
-DRAWN_ONLY = ("bits", "spectrum")
+# Benchmarks of many rows, summarized, and how.
+SUMMARIES = {"retrieval": summarize, "key_error": summarize_key_errors}
 
 
 def write_csv(path: Path, rows: Sequence[dict]) -> None:
@@ -90,25 +90,22 @@ def _section(benchmark: str, rows: list[dict]) -> str:
     heading, _ = PLOTS.get(benchmark, (benchmark, None))
     drawn = benchmark in PLOTS
     parts = [f"<h2>{html.escape(heading)}</h2>"]
+    if benchmark in SUMMARIES:
+        parts.append(html_table(SUMMARIES[benchmark](rows)))
     if benchmark == "retrieval":
-        parts += _retrieval_notes(rows)
+        able = ", ".join(sorted(able_tasks(rows))) or "none"
+        note = f"Tasks that the model itself can do: {able}."
+        parts.append(f'<p class="note">{html.escape(note)}</p>')
         if all(row.get("depth") is None for row in rows):
             drawn = False  # no task with a depth was asked
     if drawn:
         parts.append(to_svg(benchmark, rows))
     if benchmark not in DRAWN_ONLY:
         table = html_table(rows)
-        if benchmark == "retrieval":
+        if benchmark in SUMMARIES:
             table = f"<details><summary>All {len(rows)} rows</summary>\n{table}\n</details>"
         parts.append(table)
     return "\n".join(parts)
-
-
-def _retrieval_notes(rows: list[dict]) -> list[str]:
-    """The summary by task and length, and which tasks the model itself can do."""
-    able = sorted(able_tasks(rows))
-    note = f"Tasks that the model itself can do: {', '.join(able) or 'none'}."
-    return [html_table(summarize(rows)), f'<p class="note">{html.escape(note)}</p>']
 
 
 def html_table(rows: Sequence[dict]) -> str:

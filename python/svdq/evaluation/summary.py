@@ -1,10 +1,13 @@
-"""Retrieval rows pooled: by task, by length, and over the tasks that the model itself can do."""
+"""Rows pooled: of retrieval by task, length, and what the model itself can do; errors of keys over
+layers."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+# Benchmarks whose rows, one for every head, are only drawn.
+DRAWN_ONLY = ("bits", "spectrum")
 # A task is the model's own to fail where the full cache's accuracy is below this.
 ABLE = 0.5
 
@@ -54,6 +57,36 @@ def summarize(rows: Sequence[dict]) -> list[dict]:
             line["able"] = statistics.fmean(pooled(by_task[task]) for task in able if by_task[task])
         summary.append(line)
     return summary
+
+
+def summarize_key_errors(rows: Sequence[dict]) -> list[dict]:
+    """One row a method: bits and error, mean over layers, and how the ratios spread over layers.
+
+    Returns
+    -------
+    Rows with number (from 1), method, bits, all_in_bits, relative_error, the minimum, median and
+    mean of ratio, and the median of score_ratio; without what no layer has.
+    """
+    summary = []
+    for number, method in enumerate(_order(rows, "method"), 1):
+        group = [row for row in rows if row["method"] == method]
+        line = {"benchmark": "key_error-summary", "method": method, "number": number}
+        for key in ("bits", "all_in_bits", "relative_error"):
+            line[key] = _over_layers(statistics.fmean, group, key)
+        line["ratio_min"] = _over_layers(min, group, "ratio")
+        line["ratio_median"] = _over_layers(statistics.median, group, "ratio")
+        line["ratio_mean"] = _over_layers(statistics.fmean, group, "ratio")
+        line["score_ratio_median"] = _over_layers(statistics.median, group, "score_ratio")
+        summary.append({key: value for key, value in line.items() if value is not None})
+    return summary
+
+
+def _over_layers(
+    pool: Callable[[list[float]], float], rows: Sequence[dict], key: str
+) -> float | None:
+    """A column pooled, or None where no row has a value."""
+    values = [row[key] for row in rows if row.get(key) is not None]
+    return pool(values) if values else None
 
 
 def _order(rows: Sequence[dict], key: str) -> list:
