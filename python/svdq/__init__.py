@@ -8,8 +8,9 @@ from svdq import fakes, ops, presets  # noqa: F401  (fakes registers itself)
 from svdq.attention import register
 from svdq.cache import SVDqCache
 from svdq.layout import PageLayout
+from svdq.profile import Profile
 
 __version__ = "0.1.0"
-__all__ = ["PageLayout", "SVDqCache", "__version__", "ops", "presets"]
+__all__ = ["PageLayout", "Profile", "SVDqCache", "__version__", "ops", "presets"]
 
 register()

@@ -179,12 +179,14 @@ class Allocator:
     k_bits : code bits per key number on average, or None with a price.
     lambda_ : price of a bit in squared score units.
     scope : ``"model"``, ``"layer"`` or ``"head"``: over what ``k_bits`` is the average.
+    known : bands by layer where a profile says them; then nothing is solved.
     """
 
     num_layers: int
     k_bits: float | None
     lambda_: float | None
     scope: str = "model"
+    known: dict[int, Tensor] | None = None
     _given: float | None = field(init=False)
     _waiting: dict[int, tuple] = field(init=False)  # arguments of ask, by layer
 
@@ -219,7 +221,9 @@ class Allocator:
             raise ValueError(
                 f"k_bits={self.k_bits} must be more than the {taken} that core channels take"
             )
-        if self.scope == "head":
+        if self.known is not None:
+            answer(self.known[layer])
+        elif self.scope == "head":
             answer(equal_budgets(spectrum, self.k_bits - taken))
         elif self.scope == "layer":
             bands = solve_lambda([spectrum], self.k_bits - taken, overhead)[1][0]

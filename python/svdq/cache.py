@@ -20,6 +20,7 @@ from svdq.layer import SVDqLayer
 from svdq.layout import PAGE_TOKENS
 from svdq.memory import MemoryReport, held_bytes, memory_report
 from svdq.presets import resolve_keys
+from svdq.profile import Profile
 from svdq.rope import inverse_frequencies
 from svdq.settings import ROPE_MODES, Settings
 
@@ -65,6 +66,8 @@ class SVDqCache(Cache):
     clip : choose every channel's range by least fourth-power error instead of min to max.
     sink_tokens : leading tokens held exact, at most 64.
     residual_length : recent tokens held exact; pages are packed whole, so up to 63 more are.
+    profile : of the model, or its file (``svdq calibrate``): bits are allocated by it, so every
+        prompt has pages of the same size and layers are packed as they are read.
     refit_drift : once the error of a sequence's latest keys is this many times what it was when its
         basis was fitted, later pages get a new basis, fitted on ``min_fit_tokens`` tokens that stay
         exact until then; None never does. See :meth:`drift`.
@@ -99,6 +102,7 @@ class SVDqCache(Cache):
         residual_length: int = 64,
         min_fit_tokens: int | None = None,
         refit_drift: float | None = None,
+        profile: Profile | str | os.PathLike | None = None,
     ) -> None:
         resolved, k_bits = resolve_keys(preset, schedule, k_bits, lambda_)
         allocates = k_bits is not None or lambda_ is not None
@@ -131,6 +135,21 @@ class SVDqCache(Cache):
         if self.settings.allocates:
             self._allocator = Allocator(0, k_bits, lambda_, allocate_across)
         super().__init__(layers=self._layers(config))
+        if profile is not None:
+            self._use_profile(profile)
+
+    def _use_profile(self, profile: Profile | str | os.PathLike) -> None:
+        settings = self.settings
+        if self._allocator is None:
+            raise ValueError("a profile allocates bits: give k_bits or lambda_ with it")
+        if not isinstance(profile, Profile):
+            profile = Profile.load(profile)
+        layers = [layer.index for layer in self.svdq_layers]
+        profile.check(layers, settings.rope, settings.core_channels, settings.query_weighted)
+        dim = next(iter(profile.spectra.values())).shape[1]
+        self._allocator.known = profile.bands(
+            settings.k_bits, settings.lambda_, settings.allocate_across, settings.core_bits(dim)
+        )
 
     def _layers(self, config: PretrainedConfig) -> list:
         layers = DynamicCache(config=config).layers

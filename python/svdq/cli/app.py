@@ -1,4 +1,4 @@
-"""The command's tree: demo, eval, bench, table, info."""
+"""The command's tree: demo, calibrate, eval, bench, table, info."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from svdq.cli import bench, demo, errors, evaluate, info, table
+from svdq.cli import bench, calibrate, demo, errors, evaluate, info, table
 
 app = typer.Typer(
     name="svdq",
@@ -18,6 +18,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("demo")(demo.demo)
+app.command("calibrate")(calibrate.calibrate)
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(bench.app, name="bench")
 app.command("table")(table.table)

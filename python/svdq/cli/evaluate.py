@@ -26,6 +26,7 @@ from svdq.cli.options import (
     Peers,
     Presets,
     Prices,
+    ProfileFile,
     Rope,
     SinkTokens,
     TextFile,
@@ -53,6 +54,7 @@ def perplexity(
     price: Prices = None,
     allocate_across: AllocateAcross = Across.model,
     weighted: Weighted = None,
+    profile: ProfileFile = None,
     peer: Peers = [],  # noqa: B006  (typer reads it, nothing mutates it)
     clip: Clip = True,
     rope: Annotated[
@@ -94,7 +96,7 @@ def perplexity(
     from svdq.evaluation import models
     from svdq.evaluation.perplexity import Task, evaluate_perplexity
 
-    allocated = (k_bits, price, allocate_across, weighted)
+    allocated = (k_bits, price, allocate_across, weighted, profile)
     methods = make_methods(preset, peer, v_bits, rope, clip, sink_tokens, 0, *allocated)
     task = Task(tuple(window_start), prefill_tokens, predict_tokens)
     text = models.load_text(text_file)

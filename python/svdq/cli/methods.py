@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from svdq.cli.options import Across, Rope
@@ -43,6 +44,7 @@ def make_methods(
     prices: Sequence[float] | None = None,
     across: Across = Across.model,
     weighted: bool | None = None,
+    profile: Path | None = None,
 ) -> list[Method | Matched]:
     """svdq with every preset, average and price, then the peers, which have the same sinks.
 
@@ -72,6 +74,7 @@ def make_methods(
                 residual_length=residual_length,
                 allocate_across="model" if fixed else across.value,
                 query_weighted=weighted,
+                profile=None if fixed or profile is None else str(profile),
             )
         )
     return [*settings, *(parse_peer(peer, settings[0], sink_tokens) for peer in peers)]

@@ -136,6 +136,15 @@ ValueBits = Annotated[
 SinkTokens = Annotated[
     int, typer.Option(min=0, help="First tokens that stay exact.", rich_help_panel=CACHE_PANEL)
 ]
+ProfileFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--profile",
+        help="Allocate bits by the spectra in this file, see svdq calibrate.",
+        rich_help_panel=CACHE_PANEL,
+        show_default=False,
+    ),
+]
 Clip = Annotated[
     bool,
     typer.Option(

@@ -66,7 +66,7 @@ class CacheSettings:
     Parameters
     ----------
     keys : what the user asked for, see :func:`key_argument`.
-    allocate_across, query_weighted : as for the cache.
+    allocate_across, query_weighted, profile : as for the cache.
     v_bits, rope, clip, sink_tokens, residual_length : as for the cache.
     """
 
@@ -78,6 +78,7 @@ class CacheSettings:
     residual_length: int = 64
     allocate_across: str = "model"
     query_weighted: bool | None = None
+    profile: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "v_bits", _parse_value_bits(self.v_bits))
@@ -106,6 +107,8 @@ class CacheSettings:
             words.append(f"per {self.allocate_across}")
         if self.query_weighted is not None:
             words.append("weighted" if self.query_weighted else "unweighted")
+        if self.profile is not None:
+            words.append("by profile")
         return ", ".join(words)
 
     def make_cache(self, config: PretrainedConfig) -> SVDqCache:
@@ -121,6 +124,7 @@ class CacheSettings:
             residual_length=self.residual_length,
             allocate_across=self.allocate_across,
             query_weighted=self.query_weighted,
+            profile=self.profile,
         )
 
     @property
