@@ -130,7 +130,7 @@ def test_sinks_and_window_are_exact():
 
 
 def test_sinks_do_not_bend_the_basis():
-    plain, outliers = Driver(), Driver()
+    plain, outliers = (Driver(query_weighted=False) for _ in range(2))
     query, keys, values = plain.draw(400)
     plain.attend(query, keys, values)
     loud = keys.clone()

@@ -68,6 +68,7 @@ def test_parts_are_what_the_format_says():
     assert report.key_scale == 2 * 2 * coded * 4
     assert report.key_basis == 2 * 2 * coded * 64 * 2
     assert report.key_mean == 2 * 2 * 64 * 4
+    assert report.key_weight == 2 * 2 * 64 * (2 + 4) + 2 * 4  # weights, energies, tokens seen
     assert report.value_codes == packed * 64 * 4 / 8
     assert report.value_scales == packed * 2 * 2  # half scale and zero point per token, one group
     assert report.sink_keys == report.sink_values == 2 * 8 * 2 * 64 * 2
@@ -77,7 +78,7 @@ def test_parts_are_what_the_format_says():
     assert report.full_bytes == 2 * 800 * 2 * 64 * 2
     assert report.code_bits == 1.25
     keys = report.key_codes + report.key_scale + report.key_basis + report.key_mean
-    keys += report.sink_keys + report.window_keys + report.page_tables
+    keys += report.key_weight + report.sink_keys + report.window_keys + report.page_tables
     assert report.key_bits == 8 * keys / (800 * 2 * 64)
     assert report.ratio == report.full_bytes / report.total_bytes
     assert "1.25 in codes" in str(report) and "window keys" in str(report)

@@ -37,7 +37,7 @@ def test_it_is_the_cache_that_a_prefill_makes(settings):
 def test_what_does_not_fit_is_refused_and_changes_nothing():
     model, tokens = make_model(), make_tokens(1, 400)
     full = full_cache(model, tokens)
-    cache = SVDqCache(model.config)
+    cache = SVDqCache(model.config, query_weighted=False)
     with pytest.raises(ValueError, match="of the same model"):
         cache.prefill_from(DynamicCache())
     assert cache.get_seq_length() == 0

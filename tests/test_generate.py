@@ -146,7 +146,9 @@ def left_padded(prompts):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox"])
-@pytest.mark.parametrize("settings", [{}, {"rope": "post"}, {"preset": "exact"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"rope": "post"}, {"preset": "exact"}, {"rope": "hybrid"}], ids=str
+)
 def test_padded_batch_equals_the_sequences_alone(family, settings):
     model = make_model(family)
     prompts = [make_tokens(1, length, seed=length) for length in (PROMPT, 400, 190, 3)]

@@ -41,7 +41,8 @@ class SVDqCache(Cache):
     Parameters
     ----------
     config : configuration of the model.
-    preset : name of a bit schedule in :data:`svdq.presets.PRESETS`; ``"paper-1.25"`` by default.
+    preset : name of a bit schedule in :data:`svdq.presets.PRESETS`. By default that of
+        ``"paper-1.25"``, whose pages neither wait for other layers nor depend on other sequences.
         ``"exact"`` packs nothing.
     schedule : own bit schedule, widths of 8, 4, 2, 1, 0 per equal group of channels; instead of
         ``preset``.
@@ -52,8 +53,8 @@ class SVDqCache(Cache):
         packed as they are read.
     allocate_across : over what ``k_bits`` is the average: ``"model"``, each ``"layer"``, or each
         ``"head"``, whose pages are then equally large.
-    query_weighted : fit bases in units of attention score, see svdq/weighting.py; by default where
-        bits are allocated.
+    query_weighted : fit bases in units of attention score, see svdq/weighting.py. By default True
+        but for a ``preset`` or ``schedule`` that is named: those are the paper's.
     v_bits : 4 (default) or 2 bits per token and group, or exact: 16 or 32, whichever the model's
         dtype has, or ``"exact"`` for either.
     v_group_size : channels that share a value scale, a multiple of 16 that divides head_dim; about
@@ -106,6 +107,7 @@ class SVDqCache(Cache):
     ) -> None:
         resolved, k_bits = resolve_keys(preset, schedule, k_bits, lambda_)
         allocates = k_bits is not None or lambda_ is not None
+        named = preset is not None or schedule is not None
         exact = resolved is None and not allocates
         if exact and v_bits in (2, 4):
             raise ValueError(f"exact keys come with exact values, got v_bits={v_bits}")
@@ -115,7 +117,7 @@ class SVDqCache(Cache):
             k_bits,
             lambda_,
             allocate_across,
-            allocates if query_weighted is None else bool(query_weighted),
+            (not named and not exact) if query_weighted is None else bool(query_weighted),
             v_bits,
             v_group_size,
             rope,

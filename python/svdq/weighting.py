@@ -38,7 +38,7 @@ class QueryEnergy:
         for b, pad in enumerate(padding):
             # A piece at a time, so that a long prompt's squares take little memory.
             for piece in query[b, :, pad:].split(1024, dim=1):
-                squares = piece.float().square_().sum(dim=1) * scaling**2
+                squares = piece.float().square().sum(dim=1) * scaling**2
                 self.total[b] += squares.view(heads, -1, dim).mean(dim=1)
             self.count[b] += query.shape[2] - pad
 
