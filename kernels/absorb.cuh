@@ -14,6 +14,29 @@
 
 namespace svdq::device {
 
+// The parts of a head whose lines a scorer reads: for_each_band over them, and their bytes.
+struct CorePart {
+  template <typename Fn>
+  SVDQ_DEVICE static void for_each(const HeadPlan& head, const Fn& fn) {
+    for_each_band(head.core, fn);
+  }
+  SVDQ_DEVICE static int bytes(const HeadPlan& head) { return head.core.page_bytes(); }
+};
+struct TailPart {
+  template <typename Fn>
+  SVDQ_DEVICE static void for_each(const HeadPlan& head, const Fn& fn) {
+    for_each_band(head.tail, fn);
+  }
+  SVDQ_DEVICE static int bytes(const HeadPlan& head) { return head.tail.page_bytes(); }
+};
+struct BothParts {
+  template <typename Fn>
+  SVDQ_DEVICE static void for_each(const HeadPlan& head, const Fn& fn) {
+    for_each_part(head, fn);
+  }
+  SVDQ_DEVICE static int bytes(const HeadPlan& head) { return head.page_bytes(); }
+};
+
 // Rows' largest weight in their unit: high in the range of a half, so that small weights keep their
 // digits, and low enough that no rounding overflows.
 inline constexpr float kLargestWeight = 256.0f;
@@ -29,7 +52,7 @@ struct AbsorbPlan {
 
 // Turns the rows in s.weights and s.constant into fragments, units and offsets of tile `tile`.
 template <int kDim>
-SVDQ_DEVICE void finish_tile(AbsorbPlan<kDim>& s, const Bands& bands, const AttendWork& work,
+SVDQ_DEVICE void finish_tile(AbsorbPlan<kDim>& s, const Bands& bands, const Weights& weights,
                              int64_t tile, int dim) {
   const int lane = lane_index(), warp = warp_index(), rank = bands.rank();
   // Unit of every row.
@@ -47,7 +70,7 @@ SVDQ_DEVICE void finish_tile(AbsorbPlan<kDim>& s, const Bands& bands, const Atte
   // Fragments: lane 4 n + c holds quad c of row n.
   const int row = lane / 4;
   const float step = load(&s.step[row]), inverse = step > 0.0f ? 1.0f / step : 0.0f;
-  Words2* fragments = work.weights + tile * max_steps(dim) * kWarpSize;
+  Words2* fragments = weights.fragments + tile * max_steps(dim) * kWarpSize;
   float middle = 0.0f;
   int first_channel = 0, first_step = 0;
   for_each_band(bands, [&]<int kWidth>(int count) {
@@ -75,12 +98,13 @@ SVDQ_DEVICE void finish_tile(AbsorbPlan<kDim>& s, const Bands& bands, const Atte
     const int own = thread_index();
     float sum = 0.0f;
     for (int w = 0; w < kAttendWarps; ++w) sum += load(&s.middle[w][own]);
-    store(&work.step[tile * kRowTile + own], load(&s.step[own]));
-    store(&work.offset[tile * kRowTile + own], load(&s.constant[own]) - load(&s.step[own]) * sum);
+    store(&weights.step[tile * kRowTile + own], load(&s.step[own]));
+    store(&weights.offset[tile * kRowTile + own],
+          load(&s.constant[own]) - load(&s.step[own]) * sum);
   }
 }
 
-// Grid: x = head and row tile, z = sequence.
+// `heads` and p.mean are the tail's. Grid: x = head and row tile, z = sequence.
 template <int kDim>
 SVDQ_KERNEL(kAttendThreads)
 absorb_kernel(AttendParams p, AttendWork work, HeadTable heads) {
@@ -115,7 +139,7 @@ absorb_kernel(AttendParams p, AttendWork work, HeadTable heads) {
     if (lane % 4 == 0 && j == rank) store(&s.constant[lane / 4], sum);
   }
   sync_threads();
-  finish_tile(s, head.tail, work, rows.sequence_head * work.row_tiles + rows.tile, dim);
+  finish_tile(s, head.tail, work.absorbed, rows.sequence_head * work.row_tiles + rows.tile, dim);
 }
 
 // Channel of column `column` of a reconstructed key: the two channels of a RoPE pair side by side.
@@ -123,7 +147,7 @@ SVDQ_HOST_DEVICE constexpr int column_channel(int column, int half) {
   return column < 2 * half ? column / 2 + (column & 1) * half : column;
 }
 
-// Grid: x = column tile, y = head, z = sequence.
+// `heads` and p.mean are the core's. Grid: x = column tile, y = head, z = sequence.
 template <int kDim>
 SVDQ_KERNEL(kAttendThreads)
 columns_kernel(AttendParams p, AttendWork work, HeadTable heads) {
@@ -143,7 +167,7 @@ columns_kernel(AttendParams p, AttendWork work, HeadTable heads) {
     store(&s.constant[thread_index()], load(&p.mean[sequence_head * dim + channel]));
   }
   sync_threads();
-  finish_tile(s, head.core, work, sequence_head * grid_x() + block_x(), dim);
+  finish_tile(s, head.core, work.columns, sequence_head * grid_x() + block_x(), dim);
 }
 
 template <int kDim>

@@ -40,15 +40,15 @@ SVDQ_DEVICE void wait_copies_but(int pending) {
   }
 }
 
-// Starts to copy the key lines of a page of one head; returns where they end.
-SVDQ_DEVICE uint8_t* copy_keys(uint8_t* to, const uint8_t* keys, const Bands& bands, int threads) {
-  for_each_band(bands, [&]<int kWidth>(int count) {
+// Starts to copy the key lines of a page of one head.
+template <typename Parts>
+SVDQ_DEVICE void copy_keys(uint8_t* to, const uint8_t* keys, const HeadPlan& head, int threads) {
+  Parts::for_each(head, [&]<int kWidth>(int count) {
     const int bytes = count * kWidth * kPageTokens / 8;
     copy_lines<kWidth>(to, keys, bytes, thread_index(), threads);
     to += bytes;
     keys += bytes;
   });
-  return to;
 }
 
 // Pages of a split that hold a token that counts; none of a length that the table cannot hold.
@@ -140,7 +140,6 @@ attend_pages_kernel(AttendParams p, AttendWork work, HeadTable heads) {
   PagesPlan<Scores>& s = shared_memory<PagesPlan<Scores>>();
   const BlockRows rows = block_rows(p, work);
   const HeadPlan head = head_plan(heads, rows.head);
-  const Bands& bands = Scores::bands(head);
   const int dim = p.layout.head_dim, split = block_y();
   const PageRun run = page_run(p, work, rows, split);
   const int last = run.last;
@@ -154,8 +153,8 @@ attend_pages_kernel(AttendParams p, AttendWork work, HeadTable heads) {
   const auto fetch = [&](int n) {
     const int64_t id = n < last ? load(&page_table[n]) : -1;
     if (known(id)) {
-      copy_keys(stage(n), p.k_pages + id * p.layout.k_page_bytes + head.k_offset, bands,
-                kAttendThreads);
+      copy_keys<typename Scores::Parts>(
+          stage(n), p.k_pages + id * p.layout.k_page_bytes + head.k_offset, head, kAttendThreads);
     }
     readable = readable && (known(id) || n >= last);
     commit_copies();

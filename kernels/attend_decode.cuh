@@ -91,7 +91,7 @@ attend_decode_kernel(AttendParams p, AttendWork work, HeadTable heads) {
   DecodePlan<Scores>& s = shared_memory<DecodePlan<Scores>>();
   const BlockRows rows = block_rows(p, work);
   const HeadPlan head = head_plan(heads, rows.head);
-  const Bands& bands = Scores::bands(head);
+  using Parts = typename Scores::Parts;
   const ValueLayout& value = p.layout.value;
   Scores scores(s.scores, p, work, rows, head, work.page_warps * kWarpSize);
   sync_threads();
@@ -100,7 +100,7 @@ attend_decode_kernel(AttendParams p, AttendWork work, HeadTable heads) {
 
   const PageRun run = page_run(p, work, rows, split);
   bool readable = run.readable;
-  const int last = run.last, key_bytes = bands.page_bytes();
+  const int last = run.last, key_bytes = Parts::bytes(head);
   const int32_t* page_table = p.page_table + int64_t{rows.sequence} * p.table_stride;
   const int64_t value_offset = int64_t{rows.head} * value.page_bytes();
   uint8_t* stages = s.stages + warp_index() * work.stages * work.stage_bytes;
@@ -109,8 +109,8 @@ attend_decode_kernel(AttendParams p, AttendWork work, HeadTable heads) {
   const auto fetch = [&](int n) {
     const int64_t id = n < last ? load(&page_table[n]) : -1;
     if (known(id)) {
-      uint8_t* values =
-          copy_decode_keys(stage(n), p.k_pages + id * p.layout.k_page_bytes + head.k_offset, bands);
+      uint8_t* values = copy_decode_keys<Parts>(
+          stage(n), p.k_pages + id * p.layout.k_page_bytes + head.k_offset, head);
       Values::copy(values, p.v_pages + id * p.layout.v_page_bytes + value_offset, value);
     }
     readable = readable && (known(id) || n >= last);

@@ -1,7 +1,8 @@
 // What the kernels of the attend stage share: how a call is cut into blocks, the workspace between
 // launches, and reading numbers of any dtype.
 //
-//   absorb, or columns and rotations   what multiplies codes, once for all splits
+//   absorb; columns and rotations   what multiplies codes of tail and core channels, once for all
+//                                   splits
 //   attend_pages  packed pages -> partial results, one per split of the page table
 //   attend_exact  exact rows   -> partial results, one per split of the rows
 //                 (both for 8 query rows a block; attend_page_tiles and attend_exact_tiles for more)
@@ -31,6 +32,14 @@ SVDQ_HOST_DEVICE constexpr int max_steps(int head_dim) {
   return (head_dim + 15) / 16 + kNumWidths - 1;
 }
 
+// What multiplies the codes of one part of the heads, by tiles of 8 rows: U tiles a head, W =
+// max_steps(D).
+struct Weights {
+  Words2* fragments;  // [B, H, U, W, 32] B fragments of halves, a quad of channels each
+  float* step;        // [B, H, U, 8]: unit of a row's weights
+  float* offset;      // [B, H, U, 8]: part of the mean, less that of the middle codes
+};
+
 struct AttendWork {
   int row_tiles;     // of a KV head, a multiple of those of a block
   int page_tiles;    // of a block along pages: 1, or 2 and more for attend_page_tiles
@@ -44,11 +53,10 @@ struct AttendWork {
   int stages;        // pages of a split in flight or in use, 2 to 4
   int stage_bytes;   // of shared memory; the largest head's
   int max_pages;     // of a sequence: what the page table has room for
-  // Workspace. T = row_tiles, U = T after RoPE and D / 8 before, W = max_steps(D), S = splits().
-  Words2* weights;           // [B, H, U, W, 32] B fragments of halves, a quad of channels each
-  float* step;               // [B, H, U, 8]: unit of a row's weights
-  float* offset;             // [B, H, U, 8]: part of the mean, less that of the middle codes
-  Floats2* offset_rotation;  // [64, half] cosine and sine by slot of a page; before RoPE only
+  // Workspace. T = row_tiles, S = splits().
+  Weights absorbed;          // of tail channels, by tiles of query rows: U = T
+  Weights columns;           // of core channels, by tiles of the keys' columns: U = D / 8
+  Floats2* offset_rotation;  // [64, half] cosine and sine by slot of a page; for core channels
   Floats2* page_rotation;    // [B, max_pages, half] of the pages' first positions
   float* partial_out;        // [B, H, T * 8, S, D]
   float* partial_max;        // [B, H, T * 8, S], log2 units

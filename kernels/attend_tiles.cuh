@@ -23,7 +23,7 @@ attend_page_tiles_kernel(AttendParams p, AttendWork work, HeadTable heads) {
   const BlockRows rows = block_rows(p, work, work.page_tiles);
   const WarpShare share = warp_share<kDim>();
   const HeadPlan head = head_plan(heads, rows.head);
-  const Bands& bands = Scores::bands(head);
+  using Parts = typename Scores::Parts;
   const ValueLayout& value = p.layout.value;
   const int split = block_y(), threads = tile_threads<kDim>(work.page_tiles);
   const PageRun run = page_run(p, work, rows, split);
@@ -36,11 +36,12 @@ attend_page_tiles_kernel(AttendParams p, AttendWork work, HeadTable heads) {
       shared + query_operand_bytes(work.page_tiles, work.query_steps) + Scores::kSharedBytes;
   const auto stage = [&](int n) { return stages + n % work.stages * work.stage_bytes; };
   const auto known = [&](int64_t id) { return id >= 0 && id < p.num_pages; };
-  const int key_bytes = bands.page_bytes();
+  const int key_bytes = Parts::bytes(head);
   const auto fetch = [&](int n) {
     const int64_t id = n < last ? load(&page_table[n]) : -1;
     if (known(id)) {
-      copy_keys(stage(n), p.k_pages + id * p.layout.k_page_bytes + head.k_offset, bands, threads);
+      copy_keys<Parts>(stage(n), p.k_pages + id * p.layout.k_page_bytes + head.k_offset, head,
+                       threads);
       Values::copy(stage(n) + key_bytes, p.v_pages + id * p.layout.v_page_bytes + value_offset,
                    value, tokens_of_page(p, run, n), threads);
     }

@@ -24,8 +24,9 @@ SVDQ_HOST_DEVICE constexpr int decode_swizzle(int i) {
 }
 
 // Starts a warp's copy of the key lines of a page of one head; returns where they end.
-SVDQ_DEVICE uint8_t* copy_decode_keys(uint8_t* to, const uint8_t* keys, const Bands& bands) {
-  for_each_band(bands, [&]<int kWidth>(int count) {
+template <typename Parts>
+SVDQ_DEVICE uint8_t* copy_decode_keys(uint8_t* to, const uint8_t* keys, const HeadPlan& head) {
+  Parts::for_each(head, [&]<int kWidth>(int count) {
     const int pieces = count * kWidth * kPageTokens / 8 / 16;
     for (int i = lane_index(); i < pieces; i += kWarpSize)
       copy_async(to + decode_swizzle<kWidth>(i) * 16, keys + i * 16);
@@ -66,7 +67,7 @@ class DecodeKeys {
   int offset_, shift_;
 };
 
-// Keys coded after RoPE: codes times absorbed queries.
+// Tail channels, coded after RoPE: codes times absorbed queries.
 template <int kDimension>
 class AbsorbedDecode {
  public:
@@ -74,22 +75,23 @@ class AbsorbedDecode {
   struct Shared {
     alignas(16) Words2 weights[max_steps(kDim)][kWarpSize];
   };
-  SVDQ_DEVICE static const Bands& bands(const HeadPlan& head) { return head.tail; }
+  using Parts = TailPart;
 
   // All `threads` of the block take part; a barrier must follow before the first page.
   SVDQ_DEVICE AbsorbedDecode(Shared& s, const AttendParams& p, const AttendWork& work,
                              const BlockRows& rows, const HeadPlan& head, int threads)
       : s_(s), bands_(head.tail) {
     const int64_t tile = rows.sequence_head * work.row_tiles + rows.tile;
-    const Words2* weights = work.weights + tile * max_steps(p.layout.head_dim) * kWarpSize;
+    const Words2* weights =
+        work.absorbed.fragments + tile * max_steps(p.layout.head_dim) * kWarpSize;
     int steps = 0;
     for_each_band(bands_, [&]<int kWidth>(int count) { steps += band_steps(count); });
     for (int i = thread_index(); i < steps * kWarpSize; i += threads)
       store(&s.weights[i / kWarpSize][i % kWarpSize], load(&weights[i]));
     for (int i = 0; i < 2; ++i) {
       const int64_t row = tile * kRowTile + lane_index() % 4 * 2 + i;
-      unit_[i] = load(&work.step[row]) * kCodeUnit;
-      offset_[i] = load(&work.offset[row]);
+      unit_[i] = load(&work.absorbed.step[row]) * kCodeUnit;
+      offset_[i] = load(&work.absorbed.offset[row]);
     }
   }
 
@@ -125,18 +127,20 @@ class AbsorbedDecode {
   float unit_[2], offset_[2];  // of rows 2 c and 2 c + 1
 };
 
-// Keys coded before RoPE: reconstructed a few columns at a time for all 64 tokens, turned, and
+// Core channels, coded before RoPE: reconstructed a few columns at a time for all 64 tokens, turned, and
 // multiplied with the queries. A token's slot is 4 s, for score tile s, and a rest that depends on
 // the thread alone: keys are turned by the rest, queries back by the page's first position and 4 s,
 // so that a thread reads two rotations of a pair and not one a token.
-template <int kDimension>
+//
+// kTilesAtOnce tiles of 8 columns at a time: what accumulators of 64 tokens leave room for.
+template <int kDimension, int kTilesAtOnce = kDimension <= 256 ? 4 : 2>
 class ReconstructedDecode {
  public:
   static constexpr int kDim = kDimension;
   struct Shared {
     alignas(8) float query[kRowTile][kDim + 8];  // columns; rows apart in the banks
   };
-  SVDQ_DEVICE static const Bands& bands(const HeadPlan& head) { return head.core; }
+  using Parts = CorePart;
 
   // All `threads` of the block take part; a barrier must follow before the first page.
   SVDQ_DEVICE ReconstructedDecode(Shared& s, const AttendParams& p, const AttendWork& work,
@@ -148,9 +152,9 @@ class ReconstructedDecode {
         offset_rotation_(work.offset_rotation),
         page_rotation_(work.page_rotation + int64_t{rows.sequence} * work.max_pages * p.rope.half) {
     const int64_t tile = rows.sequence_head * (dim_ / kRowTile);
-    weights_ = work.weights + tile * max_steps(dim_) * kWarpSize;
-    unit_ = work.step + tile * kRowTile;
-    offset_ = work.offset + tile * kRowTile;
+    weights_ = work.columns.fragments + tile * max_steps(dim_) * kWarpSize;
+    unit_ = work.columns.step + tile * kRowTile;
+    offset_ = work.columns.offset + tile * kRowTile;
     for (int row = warp_index(); row < kRowTile; row += threads / kWarpSize) {
       for (int column = lane_index(); column < dim_; column += kWarpSize) {
         const int channel = column_channel(column, half_);
@@ -164,13 +168,16 @@ class ReconstructedDecode {
     for (int s = 0; s < kGroups; ++s) {
       for (int e = 0; e < 4; ++e) score[s][e] = 0.0f;
     }
+    add(keys, page, score);
+  }
+
+  SVDQ_DEVICE void add(const uint8_t* keys, int page, float (&score)[kGroups][4]) {
     for (int tile = 0; tile * kRowTile < dim_; tile += kChunkTiles)
       add_columns(keys, page, tile, score);
   }
 
  private:
-  // Column tiles of 8 at a time: what accumulators of 64 tokens leave room for.
-  static constexpr int kChunkTiles = kDim <= 256 ? 4 : 2;
+  static constexpr int kChunkTiles = kTilesAtOnce;
 
   SVDQ_DEVICE void add_columns(const uint8_t* keys, int page, int first_tile,
                                float (&score)[kGroups][4]) {
@@ -277,6 +284,37 @@ class ReconstructedDecode {
   const float* offset_;
   const Floats2* offset_rotation_;
   const Floats2* page_rotation_;
+};
+
+// Hybrid keys: the scores of tail channels, to which those of core channels are added. Core channels
+// are few, so reading them again for every two tiles of columns costs little.
+template <int kDimension>
+class HybridDecode {
+ public:
+  static constexpr int kDim = kDimension;
+  using Core = ReconstructedDecode<kDim, 2>;
+  using Tail = AbsorbedDecode<kDim>;
+  using Parts = BothParts;
+  struct Shared {
+    typename Core::Shared core;
+    typename Tail::Shared tail;
+  };
+
+  SVDQ_DEVICE HybridDecode(Shared& s, const AttendParams& p, const AttendWork& work,
+                           const BlockRows& rows, const HeadPlan& head, int threads)
+      : core_(s.core, p, work, rows, head, threads),
+        tail_(s.tail, p, work, rows, head, threads),
+        core_bytes_(head.core.page_bytes()) {}
+
+  SVDQ_DEVICE void score(const uint8_t* keys, int page, float (&score)[kGroups][4]) {
+    tail_.score(keys + core_bytes_, page, score);
+    core_.add(keys, page, score);
+  }
+
+ private:
+  Core core_;
+  Tail tail_;
+  int core_bytes_;
 };
 
 }  // namespace svdq::device

@@ -72,19 +72,6 @@ SVDQ_DEVICE void write_lines(const PackPlan<kDim>& s, const PageSpan& span, int 
   }
 }
 
-// Calls fn.template operator()<width>(count) for every band of a head, core channels first.
-template <typename Fn>
-SVDQ_DEVICE void for_each_part(const HeadPlan& head, const Fn& fn) {
-  // A loop, since code for every width twice makes the compiler spill.
-  for (int part = 0; part < 2; ++part) {
-    Bands bands;
-    SVDQ_UNROLL
-    for (int w = 0; w < kNumWidths; ++w)
-      bands.count[w] = part == 0 ? head.core.count[w] : head.tail.count[w];
-    for_each_band(bands, fn);
-  }
-}
-
 // Codes of 16 slots: each half warp takes 4 channels, which have one width, and a lane a slot.
 template <int kDim>
 SVDQ_DEVICE void quantize_latents(PackPlan<kDim>& s, const PackKeysParams& p, const HeadPlan& head,

@@ -7,7 +7,7 @@
 
 namespace svdq::device {
 
-// Keys coded after RoPE: codes times absorbed queries.
+// Tail channels, coded after RoPE: codes times absorbed queries.
 template <int kDimension>
 class AbsorbedScores {
  public:
@@ -15,22 +15,23 @@ class AbsorbedScores {
   struct Shared {
     alignas(16) Words2 weights[max_steps(kDim)][kWarpSize];
   };
-  SVDQ_DEVICE static const Bands& bands(const HeadPlan& head) { return head.tail; }
+  using Parts = TailPart;
 
   // A barrier must follow before the first page.
   SVDQ_DEVICE AbsorbedScores(Shared& s, const AttendParams& p, const AttendWork& work,
                              const BlockRows& rows, const HeadPlan& head)
       : s_(s), bands_(head.tail) {
     const int64_t tile = rows.sequence_head * work.row_tiles + rows.tile;
-    const Words2* weights = work.weights + tile * max_steps(p.layout.head_dim) * kWarpSize;
+    const Words2* weights =
+        work.absorbed.fragments + tile * max_steps(p.layout.head_dim) * kWarpSize;
     int steps = 0;
     for_each_band(bands_, [&]<int kWidth>(int count) { steps += band_steps(count); });
     for (int i = thread_index(); i < steps * kWarpSize; i += kAttendThreads)
       store(&s.weights[i / kWarpSize][i % kWarpSize], load(&weights[i]));
     for (int i = 0; i < 2; ++i) {
       const int64_t row = tile * kRowTile + lane_index() % 4 * 2 + i;
-      unit_[i] = load(&work.step[row]) * kCodeUnit;
-      offset_[i] = load(&work.offset[row]);
+      unit_[i] = load(&work.absorbed.step[row]) * kCodeUnit;
+      offset_[i] = load(&work.absorbed.offset[row]);
     }
   }
 
@@ -56,7 +57,7 @@ class AbsorbedScores {
   float unit_[2], offset_[2];  // of rows 2 c and 2 c + 1
 };
 
-// Keys coded before RoPE: warp w reconstructs a quarter of the columns of all 64 tokens, 32 columns
+// Core channels, coded before RoPE: warp w reconstructs a quarter of the columns of all 64 tokens, 32 columns
 // at a time, turns them by their slot, and multiplies them with queries turned back by the page's
 // first position; the warps' parts of a score are then added in shared memory. The columns of a key
 // are reconstructed once for all query rows of the tile.
@@ -68,7 +69,7 @@ class ReconstructedScores {
     alignas(8) float query[kRowTile][kDim + 8];  // columns; rows apart in the banks
     alignas(8) float part[kAttendWarps][kGroups][kLanes * kRowTile];
   };
-  SVDQ_DEVICE static const Bands& bands(const HeadPlan& head) { return head.core; }
+  using Parts = CorePart;
 
   SVDQ_DEVICE ReconstructedScores(Shared& s, const AttendParams& p, const AttendWork& work,
                                   const BlockRows& rows, const HeadPlan& head)
@@ -79,9 +80,9 @@ class ReconstructedScores {
         offset_rotation_(work.offset_rotation),
         page_rotation_(work.page_rotation + int64_t{rows.sequence} * work.max_pages * p.rope.half) {
     const int64_t tile = rows.sequence_head * (dim_ / kRowTile);
-    weights_ = work.weights + tile * max_steps(dim_) * kWarpSize;
-    unit_ = work.step + tile * kRowTile;
-    offset_ = work.offset + tile * kRowTile;
+    weights_ = work.columns.fragments + tile * max_steps(dim_) * kWarpSize;
+    unit_ = work.columns.step + tile * kRowTile;
+    offset_ = work.columns.offset + tile * kRowTile;
     for (int row = warp_index(); row < kRowTile; row += kAttendWarps) {
       for (int column = lane_index(); column < dim_; column += kWarpSize) {
         const int channel = column_channel(column, half_);
@@ -209,6 +210,40 @@ class ReconstructedScores {
   const float* offset_;
   const Floats2* offset_rotation_;
   const Floats2* page_rotation_;
+};
+
+// Hybrid keys: the sum of both.
+template <int kDimension>
+class HybridScores {
+ public:
+  static constexpr int kDim = kDimension;
+  using Core = ReconstructedScores<kDim>;
+  using Tail = AbsorbedScores<kDim>;
+  using Parts = BothParts;
+  struct Shared {
+    typename Core::Shared core;
+    typename Tail::Shared tail;
+  };
+
+  SVDQ_DEVICE HybridScores(Shared& s, const AttendParams& p, const AttendWork& work,
+                           const BlockRows& rows, const HeadPlan& head)
+      : core_(s.core, p, work, rows, head),
+        tail_(s.tail, p, work, rows, head),
+        core_bytes_(head.core.page_bytes()) {}
+
+  // Contains a barrier.
+  SVDQ_DEVICE void score(const uint8_t* keys, int page, float (&score)[4]) {
+    core_.score(keys, page, score);
+    float tail[4];
+    tail_.score(keys + core_bytes_, page, tail);
+    SVDQ_UNROLL
+    for (int e = 0; e < 4; ++e) score[e] += tail[e];
+  }
+
+ private:
+  Core core_;
+  Tail tail_;
+  int core_bytes_;
 };
 
 }  // namespace svdq::device

@@ -33,14 +33,14 @@ SVDQ_DEVICE void add_code_scores(const uint8_t* band, int quads, int step, const
   }
 }
 
-// Keys coded after RoPE: codes times absorbed queries.
+// Tail channels, coded after RoPE: codes times absorbed queries.
 template <int kDimension>
 class AbsorbedTiles {
  public:
   static constexpr int kDim = kDimension;
   using Lean = AbsorbedTiles;             // the scorer that leaves values the most registers
   static constexpr int kSharedBytes = 0;  // beside the queries
-  SVDQ_DEVICE static const Bands& bands(const HeadPlan& head) { return head.tail; }
+  using Parts = TailPart;
 
   // A barrier must follow before the first page.
   SVDQ_DEVICE AbsorbedTiles(uint8_t* shared, const AttendParams& p, const AttendWork& work,
@@ -50,7 +50,7 @@ class AbsorbedTiles {
     Words4* query = reinterpret_cast<Words4*>(shared);
     const int64_t tile = rows.sequence_head * work.row_tiles + rows.tile;
     const int tile_words = max_steps(p.layout.head_dim) * kWarpSize;
-    const Words2* weights = work.weights + tile * tile_words;
+    const Words2* weights = work.absorbed.fragments + tile * tile_words;
     int steps = 0;
     for_each_band(bands_, [&]<int kWidth>(int count) { steps += band_steps(count); });
     for (int pair = 0; pair < work.page_tiles / 2; ++pair) {
@@ -65,8 +65,8 @@ class AbsorbedTiles {
     query_ = query + share.pair * steps * kWarpSize;
     for (int i = 0; i < 2; ++i) {
       const int64_t row = tile * kRowTile + share.pair * kWarpRows + lane_index() / 4 + i * 8;
-      unit_[i] = load(&work.step[row]) * kCodeUnit;
-      offset_[i] = load(&work.offset[row]);
+      unit_[i] = load(&work.absorbed.step[row]) * kCodeUnit;
+      offset_[i] = load(&work.absorbed.offset[row]);
     }
   }
 
@@ -97,7 +97,7 @@ class AbsorbedTiles {
   float unit_[2], offset_[2];  // of this thread's rows
 };
 
-// Keys coded before RoPE: the block reconstructs the columns of all 64 tokens once, up to 128
+// Core channels, coded before RoPE: the block reconstructs the columns of all 64 tokens once, up to 128
 // columns at a time, turns them by the tokens' positions and leaves them in shared memory as
 // halves, where every warp multiplies them with its queries.
 //
@@ -110,7 +110,7 @@ class ReconstructedTiles {
   static constexpr int kChunk = kDim < 128 ? kDim : 128;  // columns at a time
   using Matrix = TokenMatrix<kChunk>;
   static constexpr int kSharedBytes = kPageTokens * Matrix::kRowBytes;
-  SVDQ_DEVICE static const Bands& bands(const HeadPlan& head) { return head.core; }
+  using Parts = CorePart;
 
   // A barrier must follow before the first page.
   SVDQ_DEVICE ReconstructedTiles(uint8_t* shared, const AttendParams& p, const AttendWork& work,
@@ -122,9 +122,9 @@ class ReconstructedTiles {
         offset_rotation_(work.offset_rotation),
         page_rotation_(work.page_rotation + int64_t{rows.sequence} * work.max_pages * p.rope.half) {
     const int64_t tile = rows.sequence_head * (dim_ / kRowTile);
-    weights_ = work.weights + tile * max_steps(dim_) * kWarpSize;
-    unit_ = work.step + tile * kRowTile;
-    offset_ = work.offset + tile * kRowTile;
+    weights_ = work.columns.fragments + tile * max_steps(dim_) * kWarpSize;
+    unit_ = work.columns.step + tile * kRowTile;
+    offset_ = work.columns.offset + tile * kRowTile;
 
     Words4* query = reinterpret_cast<Words4*>(shared);
     const int steps = dim_ / 16;
@@ -152,27 +152,49 @@ class ReconstructedTiles {
 
   // Contains barriers.
   SVDQ_DEVICE void score(const uint8_t* codes, int page, float (&score)[2 * kGroups][4]) {
-    SVDQ_UNROLL
-    for (int tile = 0; tile < 2 * kGroups; ++tile) {
+    add(codes, page, score, [&] {
       SVDQ_UNROLL
-      for (int e = 0; e < 4; ++e) score[tile][e] = 0.0f;
-    }
-    for (int first = 0; first < dim_; first += kChunk) {
-      const int end = first + kChunk < dim_ ? first + kChunk : dim_;
-      if (first != 0) sync_threads();
-      for (int tile = first / kRowTile + warp_index() * kKeyTiles; tile * kRowTile < end;
-           tile += warps_ * kKeyTiles)
-        reconstruct(codes, page, tile, first);
-      sync_threads();
-      Matrix::template add_scores<MmaHalf>(keys_, query_ + first / 16 * kWarpSize,
-                                           (end - first) / 16, score);
+      for (int tile = 0; tile < 2 * kGroups; ++tile) {
+        SVDQ_UNROLL
+        for (int e = 0; e < 4; ++e) score[tile][e] = 0.0f;
+      }
+    });
+  }
+
+  // Adds to the scores that begin() sets, late, since registers are short while keys are
+  // reconstructed. Contains barriers.
+  template <typename Begin>
+  SVDQ_DEVICE void add(const uint8_t* codes, int page, float (&score)[2 * kGroups][4],
+                       const Begin& begin) {
+    if constexpr (kDim <= kChunk) {
+      reconstruct(codes, page, 0, dim_);
+      begin();
+      Matrix::template add_scores<MmaHalf>(keys_, query_, dim_ / 16, score);
+    } else {
+      begin();
+      for (int first = 0; first < dim_; first += kChunk) {
+        const int end = first + kChunk < dim_ ? first + kChunk : dim_;
+        if (first != 0) sync_threads();
+        reconstruct(codes, page, first, end);
+        Matrix::template add_scores<MmaHalf>(keys_, query_ + first / 16 * kWarpSize,
+                                             (end - first) / 16, score);
+      }
     }
   }
 
  private:
   static constexpr int kKeyTiles = kTilesAtOnce;
 
-  SVDQ_DEVICE void reconstruct(const uint8_t* codes, int page, int first_tile, int first_column) {
+  // Columns first .. end - 1 of all tokens, by all warps.
+  SVDQ_DEVICE void reconstruct(const uint8_t* codes, int page, int first, int end) {
+    for (int tile = first / kRowTile + warp_index() * kKeyTiles; tile * kRowTile < end;
+         tile += warps_ * kKeyTiles)
+      reconstruct_tiles(codes, page, tile, first);
+    sync_threads();
+  }
+
+  SVDQ_DEVICE void reconstruct_tiles(const uint8_t* codes, int page, int first_tile,
+                                     int first_column) {
     float key[kGroups][kKeyTiles][4] = {};
     int step = 0;
     for_each_band(bands_, [&]<int kWidth>(int count) {
@@ -241,6 +263,39 @@ class ReconstructedTiles {
   const float* offset_;
   const Floats2* offset_rotation_;
   const Floats2* page_rotation_;
+};
+
+// Hybrid keys: the scores of tail channels, to which those of core channels are added. Shared
+// memory is what core channels need, then the absorbed queries. Core channels are few, so reading
+// them again for every tile of columns costs little, and registers are short.
+template <int kDimension>
+class HybridTiles {
+ public:
+  static constexpr int kDim = kDimension;
+  using Core = ReconstructedTiles<kDim, 1>;
+  using Tail = AbsorbedTiles<kDim>;
+  using Parts = BothParts;
+  using Lean = HybridTiles;
+  static constexpr int kSharedBytes = Core::kSharedBytes + Tail::kSharedBytes;
+
+  // A barrier must follow before the first page.
+  SVDQ_DEVICE HybridTiles(uint8_t* shared, const AttendParams& p, const AttendWork& work,
+                          const BlockRows& rows, const HeadPlan& head, WarpShare share)
+      : core_(shared, p, work, rows, head, share),
+        tail_(shared + query_operand_bytes(work.page_tiles, p.layout.head_dim / 16) +
+                  Core::kSharedBytes,
+              p, work, rows, head, share),
+        core_bytes_(head.core.page_bytes()) {}
+
+  // Contains barriers.
+  SVDQ_DEVICE void score(const uint8_t* codes, int page, float (&score)[2 * kGroups][4]) {
+    core_.add(codes, page, score, [&] { tail_.score(codes + core_bytes_, page, score); });
+  }
+
+ private:
+  Core core_;
+  Tail tail_;
+  int core_bytes_;
 };
 
 }  // namespace svdq::device

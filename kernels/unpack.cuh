@@ -10,6 +10,7 @@
 // bytes 1 and 3 the other, each with a shift and a mask.
 #pragma once
 
+#include "kernels/params.h"
 #include "kernels/tensor_core.cuh"
 
 namespace svdq::device {
@@ -80,6 +81,20 @@ SVDQ_DEVICE void for_each_band(const Bands& bands, const Fn& fn) {
   if (bands.count[1]) fn.template operator()<4>(bands.count[1]);
   if (bands.count[2]) fn.template operator()<2>(bands.count[2]);
   if (bands.count[3]) fn.template operator()<1>(bands.count[3]);
+}
+
+// The same for every band of a head, core channels first. All lanes of a warp take part.
+template <typename Fn>
+SVDQ_DEVICE void for_each_part(const HeadPlan& head, const Fn& fn) {
+  // A loop, since code for every width twice makes the compiler spill.
+  for (int part = 0; part < 2; ++part) {
+    Bands bands;
+    SVDQ_UNROLL
+    for (int w = 0; w < kNumWidths; ++w)
+      bands.count[w] = part == 0 ? head.core.count[w] : head.tail.count[w];
+    for_each_band(bands, fn);
+    sync_warp();  // lanes that had no line of the core begin the tail with the others
+  }
 }
 
 }  // namespace svdq::device

@@ -60,15 +60,17 @@ class Printer {
 
 constexpr int kHeads = 8, kGroup = 4, kTokens = 32768;
 
-// The schedule paper-1.25: a quarter of the channels at 4 bits, an eighth at 2.
+// The schedule paper-1.25: a quarter of the channels at 4 bits, an eighth at 2. Hybrid heads have 8
+// core channels beside it.
 std::vector<int64_t> layout_ints(RopeMode rope, int dim, int v_bits) {
   std::vector<int64_t> ints = {
       kFormatVersion, kHeads, dim, static_cast<int64_t>(rope), v_bits, dim % 32 == 0 ? 32 : 16};
   const int counts[kNumWidths] = {0, dim / 4, dim / 8, 0};
   for (int h = 0; h < kHeads; ++h) {
-    for (RopeMode mode : {RopeMode::kPre, RopeMode::kPost}) {
-      for (int count : counts) ints.push_back(mode == rope ? count : 0);
-    }
+    const int core[kNumWidths] = {4, 4, 0, 0}, none[kNumWidths] = {};
+    for (int count : rope == RopeMode::kPre ? counts : rope == RopeMode::kHybrid ? core : none)
+      ints.push_back(count);
+    for (int count : rope == RopeMode::kPre ? none : counts) ints.push_back(count);
   }
   return ints;
 }
@@ -77,7 +79,7 @@ void attend(const gpu::Machine& machine, RopeMode rope, int dim, int v_bits, int
   const Layout layout(layout_ints(rope, dim, v_bits));
   AttendParams p{};
   p.layout = layout.view();
-  p.rope.half = rope == RopeMode::kPre ? dim / 2 : 0;
+  p.rope.half = rope == RopeMode::kPost ? 0 : dim / 2;
   p.batch = 1;
   p.num_qo_heads = kHeads * kGroup;
   p.q_len = q_len;
@@ -87,9 +89,9 @@ void attend(const gpu::Machine& machine, RopeMode rope, int dim, int v_bits, int
   p.exact_rows = 128;
   p.exact_head_stride = int64_t{p.exact_rows} * dim;
   p.exact_batch_stride = kHeads * p.exact_head_stride;
-  Printer printer(machine,
-                  join("attend, ", rope == RopeMode::kPre ? "pre" : "post", "-RoPE, head_dim ", dim,
-                       ", ", v_bits, "-bit values, q_len ", q_len));
+  static constexpr const char* names[] = {"pre", "post", "hybrid"};
+  Printer printer(machine, join("attend, ", names[static_cast<int>(rope)], "-RoPE, head_dim ", dim,
+                                ", ", v_bits, "-bit values, q_len ", q_len));
   gpu::attend(p, printer);
 }
 
@@ -138,7 +140,7 @@ int main() {
     const gpu::Machine machine{128, limit};
     for (int dim : {64, 128, 256, 512}) {
       for (int v_bits : {2, 4, 16}) {
-        for (RopeMode rope : {RopeMode::kPost, RopeMode::kPre}) {
+        for (RopeMode rope : {RopeMode::kPost, RopeMode::kPre, RopeMode::kHybrid}) {
           for (int64_t q_len : {1, 16}) attend(machine, rope, dim, v_bits, q_len);
         }
         prefill(machine, dim, v_bits);

@@ -112,7 +112,7 @@ CASES = {
     "hybrid-head-dim-16": hybrid(schedule=(4, 2), head_dim=16),
     "hybrid-head-dim-80": hybrid(head_dim=80, options={"rotary_dim": 32}),
     "hybrid-head-dim-256": hybrid(head_dim=256, seqlens=(70,)),
-    "hybrid-head-dim-512": hybrid(head_dim=512, seqlens=(70,)),
+    "hybrid-head-dim-512": hybrid(schedule=PAPER_1_25, head_dim=512, seqlens=(70,)),
     "hybrid-heads-of-different-size": hybrid(
         bands=((8, 0, 4, 8), (0, 0, 0, 0), (0, 12, 0, 0), (0, 0, 4, 32), (0, 0, 0, 0)),
         core_bands=((0, 4, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0), (4, 0, 0, 8), (0, 4, 0, 0)),

@@ -94,8 +94,6 @@ def check(out, lse, expected: Expected):
 
 @pytest.mark.parametrize("name", CASES)
 def test_attend(backend, name):
-    if CASES[name].rope == "hybrid" and uses_halves():
-        pytest.skip("the CUDA kernels do not take hybrid layouts")
     case = given(name)
     out, lse = ops.attend(case.query, **case.cache.kwargs())
     assert (out.dtype, lse.dtype) == (case.query.dtype, torch.float32)

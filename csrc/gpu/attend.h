@@ -40,14 +40,15 @@ int tiles_stage_bytes(const LayoutView& layout) {
 
 // Steps of 16 channels of the largest head's query operand.
 inline int query_steps(const LayoutView& layout) {
-  if (layout.rope == RopeMode::kPre) return layout.head_dim / 16;
+  const int core = layout.rope == RopeMode::kPost ? 0 : layout.head_dim / 16;
+  if (layout.rope == RopeMode::kPre) return core;
   int most = 0;
   for (int h = 0; h < layout.num_heads; ++h) {
     int steps = 0;
     for (int count : layout.heads[h].tail.count) steps += device::band_steps(count);
     most = std::max(most, steps);
   }
-  return most;
+  return core + most;
 }
 
 // Whether blocks may take several tiles. Float values have no tensor-core product of their
@@ -67,7 +68,7 @@ inline bool tiles_exact(const AttendParams& p) {
 }
 
 // Tiles of a block for so many query rows of a KV head. From the second tile on the tiled kernels
-// copy a page once for all rows of the block and, before RoPE, reconstruct it once
+// copy a page once for all rows of the block and reconstruct its core channels once
 // (docs/cuda.md, "Many query rows").
 template <int kDim>
 int tiles_of_block(int64_t rows) {
@@ -76,8 +77,8 @@ int tiles_of_block(int64_t rows) {
   return static_cast<int>(std::min<int64_t>(device::kMaxTiles<kDim>, 2 * pairs));
 }
 
-// Whether a warp has registers for all channels of a page: it holds an output for each, and before
-// RoPE some columns of the keys.
+// Whether a warp has registers for all channels of a page: it holds an output for each, and with
+// core channels some columns of the keys.
 inline bool fits_warp(const LayoutView& layout) {
   return layout.rope == RopeMode::kPost || layout.head_dim <= 256;
 }
@@ -107,6 +108,9 @@ template <int kDim>  // see fits_warp
 using ReconstructedScorers =
     Scorers<std::conditional_t<kDim <= 256, device::ReconstructedDecode<kDim>, void>,
             device::ReconstructedScores<kDim>, device::ReconstructedTiles<kDim>>;
+template <int kDim>
+using HybridScorers = Scorers<std::conditional_t<kDim <= 256, device::HybridDecode<kDim>, void>,
+                              device::HybridScores<kDim>, device::HybridTiles<kDim>>;
 
 // Shared memory of a block of the kernel over pages, but for its stages, and what each page in
 // flight takes there.
@@ -201,13 +205,17 @@ device::AttendWork plan_work(const AttendParams& p, const AttendCut& cut, Queue&
   work.stage_bytes = bytes.stage;
 
   const int64_t heads = int64_t{p.batch} * layout.num_heads;
-  const int64_t operands =
-      heads * (layout.rope == RopeMode::kPre ? layout.head_dim / device::kRowTile : work.row_tiles);
+  const auto weights = [&](bool used, int64_t tiles) {
+    if (!used) return device::Weights{};
+    const int64_t all = heads * tiles;
+    return device::Weights{queue.template allocate<device::Words2>(
+                               all * device::max_steps(layout.head_dim) * device::kWarpSize),
+                           queue.template allocate<float>(all * device::kRowTile),
+                           queue.template allocate<float>(all * device::kRowTile)};
+  };
+  work.absorbed = weights(layout.rope != RopeMode::kPre, work.row_tiles);
+  work.columns = weights(layout.rope != RopeMode::kPost, layout.head_dim / device::kRowTile);
   const int64_t slots = heads * work.row_tiles * device::kRowTile * work.splits();
-  work.weights = queue.template allocate<device::Words2>(
-      operands * device::max_steps(layout.head_dim) * device::kWarpSize);
-  work.step = queue.template allocate<float>(operands * device::kRowTile);
-  work.offset = queue.template allocate<float>(operands * device::kRowTile);
   work.partial_out = queue.template allocate<float>(slots * layout.head_dim);
   work.partial_max = queue.template allocate<float>(slots);
   work.partial_sum = queue.template allocate<float>(slots);
@@ -269,42 +277,56 @@ void attend_exact(const AttendParams& p, const device::AttendWork& work, Queue& 
                work);
 }
 
-// `cut` null: planned.
+// Prepares what multiplies the codes of core channels.
 template <int kDim, typename Queue>
-void attend_class(const AttendParams& p, const AttendCut* cut, Queue& queue) {
-  using Absorbed = AbsorbedScorers<kDim>;
-  using Reconstructed = ReconstructedScorers<kDim>;
-  const device::HeadTable heads = head_table(p.layout);
-  const auto plan = [&]<typename Scorers>() {
-    return plan_work<Scorers>(p, cut ? *cut : plan_cut<Scorers>(p, queue.machine()), queue);
-  };
-  device::AttendWork work;
-  if (p.layout.rope == RopeMode::kPre) {
-    work = plan.template operator()<Reconstructed>();
-    if (work.page_splits > 0) {
-      const auto turns = rotations(p.rope, 0, p.first_position, p.batch, work.max_pages, queue);
-      work.offset_rotation = turns.slots;
-      work.page_rotation = turns.pages;
-      queue.launch("columns", device::columns_launch<kDim>(p, work), device::columns_kernel<kDim>,
-                   p, work, heads);
-      attend_pages<Reconstructed>(p, work, heads, queue);
-    }
-  } else {
-    work = plan.template operator()<Absorbed>();
-    if (work.page_splits > 0) {
-      queue.launch("absorb", device::absorb_launch<kDim>(p, work), device::absorb_kernel<kDim>, p,
-                   work, heads);
-      attend_pages<Absorbed>(p, work, heads, queue);
-    }
+void prepare_core(const AttendParams& p, device::AttendWork& work, Queue& queue) {
+  const auto turns = rotations(p.rope, 0, p.first_position, p.batch, work.max_pages, queue);
+  work.offset_rotation = turns.slots;
+  work.page_rotation = turns.pages;
+  queue.launch("columns", device::columns_launch<kDim>(p, work), device::columns_kernel<kDim>, p,
+               work, head_table(p.layout));
+}
+
+// Likewise of tail channels, which follow the core's in the basis and have a mean of their own.
+template <int kDim, typename Queue>
+void prepare_tail(const AttendParams& p, const device::AttendWork& work, Queue& queue) {
+  AttendParams tail = p;
+  if (p.layout.rope == RopeMode::kHybrid) tail.mean = p.tail_mean;
+  device::HeadTable heads = head_table(p.layout);
+  for (int h = 0; h < p.layout.num_heads; ++h)
+    heads.of[h].first_channel = p.layout.heads[h].first_tail_channel();
+  queue.launch("absorb", device::absorb_launch<kDim>(p, work), device::absorb_kernel<kDim>, tail,
+               work, heads);
+}
+
+// `cut` null: planned.
+template <int kDim, typename Scorers, typename Queue>
+void attend_keys(const AttendParams& p, const AttendCut* cut, Queue& queue) {
+  device::AttendWork work =
+      plan_work<Scorers>(p, cut ? *cut : plan_cut<Scorers>(p, queue.machine()), queue);
+  if (work.page_splits > 0) {
+    if (p.layout.rope != RopeMode::kPost) prepare_core<kDim>(p, work, queue);
+    if (p.layout.rope != RopeMode::kPre) prepare_tail<kDim>(p, work, queue);
+    attend_pages<Scorers>(p, work, head_table(p.layout), queue);
   }
   if (work.exact_splits > 0) attend_exact<kDim>(p, work, queue);
   queue.launch("merge_splits", device::merge_splits_launch(p, work), device::merge_splits_kernel, p,
                work);
 }
 
+template <int kDim, typename Queue>
+void attend_class(const AttendParams& p, const AttendCut* cut, Queue& queue) {
+  if (p.layout.rope == RopeMode::kPre) {
+    attend_keys<kDim, ReconstructedScorers<kDim>>(p, cut, queue);
+  } else if (p.layout.rope == RopeMode::kPost) {
+    attend_keys<kDim, AbsorbedScorers<kDim>>(p, cut, queue);
+  } else {
+    attend_keys<kDim, HybridScorers<kDim>>(p, cut, queue);
+  }
+}
+
 template <typename Queue>
 void attend(const AttendParams& p, Queue& queue) {
-  SVDQ_CHECK(p.layout.rope != RopeMode::kHybrid, "attend: CUDA kernels do not take hybrid layouts");
   with_dim_class(p.layout.head_dim, [&]<int kDim>() { attend_class<kDim>(p, nullptr, queue); });
 }
 

@@ -16,8 +16,8 @@ AttendProblem::AttendProblem(const AttendCase& c, uint64_t stream)
       sm_scale_(static_cast<float>(1 / std::sqrt(c.head_dim))) {
   Random random(stream);
   for (int h = 0; h < num_heads(); ++h) {
-    core_.push_back(reference::channels_of(layout_.core_view().heads[h]));
-    tail_.push_back(reference::channels_of(layout_.tail_view().heads[h]));
+    core_.push_back(reference::part_channels(layout_.view(), h, RopeMode::kPre));
+    tail_.push_back(reference::part_channels(layout_.view(), h, RopeMode::kPost));
   }
 
   const int64_t rows = int64_t{batch()} * num_qo_heads() * c.q_len;

@@ -31,6 +31,26 @@ struct AttendCase {
   bool exact_weights = false;
 };
 
+// The case in every RoPE mode: hybrid without core channels, and with some.
+inline std::vector<AttendCase> in_every_mode(AttendCase c) {
+  std::vector<AttendCase> all;
+  for (RopeMode mode : {RopeMode::kPre, RopeMode::kPost, RopeMode::kHybrid}) {
+    c.rope = mode;
+    all.push_back(c);
+  }
+  const Bands cores[] = {{{4, 4, 0, 8}}, {{0, 0, 4, 0}}, {{0, 0, 0, 0}}};
+  for (size_t h = 0; h < c.bands.size(); ++h) c.core_bands.push_back(cores[h % 3]);
+  all.push_back(c);
+  return all;
+}
+
+inline const char* mode_of(const AttendCase& c) {
+  return c.rope == RopeMode::kPre    ? "pre"
+         : c.rope == RopeMode::kPost ? "post"
+         : c.core_bands.empty()      ? "rotated mean"
+                                     : "hybrid";
+}
+
 // One query row's answer.
 struct Attended {
   reference::Row out, out_tolerance;

@@ -40,6 +40,14 @@ inline std::vector<Channel> channels_of(const HeadPlan& head) {
   return channels;
 }
 
+// A head's core channels (kPre) or tail channels (kPost).
+inline std::vector<Channel> part_channels(const LayoutView& layout, int h, RopeMode part) {
+  const std::vector<Channel> all = channels_of(layout.heads[h]);
+  const int core = layout.heads[h].core.rank();
+  if (part == RopeMode::kPre) return {all.begin(), all.begin() + core};
+  return {all.begin() + core, all.end()};
+}
+
 // Turns the pairs (i, i + half) by position * inv_freq[i]; a negative position turns back.
 inline void rotate(Row& x, const Rope& rope, double position) {
   for (int i = 0; i < rope.half; ++i) {

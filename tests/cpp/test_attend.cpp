@@ -14,8 +14,7 @@ class Attend : public testing::BackendTest {
   // Compares every query row of a case with the formula.
   void check(const char* what, const AttendCase& c, uint64_t stream) {
     SCOPED_TRACE(::testing::Message()
-                 << what << ", stream " << stream << ", " << testing::name_of(c.rope)
-                 << (c.core_bands.empty() ? "" : " with core"));
+                 << what << ", stream " << stream << ", " << testing::mode_of(c));
     AttendProblem problem(c, stream);
     problem.run(backend(), executor_);
     for (int b = 0; b < problem.batch(); ++b) {
@@ -42,26 +41,13 @@ class Attend : public testing::BackendTest {
   // The same in every RoPE mode, hybrid with core channels and without, with weights that are exact
   // and with weights that are rounded to 8 bits.
   void check_all(const char* what, const AttendCase& given, uint64_t stream) {
-    for (AttendCase c : modes(given)) {
+    for (AttendCase c : testing::in_every_mode(given)) {
       for (bool exact : {true, false}) {
         c.exact_weights = exact;
         check(what, c, stream++);
         if (HasFatalFailure()) return;
       }
     }
-  }
-
-  // Core channels of hybrid layouts: of every width, none, or all.
-  static std::vector<AttendCase> modes(AttendCase c) {
-    std::vector<AttendCase> all;
-    for (RopeMode mode : {RopeMode::kPre, RopeMode::kPost, RopeMode::kHybrid}) {
-      c.rope = mode;
-      all.push_back(c);
-    }
-    const Bands cores[] = {{{4, 4, 0, 8}}, {{0, 0, 4, 0}}, {{0, 0, 0, 0}}};
-    for (size_t h = 0; h < c.bands.size(); ++h) c.core_bands.push_back(cores[h % 3]);
-    all.push_back(c);
-    return all;
   }
 };
 

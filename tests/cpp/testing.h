@@ -147,10 +147,6 @@ class ShuffledExecutor : public Executor {
 
 using HeadBands = std::vector<Bands>;  // one per head
 
-inline const char* name_of(RopeMode rope) {
-  return rope == RopeMode::kPre ? "pre" : rope == RopeMode::kPost ? "post" : "hybrid";
-}
-
 // `core` is for hybrid layouts, whose tail is `heads`; empty: no core channels.
 inline std::vector<int64_t> layout_ints(RopeMode rope, int head_dim, const HeadBands& heads,
                                         int v_bits = 4, int v_group_size = 16,

@@ -42,6 +42,7 @@ AttendAnswer attend_on_device(const AttendParams& host, const gpu::AttendCut* cu
              exact_lens = upload(host.exact_lens, host.batch);
   const auto basis = upload(host.basis, host.batch * layout.rank * dim),
              scale = upload(host.scale, host.batch * layout.rank);
+  const auto tail_mean = upload(host.tail_mean, host.tail_mean ? heads * dim : 0);
   const auto mean = upload(host.mean, heads * dim),
              inv_freq = upload(host.rope.inv_freq, host.rope.half);
   const auto first = upload(host.first_position, host.first_position ? host.batch : 0);
@@ -67,6 +68,7 @@ AttendAnswer attend_on_device(const AttendParams& host, const gpu::AttendCut* cu
   p.basis = as(host.basis, basis);
   p.scale = as(host.scale, scale);
   p.mean = as(host.mean, mean);
+  p.tail_mean = host.tail_mean ? as(host.tail_mean, tail_mean) : nullptr;
   p.first_position = host.first_position ? as(host.first_position, first) : nullptr;
   p.exact_keys = exact_keys.data();
   p.exact_values = exact_values.data();

@@ -54,21 +54,30 @@ class AttendReference {
     const int64_t id = p_.page_table[b * p_.table_stride + slot / kPageTokens];
     const uint8_t* keys = p_.k_pages + id * layout.k_page_bytes;
     const uint8_t* values = p_.v_pages + id * layout.v_page_bytes + h * layout.value.page_bytes();
-    const uint16_t* basis = p_.basis + int64_t{b} * layout.rank * dim;
-    const float* mean = p_.mean + (int64_t{b} * layout.num_heads + h) * dim;
-    if (layout.rope == RopeMode::kPre) {
-      SeenKey seen = reconstructed(b, h, slot, query, keys, basis, mean);
-      fill_values(seen, values, at);
-      return seen;
-    }
     SeenKey seen{0, 0, reference::Row(dim), reference::Row(dim)};
+    fill_values(seen, values, at);
+    if (layout.rope != RopeMode::kPre) add_absorbed(b, h, at, query, keys, seen);
+    if (layout.rope != RopeMode::kPost) add_reconstructed(b, h, slot, query, keys, seen);
+    seen.score *= double{p_.sm_scale};
+    seen.error *= double{p_.sm_scale};
+    return seen;
+  }
+
+  // The tail of a key: codes times absorbed queries.
+  void add_absorbed(int b, int h, int at, const reference::Row& query, const uint8_t* keys,
+                    SeenKey& seen) const {
+    const LayoutView& layout = p_.layout;
+    const int dim = layout.head_dim;
+    const uint16_t* basis = p_.basis + int64_t{b} * layout.rank * dim;
+    const float* mean = (layout.rope == RopeMode::kHybrid ? p_.tail_mean : p_.mean) +
+                        (int64_t{b} * layout.num_heads + h) * dim;
     double magnitude = 0;
     for (int d = 0; d < dim; ++d) {
       seen.score += query[d] * double{mean[d]};
       magnitude += std::fabs(query[d] * double{mean[d]});
     }
     double largest = 0, distance = 0;
-    for (const reference::Channel& c : reference::channels_of(layout.heads[h])) {
+    for (const reference::Channel& c : reference::part_channels(layout, h, RopeMode::kPost)) {
       double w = 0, terms = 0;
       for (int d = 0; d < dim; ++d) {
         const double x = query[d] * double{bfloat16_to_float(basis[int64_t{c.row} * dim + d])};
@@ -87,12 +96,10 @@ class AttendReference {
     }
     // Weights below 2^-14 in units of largest / 256 are off by 2^-25 such units.
     seen.error += distance * largest * 0x1p-33;
-    // Sums of floats: tensor cores may cut each addend to 2^-23 of the sum.
+    // Sums of floats: tensor cores may cut each addend to 2^-23 of the sum. Hybrid keys' core is
+    // summed on top.
     seen.error += magnitude * (dim * 2 * kFloatRounding + sum_rounding(dim));
-    seen.score *= double{p_.sm_scale};
-    seen.error *= double{p_.sm_scale};
-    fill_values(seen, values, at);
-    return seen;
+    if (layout.rope == RopeMode::kHybrid) seen.error += magnitude * dim * 2 * kFloatRounding;
   }
 
   void fill_values(SeenKey& seen, const uint8_t* values, int at) const {
@@ -106,13 +113,15 @@ class AttendReference {
     }
   }
 
-  // A key coded before RoPE. Its columns are sums of codes times halves; turned, they become
-  // halves, as do the queries. An error of a pair of columns keeps its length when it is turned.
-  SeenKey reconstructed(int b, int h, int slot, const reference::Row& query, const uint8_t* keys,
-                        const uint16_t* basis, const float* mean) const {
+  // The core of a key. Its columns are sums of codes times halves; turned, they become halves, as
+  // do the queries. An error of a pair of columns keeps its length when it is turned.
+  void add_reconstructed(int b, int h, int slot, const reference::Row& query, const uint8_t* keys,
+                         SeenKey& seen) const {
     const LayoutView& layout = p_.layout;
     const int dim = layout.head_dim, half = p_.rope.half;
-    const auto channels = reference::channels_of(layout.heads[h]);
+    const uint16_t* basis = p_.basis + int64_t{b} * layout.rank * dim;
+    const float* mean = p_.mean + (int64_t{b} * layout.num_heads + h) * dim;
+    const auto channels = reference::part_channels(layout, h, RopeMode::kPre);
     const float* scale = p_.scale + int64_t{b} * layout.rank;
     reference::Row key =
         reference::decode_key(channels, keys, slot % kPageTokens, basis, scale, mean, dim);
@@ -134,7 +143,6 @@ class AttendReference {
     const double position =
         (p_.first_position ? p_.first_position[b] : 0) + static_cast<double>(slot);
     reference::rotate(key, p_.rope, position);
-    SeenKey seen{0, 0, reference::Row(dim), reference::Row(dim)};
     for (int d = 0; d < dim; ++d) seen.score += query[d] * key[d];
     const auto add = [&](double q, double k, double error) {
       // Key and turned query are rounded to halves (2^-25 below their normal range), and products
@@ -148,9 +156,6 @@ class AttendReference {
           std::hypot(off[i], off[i + half]));
     }
     for (int d = 2 * half; d < dim; ++d) add(std::fabs(query[d]), std::fabs(key[d]), off[d]);
-    seen.score *= double{p_.sm_scale};
-    seen.error *= double{p_.sm_scale};
-    return seen;
   }
 
   SeenKey exact(int b, int h, int64_t e, const reference::Row& query) const {

@@ -44,10 +44,10 @@ class AttendTest : public KernelTest {
     return attend_on_device(p, cut, queue());
   }
 
-  // Both RoPE modes; `cut` null: as planned.
-  void check(const char* what, AttendCase c, uint64_t stream, const gpu::AttendCut* cut) {
-    for (RopeMode rope : {RopeMode::kPost, RopeMode::kPre}) {
-      c.rope = rope;
+  // Every RoPE mode; `cut` null: as planned.
+  void check(const char* what, const AttendCase& given, uint64_t stream,
+             const gpu::AttendCut* cut) {
+    for (const AttendCase& c : in_every_mode(given)) {
       check_mode(what, c, stream, cut);
       if (HasFatalFailure()) return;
     }
@@ -55,8 +55,7 @@ class AttendTest : public KernelTest {
 
   void check_mode(const char* what, const AttendCase& c, uint64_t stream,
                   const gpu::AttendCut* cut) {
-    SCOPED_TRACE(::testing::Message() << what << ", stream " << stream
-                                      << (c.rope == RopeMode::kPre ? ", pre" : ", post"));
+    SCOPED_TRACE(::testing::Message() << what << ", stream " << stream << ", " << mode_of(c));
     AttendProblem problem(c, stream);
     const AttendParams p = captured_params(problem);
     const AttendAnswer got = run(p, cut);

@@ -31,7 +31,9 @@ class ChosenCase {
 
   int head_dim() const { return number("head_dim", 64); }
   RopeMode rope() const {
-    return choice<RopeMode>("rope", "post", {{"pre", RopeMode::kPre}, {"post", RopeMode::kPost}});
+    return choice<RopeMode>(
+        "rope", "post",
+        {{"pre", RopeMode::kPre}, {"post", RopeMode::kPost}, {"hybrid", RopeMode::kHybrid}});
   }
   DataType dtype() const { return dtype("dtype", "fp32"); }
   int v_bits() const { return number("v_bits", 4); }
@@ -42,13 +44,16 @@ class ChosenCase {
   int position() const { return number("position", 1000); }
 
   // Channels of 8:4:2:1 bits, by head; heads take them in turn.
-  HeadBands bands() const {
+  HeadBands bands() const { return bands("bands", "4:8:4:8,0:12:4:16"); }
+  // Of core channels, hybrid alone.
+  HeadBands core_bands() const { return bands("core", "4:4:0:0"); }
+  HeadBands bands(const std::string& name, const std::string& fallback) const {
     std::vector<Bands> kinds;
-    for (const std::string& kind : split(value("bands", "4:8:4:8,0:12:4:16"), ',')) {
+    for (const std::string& kind : split(value(name, fallback), ',')) {
       const std::vector<std::string> counts = split(kind, ':');
-      if (counts.size() != kNumWidths) fail("bands", kind, "channels of 8:4:2:1 bits");
+      if (counts.size() != kNumWidths) fail(name, kind, "channels of 8:4:2:1 bits");
       Bands bands{};
-      for (int w = 0; w < kNumWidths; ++w) bands.count[w] = parse("bands", counts[w]);
+      for (int w = 0; w < kNumWidths; ++w) bands.count[w] = parse(name, counts[w]);
       kinds.push_back(bands);
     }
     HeadBands heads;
@@ -62,6 +67,7 @@ class ChosenCase {
     c.head_dim = head_dim();
     c.rotary_half = number("rotary_dim", head_dim()) / 2;
     c.bands = bands();
+    if (c.rope == RopeMode::kHybrid) c.core_bands = core_bands();
     c.v_bits = v_bits();
     c.v_group_size = v_group_size();
     c.group = number("group", 2);
@@ -97,7 +103,8 @@ class ChosenCase {
 
  private:
   static std::string names() {
-    return " head_dim kv_heads group q_len kv_len exact bands v_bits v_group_size dtype exact_dtype"
+    return " head_dim kv_heads group q_len kv_len exact bands core v_bits v_group_size dtype "
+           "exact_dtype"
            " rope rotary_dim first_position sinks causal split_pages split_exact stages tiles slot"
            " tokens position seed ";
   }

@@ -122,15 +122,31 @@ TEST_P(AttendKernels, EveryRotation) {
     AttendCase c;
     c.rotary_half = half;
     c.first_positions = {7, 200000};
-    check_mode("rotation", c, 9000 + half, &kCut);
+    check("rotation", c, 9000 + half);
+  }
+}
+
+TEST_P(AttendKernels, PartsOfHybridKeys) {
+  AttendCase c;
+  c.rope = RopeMode::kHybrid;
+  // All channels in both parts, none at all, one part alone.
+  c.bands = {{{16, 16, 16, 16}}, {{0, 0, 0, 0}}, {{0, 12, 0, 0}}, {{0, 0, 0, 0}}};
+  c.core_bands = {{{16, 16, 16, 16}}, {{0, 0, 0, 0}}, {{0, 0, 0, 0}}, {{0, 4, 0, 8}}};
+  c.first_positions = {7, 131000};
+  for (int q_len : {1, 3, 9}) {
+    for (int v_bits : {4, 16}) {
+      c.q_len = q_len;
+      c.v_bits = v_bits;
+      c.exact_dtype = v_bits == 16 ? DataType::kBFloat16 : DataType::kFloat32;
+      c.exact_lens = {12, 10};
+      check_mode("parts", c, 9100 + 10 * q_len + v_bits, nullptr);
+    }
   }
 }
 
 // The CPU backend and the kernels answer alike, as far as each may be off.
 TEST_P(AttendKernels, AgreesWithTheCpuBackend) {
-  for (RopeMode rope : {RopeMode::kPre, RopeMode::kPost}) {
-    AttendCase c;
-    c.rope = rope;
+  for (AttendCase c : testing::in_every_mode({})) {
     c.q_len = 3;
     c.sink_tokens = 4;
     AttendProblem problem(c, 9500);

@@ -14,11 +14,8 @@ class AttendInput : public testing::AttendTest {
   // Two sequences, of which `spoil` changes what the first one says of itself.
   template <typename Spoil>
   void check(int q_len, const Spoil& spoil) {
-    for (RopeMode rope : {RopeMode::kPost, RopeMode::kPre}) {
-      SCOPED_TRACE(::testing::Message()
-                   << "q_len " << q_len << (rope == RopeMode::kPre ? ", pre" : ", post"));
-      AttendCase c;
-      c.rope = rope;
+    for (AttendCase c : testing::in_every_mode({})) {
+      SCOPED_TRACE(::testing::Message() << "q_len " << q_len << ", " << testing::mode_of(c));
       c.q_len = q_len;
       c.dtype = c.exact_dtype = DataType::kFloat16;
       AttendProblem problem(c, 1);
