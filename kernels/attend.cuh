@@ -11,6 +11,7 @@
 #pragma once
 
 #include "kernels/accumulate.cuh"
+#include "kernels/outliers.cuh"
 #include "kernels/scores.cuh"
 
 namespace svdq::device {
@@ -162,6 +163,7 @@ attend_pages_kernel(AttendParams p, AttendWork work, HeadTable heads) {
   for (int i = 0; i < work.stages - 1; ++i) fetch(page + i);
 
   Scores scores(s.scores, p, work, rows, head);  // barriers before its use follow
+  Outliers outliers(p, rows, page);
   RowState state[2] = {empty_row(), empty_row()};
   ExactValues<Scores::kDim> values;
   values.reset();
@@ -173,6 +175,16 @@ attend_pages_kernel(AttendParams p, AttendWork work, HeadTable heads) {
     const TokenRange tokens = tokens_of_page(p, run, page);
     float score[4];
     scores.score(stage(page), page, score);
+    outliers.for_each(page, [&](int token, int index) {
+      if (token / kLanes != warp_index()) return;
+      const Floats2 exact = outliers.score_pair(index);
+      SVDQ_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        if (token % kLanes != lane_index() / 4 + half * 8) continue;
+        score[2 * half] = exact.x;
+        score[2 * half + 1] = exact.y;
+      }
+    });
     SVDQ_UNROLL
     for (int e = 0; e < 4; ++e) {
       if (!tokens.has(warp_index() * kLanes + lane_index() / 4 + e / 2 * 8)) score[e] = no_score();

@@ -119,6 +119,7 @@ attend_decode_kernel(AttendParams p, AttendWork work, HeadTable heads) {
   int page = run.first;
   for (int i = 0; i < work.stages - 1; ++i) fetch(page + i);
 
+  Outliers outliers(p, rows, page);
   RowState state[2] = {empty_row(), empty_row()};
   Values values;
   values.reset();
@@ -129,6 +130,15 @@ attend_decode_kernel(AttendParams p, AttendWork work, HeadTable heads) {
 
     float score[kGroups][4];
     scores.score(stage(page), page, score);
+    outliers.for_each(page, [&](int token, int index) {
+      const Floats2 exact = outliers.score_pair(index);
+      SVDQ_UNROLL
+      for (int i = 0; i < 2 * kGroups; ++i) {
+        if (token != decode_token(i / 2) + i % 2) continue;
+        score[i / 2][i % 2 * 2] = exact.x;
+        score[i / 2][i % 2 * 2 + 1] = exact.y;
+      }
+    });
     const TokenRange tokens = tokens_of_page(p, run, page);
     if (tokens.begin > 0 || tokens.end < kPageTokens) {
       SVDQ_UNROLL

@@ -52,6 +52,7 @@ attend_page_tiles_kernel(AttendParams p, AttendWork work, HeadTable heads) {
   for (int i = 0; i < work.stages - 1; ++i) fetch(page + i);
 
   Scores scores(shared, p, work, rows, head, share);  // barriers before its use follow
+  Outliers outliers(p, rows, page);
   RowState state[2] = {empty_row(), empty_row()};
   Values values;
   values.reset();
@@ -68,6 +69,18 @@ attend_page_tiles_kernel(AttendParams p, AttendWork work, HeadTable heads) {
     }
     float score[2 * kGroups][4], factor[2];
     scores.score(stage(page), page, score);
+    outliers.for_each(page, [&](int token, int index) {
+      SVDQ_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int row = share.pair * kWarpRows + lane_index() / 4 + half * 8;
+        const float exact = outliers.score(index, row);
+        SVDQ_UNROLL
+        for (int i = 0; i < 4 * kGroups; ++i) {
+          const int e = half * 2 + i % 2;
+          if (token == score_token(i / 2, e)) score[i / 2][e] = exact;
+        }
+      }
+    });
     if (!whole) {
       SVDQ_UNROLL
       for (int i = 0; i < 8 * kGroups; ++i) {

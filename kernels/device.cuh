@@ -8,7 +8,7 @@
 //   shared_memory<Plan>()                      the block's dynamic shared memory as a plain struct
 //   copy_async(shared, global, bytes)          cp.async of 16 bytes, from `bytes` on zeros
 //   commit_copies(), wait_copies<N>()          close a group; wait until N groups are in flight
-//   sync_threads, sync_warp, shuffle, shuffle_xor, shuffle_down, ballot
+//   sync_threads, sync_warp, shuffle, shuffle_xor, shuffle_down, ballot, count_bits
 //   exp2_fast, log2_fast, fused, square_root, sine_cosine, round_double, round_to_int
 //   conversions of half and bfloat16, pack_half2, half2_fma, half2_max,
 //   permute_bytes
@@ -125,6 +125,7 @@ SVDQ_DEVICE uint32_t ballot(bool predicate, uint32_t members = kWarp) {
   return __ballot_sync(members, predicate);
 }
 
+SVDQ_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
 SVDQ_DEVICE float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

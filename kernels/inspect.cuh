@@ -76,14 +76,14 @@ struct DecodeParams {
 };
 
 template <int kDim>
-struct DecodePlan {
+struct InspectPlan {
   alignas(16) float latent[kDim][kLanes];  // [channel][slot]: a key's share of a row of the basis
   float row[kLanes][kDim + 1];             // rows apart in the banks
 };
 
 // Latents of the 16 slots of a group, whether they are in the span or not.
 template <int kDim>
-SVDQ_DEVICE void decode_latents(DecodePlan<kDim>& s, const DecodeParams& d, const HeadPlan& head,
+SVDQ_DEVICE void decode_latents(InspectPlan<kDim>& s, const DecodeParams& d, const HeadPlan& head,
                                 const uint8_t* page, int group) {
   for_each_coded_band(head, page, [&]<int kWidth>(int first, int count, const uint8_t* lines) {
     constexpr float kMid = static_cast<float>((1 << kWidth) - 1) / 2;
@@ -102,7 +102,7 @@ SVDQ_DEVICE void decode_latents(DecodePlan<kDim>& s, const DecodeParams& d, cons
 
 // Rows [16, D] = mean + latents x basis; a thread has a channel of 8 slots.
 template <int kDim>
-SVDQ_DEVICE void decode_rows(DecodePlan<kDim>& s, const DecodeParams& p, const HeadPlan& head,
+SVDQ_DEVICE void decode_rows(InspectPlan<kDim>& s, const DecodeParams& p, const HeadPlan& head,
                              int head_index, int dim) {
   constexpr int kSlots = 8;
   for (int i = thread_index(); i < dim * (kLanes / kSlots); i += kInspectThreads) {
@@ -129,7 +129,7 @@ SVDQ_DEVICE void decode_rows(DecodePlan<kDim>& s, const DecodeParams& p, const H
 
 // Writes the group's slots that lie in the span, turned to their positions.
 template <int kDim>
-SVDQ_DEVICE void store_keys(const DecodePlan<kDim>& s, const DecodeParams& p, const PageSpan& span,
+SVDQ_DEVICE void store_keys(const InspectPlan<kDim>& s, const DecodeParams& p, const PageSpan& span,
                             int group, int64_t run, int dim, float* keys) {
   const int half = p.rope.half;
   for (int i = thread_index(); i < kLanes * dim; i += kInspectThreads) {
@@ -152,7 +152,7 @@ template <int kDim>
 SVDQ_KERNEL(kInspectThreads)
 unpack_keys_kernel(UnpackParams p, HeadTable heads, PageIds ids, int64_t first_run,
                    DecodeParams d) {
-  DecodePlan<kDim>& s = shared_memory<DecodePlan<kDim>>();
+  InspectPlan<kDim>& s = shared_memory<InspectPlan<kDim>>();
   const int dim = p.layout.head_dim;
   const HeadPlan head = head_plan(heads, block_y());
   const PageSpan span = page_span(ids, p.slot, p.num_tokens, first_run, block_x());
@@ -165,6 +165,30 @@ unpack_keys_kernel(UnpackParams p, HeadTable heads, PageIds ids, int64_t first_r
     sync_threads();
     store_keys(s, d, span, group, first_run + block_x(), dim, keys);
   }
+}
+
+// errors [H, stride] of tokens first .. first + num_tokens - 1: squared distance of a key from
+// decoded [H, num_tokens, D]. Grid: x = runs of tokens, one a warp, y = head.
+SVDQ_KERNEL(kInspectThreads)
+key_errors_kernel(TokenSource keys, int64_t first, int64_t num_tokens, int dim,
+                  const float* decoded, float* errors, int64_t stride) {
+  constexpr int kWarps = kInspectThreads / kWarpSize;
+  const int64_t token = int64_t{block_x()} * kWarps + warp_index();
+  if (token >= num_tokens) return;
+  const int64_t key = block_y() * keys.head_stride + (first + token) * keys.token_stride;
+  const float* other = decoded + (block_y() * num_tokens + token) * dim;
+  float sum = 0.0f;
+  for (int d = lane_index(); d < dim; d += kWarpSize) {
+    const float off = load_number(keys.data, keys.dtype, key + d) - load(&other[d]);
+    sum = fused(off, off, sum);
+  }
+  for (int mask = 1; mask < kWarpSize; mask *= 2) sum += shuffle_xor(sum, mask);
+  if (lane_index() == 0) store(&errors[block_y() * stride + first + token], sum);
+}
+
+inline LaunchShape key_errors_launch(int num_heads, int64_t num_tokens) {
+  constexpr int kWarps = kInspectThreads / kWarpSize;
+  return {static_cast<int>((num_tokens + kWarps - 1) / kWarps), num_heads, 1, kInspectThreads, 0};
 }
 
 // values [H, num_tokens, D], of packed values; a thread has a channel of 4 slots.

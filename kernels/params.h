@@ -94,6 +94,8 @@ struct PackKeysParams {
   uint8_t* pages;             // [P, k_page_bytes]
   const int32_t* page_table;  // page of each 64 slots
   int64_t slot;               // of the first token
+  float* errors = nullptr;  // [H, T], rows errors_stride apart: |key - decoded key|^2; may be null
+  int64_t errors_stride = 0;
 };
 
 struct PackValuesParams {
@@ -138,7 +140,12 @@ struct AttendParams {
   DataType exact_dtype;
   int64_t exact_batch_stride;
   int64_t exact_head_stride;
-  int exact_rows;             // E
+  int exact_rows;  // E
+  // Keys held exact beside their codes, whose scores take the place of the codes'.
+  const int32_t* outlier_slots;  // [B, H, N] ascending, then INT32_MAX; may be null
+  const void* outlier_keys;      // [B, H, N, D]
+  DataType outlier_dtype;
+  int outliers;               // N
   const int32_t* exact_lens;  // [B]
   int sink_tokens;
   float sm_scale;

@@ -177,6 +177,12 @@ def expect(cache: Cache, query: Tensor) -> Expected:
         tail_mean = None if cache.tail_mean is None else cache.tail_mean[b]
         rope = (cache.inv_freq, position, tail_mean)
         keys = reference.unpack_keys(cache.k_pages, *fitted, *at, *rope)
+        is_outlier = torch.zeros(cache.layout.num_kv_heads, packed, dtype=torch.bool)
+        if cache.outlier_slots is not None:
+            tokens = cache.outlier_slots[b] - cache.sink_tokens
+            keys = reference.replace_keys(keys, tokens, cache.outlier_keys[b])
+            for h, own in enumerate(tokens):
+                is_outlier[h, own[(own >= 0) & (own < packed)].long()] = True
         values = reference.unpack_values(cache.v_pages, *at)
         seen = reference.visible_tokens(q_len, packed, exact, cache.causal)
         for h in range(cache.layout.num_kv_heads):
@@ -189,7 +195,8 @@ def expect(cache: Cache, query: Tensor) -> Expected:
             p = (scores - total[..., None]).exp().nan_to_num(nan=0.0)
             lengths = q.norm(dim=-1)[..., None] * k.norm(dim=-1)
             error = SIGMAS * cache.layout.head_dim**0.5 * FLOAT_ERROR * lengths * cache.sm_scale
-            error[..., :packed] += score_errors(cache, b, h, q, codes)
+            codes_error = score_errors(cache, b, h, q, codes)
+            error[..., :packed] += codes_error.masked_fill(is_outlier[h], 0.0)
             error += EXP2_ERROR + 4 * FLOAT_ERROR * scores.abs().nan_to_num(posinf=0.0)
             shift = torch.log1p((p * error.expm1()).sum(-1))
             spread = (v - o[..., None, :]).abs()  # [g, L, n, D]

@@ -44,7 +44,11 @@ class OnCuda:
             ]
             out = getattr(self.operators, name)(*moved)
             for x, argument in zip(args, schema.arguments, strict=True):
-                if argument.alias_info is not None and argument.alias_info.is_write:
+                if (
+                    x is not None
+                    and argument.alias_info is not None
+                    and argument.alias_info.is_write
+                ):
                     here, there = memory[x.untyped_storage().data_ptr()]
                     here.copy_(there)
             return tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, out)

@@ -117,6 +117,8 @@ class Cache:
     sink_tokens: int
     causal: bool
     tail_mean: Tensor | None = None
+    outlier_slots: Tensor | None = None
+    outlier_keys: Tensor | None = None
 
     def kwargs(self) -> dict:
         """Keyword arguments of ``svdq.ops.attend`` and ``svdq.reference.attend``."""

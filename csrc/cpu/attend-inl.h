@@ -87,6 +87,23 @@ struct PageBytes {
   const uint8_t* values;
 };
 
+// Outliers first .. first + count - 1 of a head's list.
+struct OutlierRange {
+  int64_t first, count;
+};
+
+// Those of page `page`, of which none lies before place `from` of the list.
+inline OutlierRange page_outliers(const AttendPlan& plan, const AttendTask& task, int64_t page,
+                                  int64_t from) {
+  const int64_t all = plan.p.outliers;
+  const int32_t* slots = plan.p.outlier_slots + task.sequence_head * all;
+  int64_t first = from;
+  while (first < all && slots[first] < page * kPageTokens) ++first;
+  int64_t last = first;
+  while (last < all && slots[last] < (page + 1) * kPageTokens) ++last;
+  return {first, last - first};
+}
+
 inline PageBytes page_bytes(const AttendPlan& plan, const AttendTask& task, int64_t page) {
   const LayoutView& layout = plan.p.layout;
   const int64_t id = plan.p.page_table[task.b * plan.p.table_stride + page];
@@ -96,8 +113,8 @@ inline PageBytes page_bytes(const AttendPlan& plan, const AttendTask& task, int6
 
 template <int kRows>
 inline void attend_page_rows(const AttendPlan& plan, const AttendTask& task, const AttendScratch& s,
-                             int64_t first, const PageBytes& page, Prefetcher& next,
-                             uint64_t mask) {
+                             int64_t first, const PageBytes& page, const OutlierRange& outliers,
+                             Prefetcher& next, uint64_t mask) {
   const AttendParams& p = plan.p;
   const int dim = p.layout.head_dim, groups = p.layout.value.groups();
   const HeadPlan& head = plan.head(task.h);
@@ -113,6 +130,12 @@ inline void attend_page_rows(const AttendPlan& plan, const AttendTask& task, con
     } else {
       code_scores<false, kRows>(lines, head.tail, query, row, s.scores);
     }
+  }
+  for (int64_t i = outliers.first; i < outliers.first + outliers.count; ++i) {
+    const int64_t at = task.sequence_head * p.outliers + i;
+    const float* query = plan.query + (task.sequence_head * plan.rows + task.row + first) * dim;
+    exact_score<kRows>(query, dim, p.outlier_keys, p.outlier_dtype, at * dim,
+                       s.scores + p.outlier_slots[at] % kPageTokens);
   }
   uint64_t masks[kRows];
   for (int r = 0; r < kRows; ++r) masks[r] = mask;
@@ -159,7 +182,7 @@ inline void turn_queries(const AttendPlan& plan, const AttendTask& task, const A
 }
 
 inline void attend_page(const AttendPlan& plan, const AttendTask& task, const AttendScratch& s,
-                        int64_t page) {
+                        int64_t page, const OutlierRange& outliers) {
   const AttendParams& p = plan.p;
   const uint64_t mask = page_mask(plan, task.b, page);
   const PageBytes bytes = page_bytes(plan, task, page);
@@ -176,7 +199,7 @@ inline void attend_page(const AttendPlan& plan, const AttendTask& task, const At
     load_value_scales(p.layout.value, bytes.values, g, mask, s.value_scales[g]);
   for (int64_t first = 0; first < task.rows; first += kMaxRows) {
     with_count<kMaxRows>(static_cast<int>(task.rows - first), [&]<int kRows>() {
-      attend_page_rows<kRows>(plan, task, s, first, bytes, next, mask);
+      attend_page_rows<kRows>(plan, task, s, first, bytes, outliers, next, mask);
     });
   }
 }
@@ -226,12 +249,14 @@ inline void attend_task(const AttendPlan& plan, const AttendTask& task, const At
     reconstruct_page(plan, task, s, nullptr);
   std::memcpy(s.rotation, plan.split_rotation + (task.b * plan.splits + task.split) * 2 * half,
               sizeof(double) * 2 * half);
+  OutlierRange outliers{};
   for (int64_t block = first; block < last; ++block) {
     if (block >= pages) {
       attend_exact(plan, task, s, block - pages);
       continue;
     }
-    if (page_mask(plan, task.b, block) != 0) attend_page(plan, task, s, block);
+    if (p.outliers) outliers = page_outliers(plan, task, block, outliers.first + outliers.count);
+    if (page_mask(plan, task.b, block) != 0) attend_page(plan, task, s, block, outliers);
     advance_rotation(s.rotation, plan.angles.page_turn(), half);
   }
   for (int64_t r = 0; r < task.rows; ++r) {

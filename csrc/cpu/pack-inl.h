@@ -70,19 +70,53 @@ inline void write_codes(const HeadPlan& head, const int32_t* codes, const PageSp
   }
 }
 
+// rows -= what the codes [rank, 64] of `span` stand for; then the squared length of each row.
+// basis_rows [rank, D] and latent are scratch.
+inline void write_errors(const PackKeysParams& p, const HeadPlan& head, int h, const PageSpan& span,
+                         const int32_t* codes, float* basis_rows, float* latent, float* rows) {
+  const int rank = head.rank(), dim = p.layout.head_dim, padded = padded_rank(rank);
+  const uint16_t* basis = p.basis + int64_t{head.first_channel} * dim;
+  for (int64_t i = 0; i < int64_t{rank} * dim; i += kVecLanes)
+    store(basis_rows + i, load_bfloat16(basis + i));
+  for (int j = 0; j < rank; ++j) {
+    const float mid = static_cast<float>((1 << channel_width(head, j)) - 1) / 2;
+    for (int r = 0; r < span.count; ++r) {
+      latent[r * padded + j] = (mid - static_cast<float>(codes[j * kPageTokens + span.first + r])) *
+                               p.scale[head.first_channel + j];
+    }
+  }
+  for (int d = 0; d < dim; d += kTileVecs * kVecLanes) {
+    with_count<kTileVecs>((dim - d) / kVecLanes, [&]<int kVecs>() {
+      for (int t = 0; t < span.count; t += kTileTokens) {
+        outer_product_tile<kVecs, true>(latent + t * padded, padded, 1, basis_rows + d, dim, rank,
+                                        rows + t * dim + d, dim);
+      }
+    });
+  }
+  for (int r = 0; r < span.count; ++r) {
+    F32 sum{};
+    for (int d = 0; d < dim; d += kVecLanes) {
+      const F32 x = load<F32>(rows + r * dim + d);
+      sum += x * x;
+    }
+    p.errors[h * p.errors_stride + span.token + r] = reduce_add(sum);
+  }
+}
+
 inline void pack_keys(const PackKeysParams& p, const Executor& executor) {
   const LayoutView& layout = p.layout;
   const int64_t num_pages = spanned_pages(p.slot, p.keys.num_tokens);
   const int64_t chunks = (num_pages + kPagesPerTask - 1) / kPagesPerTask;
   const RopeTable table(p.rope, p.position - p.slot % kPageTokens, num_pages);
   const int64_t dim = layout.head_dim, padded = padded_rank(static_cast<int>(dim));
-  const int64_t worker_size = kPageTokens * dim + 2 * kPageTokens * padded + dim * padded;
+  const int64_t worker_size =
+      kPageTokens * dim + 2 * kPageTokens * padded + dim * padded + (p.errors ? dim * dim : 0);
   const AlignedBuffer scratch(sizeof(float) * executor.workers() * worker_size);
 
   for_each_task(executor, layout.num_heads * chunks, [&](int64_t task, int worker) {
     const HeadPlan& head = layout.heads[task / chunks];
     const int h = static_cast<int>(task / chunks), rank = head.rank();
-    if (rank == 0) return;
+    if (rank == 0 && !p.errors) return;
     float* rows = scratch.as<float>() + worker * worker_size;
     float* latent = rows + kPageTokens * dim;
     int32_t* codes = reinterpret_cast<int32_t*>(latent + kPageTokens * padded);
@@ -112,6 +146,7 @@ inline void pack_keys(const PackKeysParams& p, const Executor& executor) {
         }
       }
       write_codes(head, codes, span, p.pages + span.page * layout.k_page_bytes + head.k_offset);
+      if (p.errors) write_errors(p, head, h, span, codes, columns + dim * padded, latent, rows);
     }
   });
 }

@@ -198,20 +198,26 @@ inline void column_scores(const float* query, int head_dim, int half, const floa
   }
 }
 
+// s[r][0] = query[r] . key for one exact key, whose numbers begin at `at`.
+template <int kRows>
+inline void exact_score(const float* query, int head_dim, const void* keys, DataType dtype,
+                        int64_t at, float* s) {
+  F32 acc[kRows];
+  for (int r = 0; r < kRows; ++r) acc[r] = F32{};
+  for (int d = 0; d < head_dim; d += kVecLanes) {
+    const F32 key = load_as_float(keys, dtype, at + d);
+    for (int r = 0; r < kRows; ++r) acc[r] += key * load<F32>(query + r * head_dim + d);
+  }
+  for (int r = 0; r < kRows; ++r) s[r * kPageTokens] = reduce_add(acc[r]);
+}
+
 // s[r][t] = query[r] . key_t for `count` exact keys in rows; other tokens get 0 (and are masked by
 // the caller).
 template <int kRows>
 inline void exact_scores(const float* query, int head_dim, const void* keys, DataType dtype,
                          int64_t first, int count, float* s) {
-  for (int t = 0; t < count; ++t) {
-    F32 acc[kRows];
-    for (int r = 0; r < kRows; ++r) acc[r] = F32{};
-    for (int d = 0; d < head_dim; d += kVecLanes) {
-      const F32 key = load_as_float(keys, dtype, first + int64_t{t} * head_dim + d);
-      for (int r = 0; r < kRows; ++r) acc[r] += key * load<F32>(query + r * head_dim + d);
-    }
-    for (int r = 0; r < kRows; ++r) s[r * kPageTokens + t] = reduce_add(acc[r]);
-  }
+  for (int t = 0; t < count; ++t)
+    exact_score<kRows>(query, head_dim, keys, dtype, first + int64_t{t} * head_dim, s + t);
   for (int r = 0; r < kRows; ++r) {
     for (int t = count; t < kPageTokens; ++t) s[r * kPageTokens + t] = 0;
   }

@@ -156,6 +156,7 @@ inline uint32_t ballot(bool predicate, uint32_t members = kWarp, Site site = Sit
 }
 
 // --- numbers ---
+inline int count_bits(uint32_t bits) { return std::popcount(bits); }
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float log2_fast(float x) { return std::log2(x); }
 inline float fused(float a, float b, float c) { return std::fma(a, b, c); }

@@ -28,7 +28,7 @@ void unpack_keys_class(const UnpackParams& p, device::DecodeParams d, int64_t po
                     [&](const device::PageIds& ids, int64_t first, int count) {
                       queue.launch(
                           "unpack_keys",
-                          device::inspect_launch(p, count, sizeof(device::DecodePlan<kDim>)),
+                          device::inspect_launch(p, count, sizeof(device::InspectPlan<kDim>)),
                           device::unpack_keys_kernel<kDim>, p, heads, ids, first, d);
                     });
 }

@@ -1,10 +1,29 @@
 // The pack stage on a GPU: keys and values of a prefill, or of a page that leaves the window.
 #pragma once
 
+#include "csrc/gpu/inspect.h"
 #include "csrc/gpu/project.h"
 #include "kernels/pack.cuh"
 
 namespace svdq::gpu {
+
+inline constexpr int64_t kErrorTokens = 2048;  // decoded at once
+
+// Decodes what was packed, some tokens after others, and writes how far it is off.
+template <typename Queue>
+void write_errors(const PackKeysParams& p, Queue& queue) {
+  const int64_t numbers = int64_t{p.layout.num_heads} * p.layout.head_dim;
+  const int64_t most = std::min<int64_t>(p.keys.num_tokens, kErrorTokens);
+  float* decoded = queue.template allocate<float>(most * numbers);
+  for (int64_t first = 0; first < p.keys.num_tokens; first += most) {
+    const int64_t count = std::min(most, p.keys.num_tokens - first);
+    unpack_keys({p.layout, p.pages, p.page_table, p.slot + first, count}, p.rope,
+                p.position + first, p.basis, p.scale, p.mean, decoded, queue);
+    queue.launch("key_errors", device::key_errors_launch(p.layout.num_heads, count),
+                 device::key_errors_kernel, p.keys, first, count, p.layout.head_dim, decoded,
+                 p.errors, p.errors_stride);
+  }
+}
 
 template <int kDim, typename Queue>
 void pack_keys_class(const PackKeysParams& p, Queue& queue) {
@@ -24,6 +43,7 @@ void pack_keys_class(const PackKeysParams& p, Queue& queue) {
 template <typename Queue>
 void pack_keys(const PackKeysParams& p, Queue& queue) {
   with_dim_class(p.layout.head_dim, [&]<int kDim>() { pack_keys_class<kDim>(p, queue); });
+  if (p.errors && p.keys.num_tokens > 0) write_errors(p, queue);
 }
 
 template <int kDim, typename Queue>

@@ -41,13 +41,47 @@ void check_exact_rows(const Checker& check, const at::Tensor& keys, const at::Te
       "exact_keys and exact_values must have the same shape and strides");
 }
 
+struct Outliers {
+  const int32_t* slots = nullptr;
+  const void* keys = nullptr;
+  DataType dtype = DataType::kFloat32;
+  int count = 0;
+};
+
+// Slots [B, H, N] and keys [B, H, N, D]; both or neither.
+Outliers check_outliers(const Checker& check, const std::optional<at::Tensor>& slots,
+                        const std::optional<at::Tensor>& keys, int64_t batch, int64_t heads,
+                        int64_t dim) {
+  check.require(slots.has_value() == keys.has_value(),
+                "outlier_slots and outlier_keys must be given together");
+  if (!slots) return {};
+  check.tensor(*slots, "outlier_slots", at::kInt, {batch, heads, -1});
+  const int64_t count = slots->size(2);
+  check.require(count <= INT32_MAX, "outlier_slots must have fewer than 2^31 slots a head, got " +
+                                        std::to_string(count));
+  check.on_device(*keys, "outlier_keys");
+  check.shape(*keys, "outlier_keys", {batch, heads, count, dim});
+  check.contiguous(*keys, "outlier_keys");
+  const int32_t* data = slots->const_data_ptr<int32_t>();
+  for (int64_t i = 0; slots->is_cpu() && i < slots->numel(); ++i) {
+    const int64_t least = i % count == 0 ? 0 : int64_t{data[i - 1]} + 1;
+    check.require(data[i] >= least || data[i] == INT32_MAX,
+                  "outlier_slots must ascend from 0 on in every head, then be 2^31 - 1, got " +
+                      std::to_string(data[i]) + " where at least " + std::to_string(least) +
+                      " is expected");
+  }
+  return {data, keys->const_data_ptr(), check.float_type(*keys, "outlier_keys"),
+          static_cast<int>(count)};
+}
+
 std::tuple<at::Tensor, at::Tensor> attend(
     const at::Tensor& query, const at::Tensor& k_pages, const at::Tensor& v_pages,
     const at::Tensor& page_table, const at::Tensor& cache_seqlens, const at::Tensor& basis,
     const at::Tensor& scale, const at::Tensor& mean, at::IntArrayRef layout_ints,
     const std::optional<at::Tensor>& inv_freq, const std::optional<at::Tensor>& first_position,
     const at::Tensor& exact_keys, const at::Tensor& exact_values, const at::Tensor& exact_lens,
-    int64_t sink_tokens, double sm_scale, bool causal, const std::optional<at::Tensor>& tail_mean) {
+    int64_t sink_tokens, double sm_scale, bool causal, const std::optional<at::Tensor>& tail_mean,
+    const std::optional<at::Tensor>& outlier_slots, const std::optional<at::Tensor>& outlier_keys) {
   const Checker check("svdq::attend", query);
   const Layout layout = check.layout(layout_ints);
   const int64_t heads = layout.num_heads(), dim = layout.head_dim(), rank = layout.rank();
@@ -83,6 +117,7 @@ std::tuple<at::Tensor, at::Tensor> attend(
   check.require(std::isfinite(sm_scale),
                 "sm_scale must be finite, got " + std::to_string(sm_scale));
   const Rope rope = check.rope(inv_freq, layout.rope(), dim);
+  const Outliers outliers = check_outliers(check, outlier_slots, outlier_keys, batch, heads, dim);
 
   const at::Tensor rows = query.contiguous();
   at::Tensor out = at::empty(rows.sizes(), rows.options());
@@ -115,6 +150,10 @@ std::tuple<at::Tensor, at::Tensor> attend(
           .exact_batch_stride = exact_keys.stride(0),
           .exact_head_stride = exact_keys.stride(1),
           .exact_rows = static_cast<int>(exact_keys.size(2)),
+          .outlier_slots = outliers.slots,
+          .outlier_keys = outliers.keys,
+          .outlier_dtype = outliers.dtype,
+          .outliers = outliers.count,
           .exact_lens = exact_lens.const_data_ptr<int32_t>(),
           .sink_tokens = static_cast<int>(sink_tokens),
           .sm_scale = static_cast<float>(sm_scale),
@@ -159,7 +198,8 @@ TORCH_LIBRARY_FRAGMENT(svdq, m) {
       " Tensor scale, Tensor mean, int[] layout, Tensor? inv_freq, Tensor? first_position, Tensor "
       "exact_keys,"
       " Tensor exact_values, Tensor exact_lens, int sink_tokens, float sm_scale, bool causal,"
-      " Tensor? tail_mean=None) -> (Tensor out, Tensor lse)");
+      " Tensor? tail_mean=None, Tensor? outlier_slots=None, Tensor? outlier_keys=None) -> "
+      "(Tensor out, Tensor lse)");
   m.def(
       "merge(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)");
 }

@@ -8,6 +8,7 @@
 #include <numeric>
 
 #include "csrc/core/bit_plan.h"
+#include "csrc/torch/key_coder.h"
 #include "csrc/torch/target.h"
 #include "csrc/torch/tensor_checks.h"
 
@@ -32,13 +33,6 @@ void check_within(const Checker& check, const TokenSource& source, const char* n
 void check_finite(const Checker& check, const TokenSource& source, const char* name, int64_t heads,
                   int64_t dim) {
   check_within(check, source, name, heads, dim, std::numeric_limits<float>::max());
-}
-
-uint16_t* bfloat16_bits(const at::Tensor& tensor) {
-  return static_cast<uint16_t*>(tensor.mutable_data_ptr());
-}
-const uint16_t* const_bfloat16_bits(const at::Tensor& tensor) {
-  return static_cast<const uint16_t*>(tensor.const_data_ptr());
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> fit_basis(const at::Tensor& keys,
@@ -108,82 +102,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fit_quantizer(
              centred = at::empty({heads, dim}, mean.options());
   Target(check.device())
       .fit_quantizer({source, layout.view(), rope, position, clip, mean.const_data_ptr<float>(),
-                      components.const_data_ptr<float>(), bfloat16_bits(basis),
+                      components.const_data_ptr<float>(),
+                      static_cast<uint16_t*>(basis.mutable_data_ptr()),
                       scale.mutable_data_ptr<float>(), centred.mutable_data_ptr<float>()});
   return {basis, scale, centred};
-}
-
-// What keys are coded with.
-struct KeyCoder {
-  const Layout& layout;
-  const uint16_t* basis;
-  const float* scale;
-  const float* mean;
-  const float* tail_mean;  // hybrid only
-  Rope rope;
-};
-
-KeyCoder key_coder(const Checker& check, const Layout& layout, const at::Tensor& basis,
-                   const at::Tensor& scale, const at::Tensor& mean,
-                   const std::optional<at::Tensor>& tail_mean,
-                   const std::optional<at::Tensor>& inv_freq) {
-  const int64_t heads = layout.num_heads(), dim = layout.head_dim();
-  check.tensor(basis, "basis", at::kBFloat16, {layout.rank(), dim});
-  check.tensor(scale, "scale", at::kFloat, {layout.rank()});
-  check.tensor(mean, "mean", at::kFloat, {heads, dim});
-  return {layout,
-          const_bfloat16_bits(basis),
-          scale.const_data_ptr<float>(),
-          mean.const_data_ptr<float>(),
-          check.tail_mean(tail_mean, layout.rope(), {heads, dim}),
-          check.rope(inv_freq, layout.rope(), dim)};
-}
-
-TokenSource float_source(const at::Tensor& keys) {
-  return {keys.const_data_ptr(), DataType::kFloat32, keys.stride(0), keys.stride(1), keys.size(1)};
-}
-
-// Tokens whose core is decoded at once: their float keys are a few megabytes, whatever the prompt.
-constexpr int64_t kResidualTokens = 2048;
-
-// Where tokens from slot `slot` on are packed.
-struct Destination {
-  uint8_t* pages;
-  const int32_t* page_table;
-  int64_t slot;
-};
-
-// Packs the core channels of keys, the first of which is at `position`.
-void pack_core(const Target& target, const KeyCoder& coder, const TokenSource& source,
-               int64_t position, const Destination& to) {
-  if (coder.layout.core_rank() == 0) return;
-  target.pack_keys({source, coder.layout.core_view(), coder.rope, position, coder.basis,
-                    coder.scale, coder.mean, to.pages, to.page_table, to.slot});
-}
-
-// What packed core channels leave of `keys`, a run of tokens after the other: fn(first, residual)
-// gets the rotated keys from token `first` on less their decoded core, [H, n, D] float.
-template <typename Fn>
-void for_each_residual(const Target& target, const KeyCoder& coder, const at::Tensor& keys,
-                       int64_t position, const Destination& from, const Fn& fn) {
-  const LayoutView core = coder.layout.core_view();
-  for (int64_t first = 0; first < keys.size(1); first += kResidualTokens) {
-    const int64_t count = std::min(kResidualTokens, keys.size(1) - first);
-    at::Tensor residual =
-        at::empty({core.num_heads, count, core.head_dim}, keys.options().dtype(at::kFloat));
-    target.unpack_keys({core, from.pages, from.page_table, from.slot + first, count}, coder.rope,
-                       position + first, coder.basis, coder.scale, coder.mean,
-                       residual.mutable_data_ptr<float>());
-    residual.neg_().add_(keys.narrow(1, first, count));
-    fn(first, residual);
-  }
 }
 
 void pack_keys_(at::Tensor& k_pages, const at::Tensor& keys,
                 const std::optional<at::Tensor>& inv_freq, int64_t position,
                 const at::Tensor& basis, const at::Tensor& scale, const at::Tensor& mean,
                 at::IntArrayRef layout_ints, const at::Tensor& page_table, int64_t slot,
-                const std::optional<at::Tensor>& tail_mean) {
+                const std::optional<at::Tensor>& tail_mean,
+                const std::optional<at::Tensor>& errors) {
   const Checker check("svdq::pack_keys_", k_pages);
   const Layout layout = check.layout(layout_ints);
   const int64_t heads = layout.num_heads(), dim = layout.head_dim();
@@ -191,22 +121,25 @@ void pack_keys_(at::Tensor& k_pages, const at::Tensor& keys,
   check.tensor(k_pages, "k_pages", at::kByte, {-1, layout.k_page_bytes()});
   const KeyCoder coder = key_coder(check, layout, basis, scale, mean, tail_mean, inv_freq);
   check.pages(page_table, slot, source.num_tokens, k_pages.size(0));
+  if (errors) check.tensor(*errors, "errors", at::kFloat, {heads, source.num_tokens});
   check_finite(check, source, "keys", heads, dim);
+  float* error_data = errors ? errors->mutable_data_ptr<float>() : nullptr;
 
   const Target target(check.device());
   uint8_t* pages = k_pages.mutable_data_ptr<uint8_t>();
   const int32_t* table = page_table.const_data_ptr<int32_t>();
   if (layout.rope() != RopeMode::kHybrid) {
     target.pack_keys({source, layout.view(), coder.rope, position, coder.basis, coder.scale,
-                      coder.mean, pages, table, slot});
+                      coder.mean, pages, table, slot, error_data, source.num_tokens});
     return;
   }
   const Destination to{pages, table, slot};
   pack_core(target, coder, source, position, to);
-  if (layout.tail_rank() == 0) return;
+  if (layout.tail_rank() == 0 && !errors) return;
   for_each_residual(target, coder, keys, position, to, [&](int64_t first, const at::Tensor& rest) {
     target.pack_keys({float_source(rest), layout.tail_view(), Rope{}, 0, coder.basis, coder.scale,
-                      coder.tail_mean, pages, table, slot + first});
+                      coder.tail_mean, pages, table, slot + first,
+                      error_data ? error_data + first : nullptr, source.num_tokens});
   });
 }
 
@@ -349,7 +282,8 @@ TORCH_LIBRARY_FRAGMENT(svdq, m) {
   m.def(
       "pack_keys_(Tensor(a!) k_pages, Tensor keys, Tensor? inv_freq, int position, Tensor basis, "
       "Tensor scale, Tensor mean,"
-      " int[] layout, Tensor page_table, int slot, Tensor? tail_mean=None) -> ()");
+      " int[] layout, Tensor page_table, int slot, Tensor? tail_mean=None, Tensor(b!)? errors=None)"
+      " -> ()");
   m.def(
       "residual_keys(Tensor keys, Tensor? inv_freq, int position, Tensor basis, Tensor scale, "
       "Tensor mean, int[] layout) -> Tensor");

@@ -61,7 +61,18 @@ def _(keys, inv_freq, position, mean, components, layout, clip):
 
 @_register_fake("pack_keys_", on_host="page_table")
 def _(
-    k_pages, keys, inv_freq, position, basis, scale, mean, layout, page_table, slot, tail_mean=None
+    k_pages,
+    keys,
+    inv_freq,
+    position,
+    basis,
+    scale,
+    mean,
+    layout,
+    page_table,
+    slot,
+    tail_mean=None,
+    errors=None,
 ):
     return None
 
@@ -131,6 +142,8 @@ def _(
     sm_scale,
     causal,
     tail_mean=None,
+    outlier_slots=None,
+    outlier_keys=None,
 ):
     out = query.new_empty(query.shape)
     return out, query.new_empty(query.shape[:3], dtype=torch.float32)

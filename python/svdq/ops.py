@@ -136,6 +136,7 @@ def pack_keys_(
     inv_freq: Tensor | None = None,
     position: int = 0,
     tail_mean: Tensor | None = None,
+    errors: Tensor | None = None,
 ) -> None:
     """Project keys on the basis, quantize and write their codes into pages: prefill or append.
 
@@ -153,6 +154,8 @@ def pack_keys_(
     slot : slot of ``keys[:, 0]`` in the sequence.
     inv_freq, position : as for :func:`fit_basis`.
     tail_mean : [H, D] float32 of :func:`svdq.fitting.fit_keys`, for hybrid layouts alone.
+    errors : [H, T] float32, contiguous; if given, the squared error of every decoded key is written
+        to it.
     """
     _ops.pack_keys_(
         k_pages,
@@ -166,6 +169,7 @@ def pack_keys_(
         page_table,
         slot,
         tail_mean,
+        errors,
     )
 
 
@@ -285,6 +289,8 @@ def attend(
     sink_tokens: int = 0,
     causal: bool = True,
     tail_mean: Tensor | None = None,
+    outlier_slots: Tensor | None = None,
+    outlier_keys: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend over packed pages and exact rows, dequantizing in registers.
 
@@ -292,7 +298,8 @@ def attend(
     rows ``0 .. exact_lens[b] - 1`` (attention sinks, then the window, then the new tokens
     themselves). With ``causal`` the L queries are the last L exact rows: query i sees exact rows up
     to ``exact_lens[b] - L + i``. All packed slots are visible to every query. A query that sees
-    nothing gets zeros and ``lse = -inf``.
+    nothing gets zeros and ``lse = -inf``. Outliers are packed slots whose keys are held exact too:
+    their scores are those of the exact keys, their values the packed ones.
 
     Parameters
     ----------
@@ -308,6 +315,8 @@ def attend(
     first_position : [B] int32, position of slot 0 of each sequence (None: zeros).
     sink_tokens : leading slots that are held as exact rows and skipped here.
     tail_mean : [B, H, D] float32, for hybrid layouts alone.
+    outlier_slots : [B, H, N] int32, contiguous; a head's outliers, ascending, then 2^31 - 1.
+    outlier_keys : [B, H, N, D] float32, bfloat16 or float16, contiguous; rotated keys.
 
     Returns
     -------
@@ -333,6 +342,8 @@ def attend(
         sm_scale,
         causal,
         tail_mean,
+        outlier_slots,
+        outlier_keys,
     )
 
 

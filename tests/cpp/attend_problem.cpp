@@ -53,6 +53,34 @@ AttendProblem::AttendProblem(const AttendCase& c, uint64_t stream)
   }
   make_basis(random);
   make_pages(random);
+  if (c_.outliers) make_outliers(random);
+}
+
+// Lists differ in length, and name sinks and slots past the end too. Keys behind a list are NaN.
+void AttendProblem::make_outliers(Random& random) {
+  outlier_room_ = c_.outliers + 2;
+  const int64_t rows = int64_t{batch()} * num_heads() * outlier_room_;
+  outlier_slots_.assign(rows, std::numeric_limits<int32_t>::max());
+  outlier_keys_.assign(rows * c_.head_dim * size_of(c_.exact_dtype), 0xff);
+  for (int64_t list = 0; list < int64_t{batch()} * num_heads(); ++list) {
+    const int reach = cache_seqlens_[list / num_heads()] + 5;
+    std::vector<int32_t> slots(reach);
+    std::iota(slots.begin(), slots.end(), 0);
+    for (int i = 0; i < reach; ++i) std::swap(slots[i], slots[random.integer(i, reach - 1)]);
+    slots.resize(std::min<int64_t>(reach, c_.outliers - list % 2));
+    std::sort(slots.begin(), slots.end());
+    std::copy(slots.begin(), slots.end(), outlier_slots_.begin() + list * outlier_room_);
+    uint8_t* key = &outlier_keys_[list * outlier_room_ * c_.head_dim * size_of(c_.exact_dtype)];
+    for (size_t i = 0; i < slots.size() * c_.head_dim; ++i, key += size_of(c_.exact_dtype))
+      write_number(key, c_.exact_dtype, random.normal());
+  }
+}
+
+int64_t AttendProblem::outlier_at(int b, int h, int slot) const {
+  const int64_t list = (int64_t{b} * num_heads() + h) * outlier_room_;
+  for (int64_t i = list; i < list + outlier_room_; ++i)
+    if (outlier_slots_[i] == slot) return i * c_.head_dim;
+  return -1;
 }
 
 void AttendProblem::make_basis(Random& random) {
@@ -159,6 +187,12 @@ void AttendProblem::run(const Backend& backend, const Executor& executor) {
   p.exact_head_stride = exact_head_stride_;
   p.exact_rows = static_cast<int>((exact_head_stride_ - 16) / c_.head_dim);
   p.exact_lens = exact_lens_.data();
+  if (c_.outliers) {
+    p.outlier_slots = outlier_slots_.data();
+    p.outlier_keys = outlier_keys_.data();
+    p.outlier_dtype = c_.exact_dtype;
+    p.outliers = outlier_room_;
+  }
   p.sink_tokens = c_.sink_tokens;
   p.sm_scale = sm_scale_;
   p.causal = c_.causal;
@@ -275,21 +309,30 @@ AttendProblem::Seen AttendProblem::packed(int b, int h, int slot, const Row& que
   }
   seen.error += static_cast<double>(sm_scale_) * std::sqrt(query_norm) * magnitude *
                 (20 * kFloatRounding + sum_rounding(c_.head_dim));
+  const int64_t outlier = outlier_at(b, h, slot);
+  if (outlier >= 0) score_exact(&outlier_keys_[outlier * size_of(c_.exact_dtype)], query, seen);
   return seen;
+}
+
+// The score of an exact key, and what it may be off.
+void AttendProblem::score_exact(const uint8_t* key, const Row& query, Seen& seen) const {
+  seen.score = 0;
+  double magnitude = 0;
+  for (int d = 0; d < c_.head_dim; ++d) {
+    const double product = static_cast<double>(sm_scale_) * query[d] *
+                           read_number(key + d * size_of(c_.exact_dtype), c_.exact_dtype);
+    seen.score += product;
+    magnitude += std::fabs(product);
+  }
+  seen.error = magnitude * (4 * kFloatRounding + sum_rounding(c_.head_dim));
 }
 
 AttendProblem::Seen AttendProblem::exact(int b, int h, int e, const Row& query) const {
   Seen seen{0, 0, Row(c_.head_dim), -1, {}, {}};
-  double magnitude = 0;
-  for (int d = 0; d < c_.head_dim; ++d) {
-    const int64_t at = (exact_at(b, h, e) + d) * size_of(c_.exact_dtype);
-    const double product =
-        static_cast<double>(sm_scale_) * query[d] * read_number(&exact_keys_[at], c_.exact_dtype);
-    seen.score += product;
-    magnitude += std::fabs(product);
-    seen.value[d] = read_number(&exact_values_[at], c_.exact_dtype);
-  }
-  seen.error = magnitude * (4 * kFloatRounding + sum_rounding(c_.head_dim));
+  const int64_t size = size_of(c_.exact_dtype), at = exact_at(b, h, e) * size;
+  score_exact(&exact_keys_[at], query, seen);
+  for (int d = 0; d < c_.head_dim; ++d)
+    seen.value[d] = read_number(&exact_values_[at + d * size], c_.exact_dtype);
   return seen;
 }
 
@@ -300,8 +343,7 @@ Attended AttendProblem::expected(int b, int query_head, int i) const {
     query[d] = read_number(&query_[(query_at(b, query_head, i) + d) * size_of(c_.dtype)], c_.dtype);
   }
   std::vector<Seen> seen;
-  for (int slot = c_.sink_tokens; slot < cache_seqlens_[b]; ++slot)
-    seen.push_back(packed(b, h, slot, query));
+  for (int s = c_.sink_tokens; s < cache_seqlens_[b]; ++s) seen.push_back(packed(b, h, s, query));
   const int visible = c_.causal ? exact_lens_[b] - (c_.q_len - 1 - i) : exact_lens_[b];
   for (int e = 0; e < visible; ++e) seen.push_back(exact(b, h, e, query));
 

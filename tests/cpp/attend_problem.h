@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "tests/cpp/reference.h"
@@ -27,6 +28,7 @@ struct AttendCase {
   std::vector<int> first_positions = {};  // empty: null
   int sink_tokens = 0;
   bool causal = true;
+  int outliers = 0;  // keys of each head and sequence that are held exact too
   // Weights that int8 holds exactly, so that scores are exact up to float rounding.
   bool exact_weights = false;
 };
@@ -95,9 +97,13 @@ class AttendProblem {
     return b * exact_batch_stride_ + h * exact_head_stride_ + int64_t{e} * c_.head_dim;
   }
   void make_pages(Random& random);
+  void make_outliers(Random& random);
+  // Place of a slot's exact key in outlier_keys_, -1 if it has none.
+  int64_t outlier_at(int b, int h, int slot) const;
   void make_basis(Random& random);
   Seen packed(int b, int h, int slot, const reference::Row& query) const;
   Seen exact(int b, int h, int e, const reference::Row& query) const;
+  void score_exact(const uint8_t* key, const reference::Row& query, Seen& seen) const;
   bool has_core() const { return c_.rope != RopeMode::kPost; }
   bool has_tail() const { return c_.rope != RopeMode::kPre; }
   double core_error(int b, int h, int slot, const reference::Row& query) const;
@@ -117,8 +123,9 @@ class AttendProblem {
   std::vector<float> frequencies_;
   Rope rope_;
   std::vector<std::vector<reference::Channel>> core_, tail_;  // channels per head
-  std::vector<uint8_t> query_, exact_keys_, exact_values_, k_pages_, v_pages_, out_;
-  std::vector<int32_t> table_, cache_seqlens_, exact_lens_, first_positions_;
+  std::vector<uint8_t> query_, exact_keys_, exact_values_, outlier_keys_, k_pages_, v_pages_, out_;
+  int outlier_room_ = 0;
+  std::vector<int32_t> outlier_slots_, table_, cache_seqlens_, exact_lens_, first_positions_;
   int64_t table_stride_ = 0, exact_batch_stride_ = 0, exact_head_stride_ = 0;
   std::vector<uint16_t> basis_;
   std::vector<float> scale_, mean_, tail_mean_, lse_;

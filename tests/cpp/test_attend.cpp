@@ -191,6 +191,26 @@ TEST_P(Attend, PartsOfHybridKeys) {
   }
 }
 
+TEST_P(Attend, OutliersHaveTheScoresOfTheirKeys) {
+  uint64_t stream = 9700;
+  for (DataType dtype : {DataType::kFloat32, DataType::kBFloat16, DataType::kFloat16}) {
+    for (int outliers : {1, 7, 140}) {
+      AttendCase c;
+      c.exact_dtype = dtype;
+      c.outliers = outliers;
+      c.sink_tokens = 4;
+      c.q_len = 3;
+      c.exact_lens = {9, 5};
+      check_all("outliers", c, stream += 10);
+    }
+  }
+  AttendCase c;
+  c.bands = {{{0, 8, 4, 0}}};
+  c.cache_seqlens = {4097, 1500};
+  c.outliers = 40;
+  check_all("long", c, stream += 10);
+}
+
 TEST_P(Attend, EverySeed) {
   for (uint64_t stream = 10000; stream < 10005; ++stream)
     check_all("seed", AttendCase(), stream * 4);

@@ -42,6 +42,9 @@ AttendAnswer attend_on_device(const AttendParams& host, const gpu::AttendCut* cu
              exact_lens = upload(host.exact_lens, host.batch);
   const auto basis = upload(host.basis, host.batch * layout.rank * dim),
              scale = upload(host.scale, host.batch * layout.rank);
+  const auto outlier_slots = upload(host.outlier_slots, heads * host.outliers);
+  const auto outlier_keys = upload(static_cast<const uint8_t*>(host.outlier_keys),
+                                   heads * host.outliers * dim, size_of(host.outlier_dtype));
   const auto tail_mean = upload(host.tail_mean, host.tail_mean ? heads * dim : 0);
   const auto mean = upload(host.mean, heads * dim),
              inv_freq = upload(host.rope.inv_freq, host.rope.half);
@@ -70,6 +73,8 @@ AttendAnswer attend_on_device(const AttendParams& host, const gpu::AttendCut* cu
   p.mean = as(host.mean, mean);
   p.tail_mean = host.tail_mean ? as(host.tail_mean, tail_mean) : nullptr;
   p.first_position = host.first_position ? as(host.first_position, first) : nullptr;
+  p.outlier_slots = host.outliers ? as(host.outlier_slots, outlier_slots) : nullptr;
+  p.outlier_keys = host.outliers ? outlier_keys.data() : nullptr;
   p.exact_keys = exact_keys.data();
   p.exact_values = exact_values.data();
   p.exact_lens = as(host.exact_lens, exact_lens);

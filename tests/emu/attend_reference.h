@@ -56,6 +56,10 @@ class AttendReference {
     const uint8_t* values = p_.v_pages + id * layout.v_page_bytes + h * layout.value.page_bytes();
     SeenKey seen{0, 0, reference::Row(dim), reference::Row(dim)};
     fill_values(seen, values, at);
+    if (const int64_t outlier = outlier_at(b, h, slot); outlier >= 0) {
+      score_exact(p_.outlier_keys, p_.outlier_dtype, outlier * dim, query, seen);
+      return seen;
+    }
     if (layout.rope != RopeMode::kPre) add_absorbed(b, h, at, query, keys, seen);
     if (layout.rope != RopeMode::kPost) add_reconstructed(b, h, slot, query, keys, seen);
     seen.score *= double{p_.sm_scale};
@@ -162,16 +166,30 @@ class AttendReference {
     const int dim = p_.layout.head_dim;
     const int64_t at = b * p_.exact_batch_stride + h * p_.exact_head_stride + e * dim;
     SeenKey seen{0, 0, reference::Row(dim), reference::Row(dim)};
+    score_exact(p_.exact_keys, p_.exact_dtype, at, query, seen);
+    for (int d = 0; d < dim; ++d) seen.value[d] = number(p_.exact_values, p_.exact_dtype, at + d);
+    return seen;
+  }
+
+  // Place of a slot's exact key among all outliers, -1 if it has none.
+  int64_t outlier_at(int b, int h, int slot) const {
+    const int64_t list = (int64_t{b} * p_.layout.num_heads + h) * p_.outliers;
+    for (int64_t i = list; i < list + p_.outliers; ++i) {
+      if (p_.outlier_slots[i] == slot) return i;
+    }
+    return -1;
+  }
+
+  void score_exact(const void* keys, DataType dtype, int64_t at, const reference::Row& query,
+                   SeenKey& seen) const {
+    const int dim = p_.layout.head_dim;
     double magnitude = 0;
     for (int d = 0; d < dim; ++d) {
-      const double x =
-          double{p_.sm_scale} * query[d] * number(p_.exact_keys, p_.exact_dtype, at + d);
+      const double x = double{p_.sm_scale} * query[d] * number(keys, dtype, at + d);
       seen.score += x;
       magnitude += std::fabs(x);
-      seen.value[d] = number(p_.exact_values, p_.exact_dtype, at + d);
     }
     seen.error = magnitude * (4 * kFloatRounding + sum_rounding(dim));
-    return seen;
   }
 
   Expected combine(std::vector<SeenKey>& seen) const {

@@ -144,6 +144,35 @@ TEST_P(AttendKernels, PartsOfHybridKeys) {
   }
 }
 
+TEST_P(AttendKernels, OutliersHaveTheScoresOfTheirKeys) {
+  uint64_t stream = 9200;
+  for (int q_len : {1, 3, 9}) {
+    for (int v_bits : {4, 16, 32}) {
+      for (int outliers : {1, 9, 90}) {
+        AttendCase c;
+        c.q_len = q_len;
+        c.v_bits = v_bits;
+        c.exact_dtype = v_bits == 32 ? DataType::kFloat32 : DataType::kBFloat16;
+        c.outliers = outliers;
+        c.sink_tokens = 2;
+        c.exact_lens = {12, 10};
+        c.cache_seqlens = {150, 70};
+        check("outliers", c, stream += 10,
+              {1, 64, 2, q_len * c.group > 8 && v_bits != 32 ? 2 : 1, 1});
+      }
+    }
+  }
+  for (int head_dim : {16, 80, 256, 512}) {
+    AttendCase c;
+    c.head_dim = head_dim;
+    c.rotary_half = head_dim / 2;
+    c.v_group_size = 16;
+    c.bands = {{{4, 4, 0, 8}}, {{0, 8, 4, 0}}};
+    c.outliers = 5;
+    AttendTest::check("head_dim", c, stream += 10, nullptr);
+  }
+}
+
 // The CPU backend and the kernels answer alike, as far as each may be off.
 TEST_P(AttendKernels, AgreesWithTheCpuBackend) {
   for (AttendCase c : testing::in_every_mode({})) {

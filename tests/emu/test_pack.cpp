@@ -78,7 +78,12 @@ class PackKernels : public testing::KernelTest {
     const DeviceArray<float> d_scale(scale), d_mean(mean);
     const DeviceArray<uint8_t> d_pages(before);
     const DeviceArray<float> d_freq(inv_freq);
+    std::vector<float> errors(layout.num_heads() * c.num_tokens);
+    const DeviceArray<float> d_errors(errors.size());
+    p.errors = errors.data();
+    p.errors_stride = c.num_tokens;
     PackKeysParams d = p;
+    d.errors = d_errors.data();
     d.keys = upload(c);
     d.rope.inv_freq = d_freq.data();
     d.basis = reinterpret_cast<const uint16_t*>(d_basis.data());
@@ -90,8 +95,26 @@ class PackKernels : public testing::KernelTest {
     current_backend().pack_keys(p, SerialExecutor());
     if (c.rope == RopeMode::kPost) {
       EXPECT_TRUE(testing::same_bytes(got, pages_));
+      expect_errors_alike(c, layout.rank(), d_errors.read(), errors);
     } else {
       expect_codes_near_ties(c, layout, p, got);
+    }
+  }
+
+  // Squared errors of the same codes: the CPU takes them off a key in the order of the channels, the
+  // kernels decode first.
+  void expect_errors_alike(const PackCase& c, int rank, const std::vector<float>& got,
+                           const std::vector<float>& expected) {
+    for (size_t i = 0; i < expected.size(); ++i) {
+      double norm = 0;
+      for (int d = 0; d < c.head_dim; ++d)
+        norm += std::pow(tokens_->get(static_cast<int>(i / c.num_tokens), i % c.num_tokens, d), 2);
+      const double length = std::sqrt(double{expected[i]});
+      const double off =
+          (rank + 30) * testing::kFloatRounding * (2 * std::sqrt(norm) + length + 20);
+      ASSERT_NEAR(got[i], expected[i],
+                  2 * off * length + off * off + c.head_dim * testing::kFloatRounding * expected[i])
+          << "head " << i / c.num_tokens << " token " << i % c.num_tokens;
     }
   }
 

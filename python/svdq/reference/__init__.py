@@ -10,6 +10,7 @@ from svdq.reference.attention import (
     attend_keys,
     merge,
     pack_keys_,
+    replace_keys,
     unpack_keys,
     visible_tokens,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "part_slices",
     "quantize",
     "quantize_values",
+    "replace_keys",
     "residual_keys",
     "rotate",
     "unpack_codes",

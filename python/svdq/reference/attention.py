@@ -22,10 +22,14 @@ def pack_keys_(
     inv_freq: Tensor | None = None,
     position: int = 0,
     tail_mean: Tensor | None = None,
+    errors: Tensor | None = None,
 ) -> None:
     """Project, quantize and store keys; see :func:`svdq.ops.pack_keys_`."""
-    codes = code_keys(keys, basis, scale, mean, layout, inv_freq, position, tail_mean)
+    coder = (basis, scale, mean.double(), layout, inv_freq, position, tail_mean)
+    codes = code_keys(keys, *coder)
     write_codes_(k_pages, codes.long(), layout, page_table, slot)
+    if errors is not None:
+        errors.copy_((keys.double() - decode_keys(codes, *coder)).square().sum(-1))
 
 
 def unpack_keys(
@@ -67,6 +71,15 @@ def attend_keys(
     return probabilities @ values, lse
 
 
+def replace_keys(keys: Tensor, tokens: Tensor, exact: Tensor) -> Tensor:
+    """``keys`` [H, n, D] with ``exact`` [H, N, D] at ``tokens`` [H, N], as far as there are any."""
+    keys = keys.clone()
+    for h, own in enumerate(tokens):
+        inside = (own >= 0) & (own < keys.shape[1])
+        keys[h, own[inside].long()] = exact[h, inside].to(keys.dtype)
+    return keys
+
+
 def visible_tokens(q_len: int, packed: int, exact: int, causal: bool) -> Tensor:
     """Which of the packed tokens and exact rows each query sees, [L, packed + exact]."""
     visible = torch.ones(q_len, packed + exact, dtype=torch.bool)
@@ -94,6 +107,8 @@ def attend(
     sink_tokens: int = 0,
     causal: bool = True,
     tail_mean: Tensor | None = None,
+    outlier_slots: Tensor | None = None,
+    outlier_keys: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Decode everything, then attend; see :func:`svdq.ops.attend`."""
     results = []
@@ -104,6 +119,8 @@ def attend(
         tail = tail_mean[b] if tail_mean is not None else None
         fitted = (basis[b], scale[b], mean[b].double())
         k = unpack_keys(k_pages, *fitted, *at, inv_freq, position, tail)
+        if outlier_slots is not None:
+            k = replace_keys(k, outlier_slots[b] - sink_tokens, outlier_keys[b])
         v = unpack_values(v_pages, *at)
         exact = int(exact_lens[b])
         k = torch.cat([k.double(), exact_keys[b, :, :exact].double()], dim=1)
