@@ -29,7 +29,7 @@ def assert_report_is_true(cache):
         {"k_bits": 0.7},
         {"k_bits": 1.25, "allocate_across": "head", "rope": "post"},
         {"lambda_": 0.1, "query_weighted": False},
-        {"rope": "hybrid"},
+        {"rope": "hybrid", "outlier_fraction": 0.01},
         {"rope": "rotated-mean", "k_bits": 0.7},
     ],
     ids=[

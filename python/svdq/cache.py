@@ -65,6 +65,9 @@ class SVDqCache(Cache):
     core_channels : un-rotated channels of ``rope="hybrid"``, a multiple of 8; 4 bits each where
         bits are allocated, else the first of the schedule.
     clip : choose every channel's range by least fourth-power error instead of min to max.
+    outlier_fraction : share of the packed tokens whose keys are held exact as well in each head:
+        those that their codes misjudge most. 0 by default, since clipping by fourth powers leaves
+        little to gain (docs/evaluation.md).
     sink_tokens : leading tokens held exact, at most 64.
     residual_length : recent tokens held exact; pages are packed whole, so up to 63 more are.
     profile : of the model, or its file (``svdq calibrate``): bits are allocated by it, so every
@@ -99,6 +102,7 @@ class SVDqCache(Cache):
         rope: str = "pre",
         core_channels: int = 8,
         clip: bool = True,
+        outlier_fraction: float = 0.0,
         sink_tokens: int = 8,
         residual_length: int = 64,
         min_fit_tokens: int | None = None,
@@ -123,6 +127,7 @@ class SVDqCache(Cache):
             rope,
             core_channels,
             bool(clip),
+            outlier_fraction,
             sink_tokens,
             residual_length,
             min_fit_tokens,
@@ -327,6 +332,10 @@ def _check_settings(settings: Settings) -> None:
         raise ValueError("query_weighted needs keys that are packed")
     if settings.residual_length < 0:
         raise ValueError(f"residual_length must be at least 0, got {settings.residual_length}")
+    if not 0 <= settings.outlier_fraction < 0.5:
+        raise ValueError(
+            f"outlier_fraction must be at least 0 and below 0.5, got {settings.outlier_fraction}"
+        )
     if settings.refit_drift is not None and not settings.refit_drift > 1:
         raise ValueError(f"refit_drift must be above 1 or None, got {settings.refit_drift}")
     least = settings.min_fit_tokens

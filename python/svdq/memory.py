@@ -25,6 +25,7 @@ class MemoryReport:
     ----------
     key_codes, key_scale, key_basis, key_mean : packed keys, and what decodes them.
     key_weight : weights of keys, and the energies of queries that they come from.
+    outlier_keys : keys of packed tokens that are held exact too, and which they are.
     sink_keys, window_keys : exact keys.
     page_tables : of keys and values both, counted with the keys.
     value_codes, value_scales, sink_values, window_values : the same for values; exact values in
@@ -44,6 +45,7 @@ class MemoryReport:
     key_basis: int = 0
     key_mean: int = 0
     key_weight: int = 0
+    outlier_keys: int = 0
     sink_keys: int = 0
     window_keys: int = 0
     page_tables: int = 0
@@ -166,6 +168,9 @@ def _add_packed(report: MemoryReport, packed: PackedStore) -> None:
     report.page_tables += _nbytes(packed.page_table)
     report.lengths += _nbytes(packed.cache_seqlens) + _nbytes(packed.first_position)
     report.lengths += _nbytes(packed.fit_error) + _nbytes(packed.error)
+    if packed.outliers is not None:
+        held = (packed.outliers.slots, packed.outliers.keys, packed.outliers.least)
+        report.outlier_keys += sum(map(_nbytes, held))
     report.packed_numbers += used * PAGE_TOKENS * layout.num_kv_heads * layout.head_dim
 
 

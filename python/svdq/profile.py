@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from svdq.allocation import code_something, equal_budgets, overhead_bits, solve_lambda, water_fill
-from svdq.storage import normal_tensors
+from svdq.tensors import normal_tensors
 
 FORMAT, VERSION = "svdq-profile", "1"
 

@@ -16,7 +16,8 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from svdq.layer import SVDqLayer
 from svdq.layout import FORMAT_VERSION, PageLayout
-from svdq.storage import PackedStore, normal_tensors
+from svdq.storage import PackedStore
+from svdq.tensors import normal_tensors
 
 if TYPE_CHECKING:
     from svdq.cache import SVDqCache
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 FORMAT = "svdq-cache"
 State = dict[str, Any]
 # Tensors of a store that are kept as they are.
+OUTLIERS = ("slots", "keys", "least")
 STORED = ("fit_error", "error", "k_pages", "v_pages")
 
 
@@ -133,6 +135,8 @@ def _save_svdq(layer: SVDqLayer) -> tuple[State, dict[str, Tensor]]:
         )
         named = {name: getattr(store, name) for name in (*store.coding, *STORED)}
         named |= {name: named[name][pages] for name in ("k_pages", "v_pages")}
+        if store.outliers is not None:
+            named |= {f"outlier_{name}": getattr(store.outliers, name) for name in OUTLIERS}
         if store.inv_freq is not None:
             named["inv_freq"] = store.inv_freq
         tensors |= {f"{n}.{name}": x for name, x in named.items()}
@@ -165,7 +169,11 @@ def _load_store(layer: SVDqLayer, n: int, state: State, tensors: dict[str, Tenso
         raise ValueError(
             f"layer {layer.index}: pages have layout {layout.ints}, the model {own.ints}"
         )
-    store = PackedStore(layout, layer.batch_size, layer.dtype, layer.device)
+    fraction = layer.settings.outlier_fraction
+    store = PackedStore(layout, layer.batch_size, layer.dtype, layer.device, fraction)
+    if store.outliers is not None:
+        for name in OUTLIERS:
+            setattr(store.outliers, name, tensors[f"{n}.outlier_{name}"])
     for name in (*store.coding, *STORED):
         setattr(store, name, tensors[f"{n}.{name}"])
     if f"{n}.inv_freq" in tensors:

@@ -35,6 +35,7 @@ class Settings:
     rope: str
     core_channels: int
     clip: bool
+    outlier_fraction: float
     sink_tokens: int
     residual_length: int
     min_fit_tokens: int | None

@@ -13,12 +13,9 @@ from torch import Tensor
 from svdq import ops
 from svdq.fitting import Bases, fit_bases, fit_codes
 from svdq.layout import PAGE_TOKENS, PageLayout
+from svdq.outliers import Outliers
+from svdq.tensors import normal_tensors
 
-# Tensors made under inference mode cannot be updated in place outside of it. A cache may live
-# through both, so whatever it updates is made outside; updating that is allowed everywhere.
-normal_tensors = torch.inference_mode(False)
-
-DRIFT_TOKENS = 16  # of a page that its error is taken of
 DRIFT_MEMORY = 0.75  # what a page leaves of the mean error before it
 ROW_STEP = 16  # exact rows are allocated in multiples of this
 
@@ -41,6 +38,7 @@ class PackedStore:
     batch_size : sequences, B.
     dtype : the model's dtype, in which exact values (16 and 32 bits) are held.
     device : where everything lies.
+    outlier_fraction : share of a prompt's tokens whose keys are held exact too, in every head.
 
     Attributes
     ----------
@@ -59,10 +57,15 @@ class PackedStore:
 
     @normal_tensors
     def __init__(
-        self, layout: PageLayout, batch_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        layout: PageLayout,
+        batch_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        outlier_fraction: float = 0.0,
     ) -> None:
-        self.layout = layout
-        self.device = device
+        self.layout, self.dtype, self.device = layout, dtype, device
+        self.outlier_fraction = outlier_fraction
         heads, dim, rank = layout.num_kv_heads, layout.head_dim, layout.rank
         exact_values = layout.v_bits > 8
         v_page = heads * PAGE_TOKENS * dim if exact_values else layout.v_page_bytes
@@ -76,6 +79,9 @@ class PackedStore:
         self.tail_mean = torch.zeros_like(self.mean) if layout.rope == "hybrid" else None
         self.fit_error = torch.full((batch_size, heads), torch.nan, device=device)
         self.error = self.fit_error.clone()
+        self.outliers: Outliers | None = None
+        if outlier_fraction:
+            self.outliers = Outliers(batch_size, heads, dim, dtype, device)
         self.fitted = [False] * batch_size
         self.marked = [False] * batch_size  # whether fit_error is known
         self.slots = [0] * batch_size
@@ -121,11 +127,15 @@ class PackedStore:
             getattr(self, name)[b] = value
         self.fitted[b] = True
 
-    def pack(self, b: int, keys: Tensor, values: Tensor) -> None:
-        """Pack sequence b's next tokens, ``[H, T, D]`` keys and values, behind its packed slots."""
+    def pack(self, b: int, keys: Tensor, values: Tensor, skip: int = 0) -> None:
+        """Pack sequence b's next tokens, ``[H, T, D]`` keys and values, behind its packed slots.
+
+        ``skip`` of them, sinks, are never seen: neither outliers nor signs of drift.
+        """
         slot, end = self.slots[b], self.slots[b] + keys.shape[1]
         self._extend_pages(b, end)
         table = torch.tensor(self.pages[b], dtype=torch.int32)  # pack stages read it on the host
+        errors = torch.empty(keys.shape[:2], device=self.device)
         ops.pack_keys_(
             self.k_pages,
             keys,
@@ -136,58 +146,38 @@ class PackedStore:
             self.inv_freq,
             self.position[b] + slot,
             self.tail_mean_of(b),
+            errors,
         )
         ops.pack_values_(self.v_pages, values, self.layout, table, slot)
         self.slots[b] = end
         self.cache_seqlens[b] = end
-        self._note_errors(b, keys, slot)
+        first, self.marked[b] = not self.marked[b], True
+        if self.outliers is not None:
+            fraction = self.outlier_fraction if first else None
+            self.outliers.choose(b, keys, errors, slot, fraction, skip)
+        error = errors[:, skip:].mean(dim=1)
+        if first:
+            self.fit_error[b] = self.error[b] = error
+        else:
+            self.error[b] = DRIFT_MEMORY * self.error[b] + (1 - DRIFT_MEMORY) * error
 
     def drift(self) -> Tensor:
         """Error of late over the error when the basis was fitted, mean over heads, [B]."""
         tiny = torch.finfo(torch.float32).tiny
         return (self.error / self.fit_error.clamp(min=tiny)).mean(dim=1)
 
-    def _note_errors(self, b: int, keys: Tensor, slot: int) -> None:
-        """Take the errors of the first tokens of every page of keys packed from ``slot`` on.
-
-        The first keys of a sequence set its mark; of a long prompt a few pages serve.
-        """
-        first, self.marked[b] = not self.marked[b], True
-        step = max(keys.shape[1] // 4, PAGE_TOKENS) if first else PAGE_TOKENS
-        # A fitted prompt begins with sinks, which are packed but never seen.
-        begin = PAGE_TOKENS if first and keys.shape[1] >= 2 * PAGE_TOKENS else 0
-        for start in range(begin, keys.shape[1], step):
-            piece = keys[:, start : start + DRIFT_TOKENS].float()
-            decoded = ops.unpack_keys(
-                self.k_pages,
-                *self.coding_of(b),
-                self.layout,
-                torch.tensor(self.pages[b], dtype=torch.int32),
-                slot + start,
-                piece.shape[1],
-                self.inv_freq,
-                self.position[b] + slot + start,
-                self.tail_mean_of(b),
-            )
-            error = (piece - decoded).square().sum(dim=2).mean(dim=1)
-            if first:
-                share = 1 / (1 + (start - begin) // step)  # of a mean over equal pieces
-                before = self.fit_error[b] if start > begin else error
-                self.fit_error[b] = before + (error - before) * share
-                self.error[b] = self.fit_error[b]
-            else:
-                self.error[b] = DRIFT_MEMORY * self.error[b] + (1 - DRIFT_MEMORY) * error
-
     @normal_tensors
     def successor(self, keep: list[int]) -> PackedStore:
         """An empty store for the tokens that follow; sequences ``keep`` go on with their bases."""
         batch = len(self.slots)
-        new = PackedStore(self.layout, batch, self.v_pages.dtype, self.device)
+        new = PackedStore(self.layout, batch, self.dtype, self.device, self.outlier_fraction)
         new.inv_freq = self.inv_freq
         new.set_first_position([p + n for p, n in zip(self.position, self.slots, strict=True)])
         for b in keep:
             for name in (*self.coding, "fit_error", "error"):
                 getattr(new, name)[b] = getattr(self, name)[b]
+            if self.outliers is not None:
+                new.outliers.least[b] = self.outliers.least[b]
             new.fitted[b], new.marked[b] = self.fitted[b], self.marked[b]
         return new
 
@@ -210,6 +200,8 @@ class PackedStore:
         self.slots[b] = slots
         self.pages[b] = self.pages[b][: -(-slots // PAGE_TOKENS)]
         self.fitted[b] = self.fitted[b] and slots > 0
+        if self.outliers is not None:
+            self.outliers.truncate(b, slots)
         if not self.fitted[b]:
             self.marked[b] = False
             self.fit_error[b] = self.error[b] = torch.nan
@@ -223,6 +215,8 @@ class PackedStore:
             setattr(self, name, getattr(self, name)[chosen])
         for name in ("fitted", "marked", "pages", "slots"):
             setattr(self, name, [getattr(self, name)[i] for i in indices])
+        if self.outliers is not None:
+            self.outliers.select(indices)
         self.set_first_position([self.position[i] for i in indices])
         self.set_pages(self.pages)
 

@@ -54,6 +54,7 @@ def attend_stores(
             sink_tokens if store is stores[0] else 0,
             causal and last,
             store.tail_mean,
+            *((None, None) if store.outliers is None else store.outliers.held),
         )
         result = part if result is None else ops.merge(*result, *part)
     return result

@@ -13,7 +13,8 @@ from svdq.allocation import overhead_bits
 from svdq.fitting import Bases, fit_bases
 from svdq.layout import PAGE_TOKENS, PageLayout
 from svdq.settings import Settings
-from svdq.storage import ROW_STEP, ExactRows, PackedStore, normal_tensors
+from svdq.storage import ROW_STEP, ExactRows, PackedStore
+from svdq.tensors import normal_tensors
 from svdq.weighting import QueryEnergy, key_weights, score_spectrum
 
 # allocate(spectrum, overhead, taken, answer), see svdq.allocation.Allocator.ask.
@@ -84,7 +85,7 @@ class TokenStore:
             # Says what is wrong before tokens come.
             layout = settings.layout([tail] * heads, dim, dtype, [core] * heads)
             if not settings.allocates:
-                self.packed = PackedStore(layout, batch, dtype, device)
+                self.packed = PackedStore(layout, batch, dtype, device, settings.outlier_fraction)
             if layout.rope == "hybrid":
                 self._core = layout
         if settings.needs_queries:
@@ -167,7 +168,7 @@ class TokenStore:
             k, v = own[b]
             if target:
                 k = self._fit(b, k)
-                self.packed.pack(b, k[:, :target], v[:, :target])
+                self.packed.pack(b, k[:, :target], v[:, :target], sinks)
                 self.rows.write(b, k[:, target:], v[:, target:], sinks)
                 k, v = k[:, :sinks], v[:, :sinks]
             self.rows.write(b, k, v, 0)
@@ -309,7 +310,9 @@ class TokenStore:
         core = self._core.core_bands if self._core is not None else ()
         tail = [tuple(head) for head in bands.tolist()]
         layout = self.settings.layout(tail, self.shape[2], dtype, core)
-        self.packed = PackedStore(layout, self.shape[0], dtype, device)
+        self.packed = PackedStore(
+            layout, self.shape[0], dtype, device, self.settings.outlier_fraction
+        )
         self.packed.set_first_position(self.position)
         if self.rows.capacity:  # else they are about to be stored
             self.pack_window()
@@ -363,7 +366,8 @@ class TokenStore:
         keys, values = self.rows.keys[b], self.rows.values[b]
         if not fitted:
             self._fit(b, keys[:, start:count])
-        self.packed.pack(b, keys[:, start:stop], values[:, start:stop])
+        skip = 0 if slots else sinks
+        self.packed.pack(b, keys[:, start:stop], values[:, start:stop], skip)
         self.rows.remove(b, sinks, stop)
         if fitted:
             self._follow_drift(b)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svdq.storage import normal_tensors
+from svdq.tensors import normal_tensors
 
 LARGEST_EXPONENT = 4  # keeps weighted keys within the range of a half
 

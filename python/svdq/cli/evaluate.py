@@ -23,6 +23,7 @@ from svdq.cli.options import (
     JsonFile,
     Markdown,
     Model,
+    OutlierFraction,
     Peers,
     Presets,
     Prices,
@@ -55,6 +56,7 @@ def perplexity(
     allocate_across: AllocateAcross = Across.model,
     weighted: Weighted = None,
     profile: ProfileFile = None,
+    outlier_fraction: OutlierFraction = 0.0,
     peer: Peers = [],  # noqa: B006  (typer reads it, nothing mutates it)
     clip: Clip = True,
     rope: Annotated[
@@ -96,7 +98,7 @@ def perplexity(
     from svdq.evaluation import models
     from svdq.evaluation.perplexity import Task, evaluate_perplexity
 
-    allocated = (k_bits, price, allocate_across, weighted, profile)
+    allocated = (k_bits, price, allocate_across, weighted, profile, outlier_fraction)
     methods = make_methods(preset, peer, v_bits, rope, clip, sink_tokens, 0, *allocated)
     task = Task(tuple(window_start), prefill_tokens, predict_tokens)
     text = models.load_text(text_file)

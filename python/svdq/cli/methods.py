@@ -45,6 +45,7 @@ def make_methods(
     across: Across = Across.model,
     weighted: bool | None = None,
     profile: Path | None = None,
+    outlier_fraction: float = 0.0,
 ) -> list[Method | Matched]:
     """svdq with every preset, average and price, then the peers, which have the same sinks.
 
@@ -75,6 +76,7 @@ def make_methods(
                 allocate_across="model" if fixed else across.value,
                 query_weighted=weighted,
                 profile=None if fixed or profile is None else str(profile),
+                outlier_fraction=outlier_fraction,
             )
         )
     return [*settings, *(parse_peer(peer, settings[0], sink_tokens) for peer in peers)]

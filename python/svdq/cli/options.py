@@ -145,6 +145,14 @@ ProfileFile = Annotated[
         show_default=False,
     ),
 ]
+OutlierFraction = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        help="Share of the tokens whose keys are held exact as well, those with the worst codes.",
+        rich_help_panel=CACHE_PANEL,
+    ),
+]
 Clip = Annotated[
     bool,
     typer.Option(

@@ -76,4 +76,8 @@ def _packed_layer_bytes(layer: SVDqLayer, num_tokens: int) -> int:
     shared = (*shared, packed.fit_error, packed.error)
     if packed.tail_mean is not None:
         shared = (*shared, packed.tail_mean)
+    if packed.outliers is not None:
+        # As many a token as this cache has.
+        total += round(sum(x.nbytes for x in packed.outliers.held) / max(packed.slots) * slots)
+        total += packed.outliers.least.nbytes
     return total + sum(x.nbytes for x in shared)

@@ -66,7 +66,7 @@ class CacheSettings:
     Parameters
     ----------
     keys : what the user asked for, see :func:`key_argument`.
-    allocate_across, query_weighted, profile : as for the cache.
+    allocate_across, query_weighted, profile, outlier_fraction : as for the cache.
     v_bits, rope, clip, sink_tokens, residual_length : as for the cache.
     """
 
@@ -79,6 +79,7 @@ class CacheSettings:
     allocate_across: str = "model"
     query_weighted: bool | None = None
     profile: str | None = None
+    outlier_fraction: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "v_bits", _parse_value_bits(self.v_bits))
@@ -109,6 +110,8 @@ class CacheSettings:
             words.append("weighted" if self.query_weighted else "unweighted")
         if self.profile is not None:
             words.append("by profile")
+        if self.outlier_fraction:
+            words.append(f"{100 * self.outlier_fraction:g} % outliers")
         return ", ".join(words)
 
     def make_cache(self, config: PretrainedConfig) -> SVDqCache:
@@ -125,6 +128,7 @@ class CacheSettings:
             allocate_across=self.allocate_across,
             query_weighted=self.query_weighted,
             profile=self.profile,
+            outlier_fraction=self.outlier_fraction,
         )
 
     @property
