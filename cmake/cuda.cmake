@@ -24,7 +24,8 @@ file(GLOB pip_cudart ${cuda_root}/lib/libcudart.so.[0-9]*)
 if(pip_cudart)
   file(MAKE_DIRECTORY ${PROJECT_BINARY_DIR}/cuda-names)
   file(CREATE_LINK ${pip_cudart} ${PROJECT_BINARY_DIR}/cuda-names/libcudart.so SYMBOLIC)
-  set(ENV{LIBRARY_PATH} "${PROJECT_BINARY_DIR}/cuda-names:$ENV{LIBRARY_PATH}")
+  # And pip's nvcc of CUDA 13.0 looks for its static parts in lib64, where pip's packages have no folder.
+  set(ENV{LIBRARY_PATH} "${PROJECT_BINARY_DIR}/cuda-names:${cuda_root}/lib:$ENV{LIBRARY_PATH}")
 endif()
 enable_language(CUDA)
 # CMake before 3.26 knows no later standard than 17 for nvcc.
