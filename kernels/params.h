@@ -150,8 +150,77 @@ struct AttendParams {
   int sink_tokens;
   float sm_scale;
   bool causal;
-  void* out;   // [B, Hq, L, D] in query_dtype
-  float* lse;  // [B, Hq, L], natural logarithm
+  // Where the pages are gathered ones (GatherParams): the slot each token came from, which says its
+  // position; INT32_MAX for none. May be null: token i of the pages is slot i.
+  const int32_t* token_slots;  // [B, H, table_stride * 64] ascending
+  void* out;                   // [B, Hq, L, D] in query_dtype
+  float* lse;                  // [B, Hq, L], natural logarithm
+};
+
+// Key sparsity: which packed tokens are worth attending. Queries q of a KV head (rows: its query
+// heads times q_len) score slot t with the head's first `channels` channels in basis order, where
+// core channels are rotated as if they stood at the middle of their page, and pairs of a frequency
+// above kSelectFastest are left out of that:
+//   score(q, t) = sm_scale * (q . R_middle (mean + sum_core (code - mid) scale basis)
+//                             + q . (tail_mean + sum_tail (code - mid) scale basis)).
+// A token's weight is the sum over rows of exp(score(q, t) - norm(q)), where norm(q) is the
+// log-sum-exp of q's scores over a sample of pages (select_sample_stride), sinks left out. The `budget` tokens of
+// largest weight are selected, the earlier of equals, and the outliers with them.
+struct SelectParams {
+  LayoutView layout;
+  Rope rope;
+  int batch;
+  int num_qo_heads;   // Hq
+  int64_t q_len;      // L
+  const void* query;  // [B, Hq, L, D] contiguous
+  DataType query_dtype;
+  const uint8_t* k_pages;
+  int64_t num_pages;          // rows of the pool
+  const int32_t* page_table;  // [B, table_stride]
+  int64_t table_stride;
+  const int32_t* cache_seqlens;   // [B]
+  const uint16_t* basis;          // [B, R, D] bfloat16
+  const float* scale;             // [B, R]
+  const float* mean;              // [B, H, D], the core's for hybrid
+  const float* tail_mean;         // [B, H, D], hybrid only
+  const int32_t* first_position;  // [B], may be null: zeros
+  const int32_t* outlier_slots;   // [B, H, N] ascending, then INT32_MAX; may be null
+  int outliers;                   // N
+  int sink_tokens;                // leading slots that are never selected
+  float sm_scale;
+  int channels;             // a multiple of 4, at most kMaxSelectChannels
+  int budget;               // tokens to select beside the outliers, at least 1
+  int32_t* slots;           // [B, H, budget + N] selected slots, ascending, then INT32_MAX
+  int32_t* outlier_places;  // [B, H, N] place of each outlier in slots; null without outliers
+};
+
+inline constexpr int kMaxSelectChannels = 32;
+// Largest angle (radians) between a page's middle and its ends at which a pair still counts.
+inline constexpr float kSelectAngle = 1.0f;
+// Frequency above which a pair is left out.
+inline constexpr float kSelectFastest = kSelectAngle / (kPageTokens / 2);
+inline constexpr int kSelectSamplePages = 64;
+
+// Pages stride / 2, stride / 2 + stride, ... are the sample of a sequence with so many pages.
+SVDQ_HOST_DEVICE constexpr int64_t select_sample_stride(int64_t pages) {
+  const int64_t stride = (pages + kSelectSamplePages - 1) / kSelectSamplePages;
+  return stride > 0 ? stride : 1;
+}
+
+// Copies the codes of selected tokens, keys and values, into pages of their own: token i of head h
+// is slot slots[h][i]. Codes, scales and zero points of tokens without a slot become zeros.
+struct GatherParams {
+  LayoutView layout;
+  int batch;
+  const uint8_t* k_pages;
+  const uint8_t* v_pages;
+  int64_t num_pages;          // rows of both pools
+  const int32_t* page_table;  // [B, table_stride]
+  int64_t table_stride;
+  const int32_t* slots;  // [B, H, M], INT32_MAX: none
+  int64_t num_slots;     // M
+  uint8_t* k_out;        // [B * ceil(M / 64), k_page_bytes]
+  uint8_t* v_out;        // [B * ceil(M / 64), v_page_bytes]
 };
 
 struct MergeParams {
