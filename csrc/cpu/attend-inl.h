@@ -20,6 +20,7 @@ struct AttendScratch {
   WeightCodes* weights;          // [kMaxRows, v_groups]
   ValueScales* value_scales;     // [v_groups]
   double* rotation;              // [2 * half], to the page's first position
+  float* turns;                  // [half, 2, 64], of gathered tokens to their positions
   RowBlock rows;                 // kTaskRows rows
 };
 
@@ -35,6 +36,7 @@ inline int64_t carve_scratch(const AttendPlan& plan, uint8_t* base, AttendScratc
   carve(s.weights, base, bytes, kMaxRows * groups);
   carve(s.value_scales, base, bytes, groups);
   carve(s.rotation, base, bytes, 2 * plan.p.rope.half);
+  if (plan.gathered()) carve(s.turns, base, bytes, 2 * plan.p.rope.half * kPageTokens);
   carve(s.rows.state, base, bytes, kTaskRows);
   carve(s.rows.zero_sum, base, bytes, kTaskRows * groups * kVecLanes);
   carve(s.rows.out, base, bytes, kTaskRows * dim);
@@ -49,14 +51,25 @@ struct AttendTask {
   int64_t split;
 };
 
-// Tokens of packed page `page` that count: neither sinks nor past the end.
-inline uint64_t page_mask(const AttendPlan& plan, int64_t b, int64_t page) {
+// Slots of the 64 tokens of a gathered page.
+inline const int32_t* gathered_slots(const AttendPlan& plan, const AttendTask& task, int64_t page) {
+  return plan.p.token_slots + (task.sequence_head * plan.p.table_stride + page) * kPageTokens;
+}
+
+// Tokens of packed page `page` that count: neither sinks nor past the end nor gathered from nowhere.
+inline uint64_t page_mask(const AttendPlan& plan, const AttendTask& task, int64_t page) {
   const int64_t begin =
       std::clamp<int64_t>(plan.p.sink_tokens - page * kPageTokens, 0, kPageTokens);
   const int64_t end =
-      std::clamp<int64_t>(plan.p.cache_seqlens[b] - page * kPageTokens, 0, kPageTokens);
+      std::clamp<int64_t>(plan.p.cache_seqlens[task.b] - page * kPageTokens, 0, kPageTokens);
   if (begin >= end) return 0;
-  return (end == kPageTokens ? ~uint64_t{0} : (uint64_t{1} << end) - 1) & (~uint64_t{0} << begin);
+  uint64_t mask = end == kPageTokens ? ~uint64_t{0} : (uint64_t{1} << end) - 1;
+  mask &= ~uint64_t{0} << begin;
+  if (!plan.gathered()) return mask;
+  const int32_t* slots = gathered_slots(plan, task, page);
+  uint64_t there = 0;
+  for (int t = 0; t < kPageTokens; ++t) there |= uint64_t{slots[t] != INT32_MAX} << t;
+  return mask & there;
 }
 
 inline RowBlock sub_block(const RowBlock& rows, int64_t first, int head_dim, int v_groups) {
@@ -158,15 +171,44 @@ inline void attend_page_rows(const AttendPlan& plan, const AttendTask& task, con
     accumulate_packed<2, kRows>(p.layout.value, page.values, s.weights, next, rows.out);
 }
 
-// Reconstructs keys from core channels, rotated relative to the first position of their page.
+// Reconstructs keys from core channels, rotated relative to the first position of their page;
+// gathered ones to the positions that `turns` tells.
 inline void reconstruct_page(const AttendPlan& plan, const AttendTask& task, const AttendScratch& s,
                              const uint8_t* lines) {
   const HeadPlan& head = plan.head(task.h);
   reconstruct_keys(lines, head.core, core_codes(plan, task.sequence_head, head),
-                   plan.p.layout.head_dim, plan.angles, s.codes, s.keys);
+                   plan.p.layout.head_dim, plan.p.rope.half,
+                   plan.gathered() ? s.turns : plan.angles.column_cos(0), s.codes, s.keys);
 }
 
-// Turns the queries back by the first position of the page.
+// Rotations of the 64 tokens of a gathered page, by pair: that of the page each came from times
+// that of its offset there.
+inline void turn_gathered(const AttendPlan& plan, const AttendTask& task, const AttendScratch& s,
+                          int64_t page) {
+  const int half = plan.p.rope.half;
+  const int32_t* slots = gathered_slots(plan, task, page);
+  float rows[kLanes][kMaxHeadDim];  // of a group: cosines, then sines
+  for (int first = 0; first < kPageTokens; first += kLanes) {
+    for (int t = 0; t < kLanes; ++t) {
+      const int64_t slot = slots[first + t] == INT32_MAX ? 0 : slots[first + t];
+      const float* base = plan.base_rotation(task.b, slot / kPageTokens);
+      const float* offset = plan.angles.row_cos(static_cast<int>(slot % kPageTokens));
+      for (int i = 0; i < half; ++i) {
+        rows[t][i] = base[i] * offset[i] - base[half + i] * offset[half + i];
+        rows[t][half + i] = base[half + i] * offset[i] + base[i] * offset[half + i];
+      }
+    }
+    for (int i = 0; i < half; ++i) {
+      float* to = s.turns + int64_t{i} * 2 * kPageTokens + first;
+      for (int t = 0; t < kLanes; ++t) {
+        to[t] = rows[t][i];
+        to[kPageTokens + t] = rows[t][half + i];
+      }
+    }
+  }
+}
+
+// Turns the queries back by the first position of the page, or not where keys are turned all the way.
 inline void turn_queries(const AttendPlan& plan, const AttendTask& task, const AttendScratch& s) {
   const int dim = plan.p.layout.head_dim, half = plan.p.rope.half;
   float cosines[kMaxHeadDim / 2], sines[kMaxHeadDim / 2];
@@ -177,14 +219,14 @@ inline void turn_queries(const AttendPlan& plan, const AttendTask& task, const A
   const float* query = plan.query + (task.sequence_head * plan.rows + task.row) * dim;
   for (int64_t r = 0; r < task.rows; ++r) {
     std::memcpy(s.page_query + r * dim, query + r * dim, sizeof(float) * dim);
-    rotate_back(s.page_query + r * dim, cosines, sines, half);
+    if (!plan.gathered()) rotate_back(s.page_query + r * dim, cosines, sines, half);
   }
 }
 
 inline void attend_page(const AttendPlan& plan, const AttendTask& task, const AttendScratch& s,
                         int64_t page, const OutlierRange& outliers) {
   const AttendParams& p = plan.p;
-  const uint64_t mask = page_mask(plan, task.b, page);
+  const uint64_t mask = page_mask(plan, task, page);
   const PageBytes bytes = page_bytes(plan, task, page);
   // The next page of this task, or of whichever task follows on the same pages.
   const PageBytes after = page_bytes(plan, task, std::min(page + 1, plan.pages(task.b) - 1));
@@ -192,7 +234,9 @@ inline void attend_page(const AttendPlan& plan, const AttendTask& task, const At
   next.fetch(kMaxHeadDim);
   next = {after.values, after.values + p.layout.value.page_bytes()};
   if (plan.has_core()) {
-    if (plan.head(task.h).core.rank() > 0) reconstruct_page(plan, task, s, bytes.keys);
+    if (plan.gathered()) turn_gathered(plan, task, s, page);
+    if (plan.head(task.h).core.rank() > 0 || plan.gathered())
+      reconstruct_page(plan, task, s, bytes.keys);
     turn_queries(plan, task, s);
   }
   for (int g = 0; g < p.layout.value.groups(); ++g)
@@ -245,10 +289,11 @@ inline void attend_task(const AttendPlan& plan, const AttendTask& task, const At
   const int64_t last = std::min(first + plan.split_blocks, plan.blocks(task.b));
   const int half = p.rope.half;
   // Without core channels the columns are those of the mean, in every page the same.
-  if (plan.has_core() && plan.head(task.h).core.rank() == 0)
+  if (plan.has_core() && plan.head(task.h).core.rank() == 0 && !plan.gathered())
     reconstruct_page(plan, task, s, nullptr);
-  std::memcpy(s.rotation, plan.split_rotation + (task.b * plan.splits + task.split) * 2 * half,
-              sizeof(double) * 2 * half);
+  if (!plan.gathered())
+    std::memcpy(s.rotation, plan.split_rotation + (task.b * plan.splits + task.split) * 2 * half,
+                sizeof(double) * 2 * half);
   OutlierRange outliers{};
   for (int64_t block = first; block < last; ++block) {
     if (block >= pages) {
@@ -256,8 +301,8 @@ inline void attend_task(const AttendPlan& plan, const AttendTask& task, const At
       continue;
     }
     if (p.outliers) outliers = page_outliers(plan, task, block, outliers.first + outliers.count);
-    if (page_mask(plan, task.b, block) != 0) attend_page(plan, task, s, block, outliers);
-    advance_rotation(s.rotation, plan.angles.page_turn(), half);
+    if (page_mask(plan, task, block) != 0) attend_page(plan, task, s, block, outliers);
+    if (!plan.gathered()) advance_rotation(s.rotation, plan.angles.page_turn(), half);
   }
   for (int64_t r = 0; r < task.rows; ++r) {
     const int64_t at = (task.sequence_head * plan.rows + task.row + r) * plan.splits + task.split;
@@ -283,7 +328,11 @@ inline void attend(const AttendParams& p, const Executor& executor) {
   const int64_t worker_bytes = carve_scratch(plan, nullptr, scratch);
   const AlignedBuffer memory(plan_bytes + worker_bytes * executor.workers());
   carve_plan(plan, memory.as());
-  prepare_rotations(plan);
+  if (plan.gathered()) {
+    prepare_bases(plan);
+  } else {
+    prepare_rotations(plan);
+  }
 
   // Waking threads costs more than preparing or merging one decode step: that is left to this one.
   const SerialExecutor this_thread;

@@ -32,10 +32,16 @@ struct AttendPlan {
   float* steps = nullptr;     // [B, H, weight_rows, kNumWidths]
   float* offsets = nullptr;   // [B, H, weight_rows]
   double* split_rotation = nullptr;  // [B, splits, 2 * half]: rotation to a split's first position
+  int64_t source_pages = 0;          // pages that gathered tokens come from, at most
+  float* bases = nullptr;            // [B, source_pages, 2 * half]: rotations to those
   float* partial_out = nullptr;      // [B, H, rows, splits, D]
   float* partial_max = nullptr;      // [B, H, rows, splits], log2 units
   float* partial_sum = nullptr;      // [B, H, rows, splits]
 
+  bool gathered() const { return p.token_slots != nullptr; }
+  const float* base_rotation(int64_t b, int64_t page) const {
+    return bases + (b * source_pages + page) * 2 * p.rope.half;
+  }
   bool has_core() const { return p.layout.rope != RopeMode::kPost; }
   bool has_tail() const { return p.layout.rope != RopeMode::kPre; }
   const HeadPlan& head(int64_t h) const { return p.layout.heads[h]; }
@@ -68,6 +74,7 @@ inline int64_t carve_plan(AttendPlan& plan, uint8_t* base) {
   carve(plan.steps, base, bytes, weight_rows * kNumWidths);
   carve(plan.offsets, base, bytes, weight_rows);
   carve(plan.split_rotation, base, bytes, plan.p.batch * plan.splits * 2 * plan.p.rope.half);
+  carve(plan.bases, base, bytes, plan.p.batch * plan.source_pages * 2 * plan.p.rope.half);
   carve(plan.partial_out, base, bytes, rows * plan.splits * dim);
   carve(plan.partial_max, base, bytes, rows * plan.splits);
   carve(plan.partial_sum, base, bytes, rows * plan.splits);
@@ -84,6 +91,14 @@ inline AttendPlan make_plan(const AttendParams& p, const PageAngles& angles) {
                   .core_rows = core_rows,
                   .weight_rows = core_rows + tail_rows};
   plan.row_chunks = (rows + kTaskRows - 1) / kTaskRows;
+  if (plan.gathered() && plan.has_core()) {
+    const int64_t all = plan.sequence_heads() * p.table_stride * kPageTokens;
+    for (int64_t i = 0; i < all; ++i) {
+      const int64_t slot = p.token_slots[i];
+      if (slot != INT32_MAX)
+        plan.source_pages = std::max(plan.source_pages, slot / kPageTokens + 1);
+    }
+  }
   int64_t most_blocks = 1;
   for (int b = 0; b < p.batch; ++b) most_blocks = std::max(most_blocks, plan.blocks(b));
   const int64_t tasks = plan.sequence_heads() * plan.row_chunks;
@@ -206,5 +221,16 @@ inline void prepare_rotations(const AttendPlan& plan) {
         advance_rotation(next, plan.angles.page_turn(), half);
       rotation = next;
     }
+  }
+}
+
+// Rotations to the first positions of all pages that gathered tokens may come from.
+inline void prepare_bases(const AttendPlan& plan) {
+  const int half = plan.p.rope.half;
+  for (int64_t b = 0; b < plan.p.batch && plan.source_pages; ++b) {
+    const int64_t first = plan.p.first_position ? plan.p.first_position[b] : 0;
+    const RopeTable table(plan.p.rope, first, plan.source_pages);
+    std::memcpy(plan.bases + b * plan.source_pages * 2 * half, table.base_cos(0),
+                sizeof(float) * plan.source_pages * 2 * half);
   }
 }

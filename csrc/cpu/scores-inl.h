@@ -152,12 +152,14 @@ inline void rotate_pair(float* x, float* y, const float* cosines, const float* s
   }
 }
 
-// Keys of one page as columns [D, 64] in pair order, rotated relative to the page's first position.
+// Keys of one page as columns [D, 64] in pair order, rotated by `turns` [half, 2, 64], the cosines
+// and sines of every pair and token.
 // The scaled basis of a head's core channels is quantized like a query with one row per column:
 // key_c = offset_c + sum_j code_j W_cj, so reconstructing keys is scoring by another name. All rows
 // read the codes, so they are unpacked once, into `bytes` [rank, 64].
 inline void reconstruct_keys(const uint8_t* lines, const Bands& bands, const QueryCodes& weights,
-                             int head_dim, const PageAngles& angles, uint8_t* bytes, float* keys) {
+                             int head_dim, int half, const float* turns, uint8_t* bytes,
+                             float* keys) {
   static_assert(kLanes % kMaxRows == 0 && kMaxRows % 2 == 0, "a tile of columns holds whole pairs");
   uint8_t* to = bytes;
   for_each_band(bands, [&]<int kWidth>(int count, int) {
@@ -167,9 +169,10 @@ inline void reconstruct_keys(const uint8_t* lines, const Bands& bands, const Que
   });
   for (int c = 0; c < head_dim; c += kMaxRows) {
     code_scores<true, kMaxRows>(bytes, bands, weights, c, keys + c * kPageTokens);
-    for (int pair = c / 2; pair < std::min((c + kMaxRows) / 2, angles.half()); ++pair) {
-      rotate_pair(keys + 2 * pair * kPageTokens, keys + (2 * pair + 1) * kPageTokens,
-                  angles.column_cos(pair), angles.column_sin(pair));
+    for (int pair = c / 2; pair < std::min((c + kMaxRows) / 2, half); ++pair) {
+      const float* cosines = turns + int64_t{pair} * 2 * kPageTokens;
+      rotate_pair(keys + 2 * pair * kPageTokens, keys + (2 * pair + 1) * kPageTokens, cosines,
+                  cosines + kPageTokens);
     }
   }
 }

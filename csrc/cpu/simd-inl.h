@@ -69,8 +69,27 @@ inline I32 dot_wide(I32 acc, U32 a, U32 b) { return dot(acc, a, b); }
 inline F32 select_lanes(uint32_t bits, F32 v, F32 other) {
   return (F32)_mm512_mask_blend_ps(static_cast<__mmask16>(bits), (__m512)other, (__m512)v);
 }
+// Writes first + i for the lanes i whose v is at least `least`, and returns how many; up to kVecLanes
+// numbers are overwritten.
+inline int store_at_least(F32 v, float least, int32_t first, int32_t* to) {
+  const __mmask16 lanes = _mm512_cmp_ps_mask((__m512)v, (__m512)splat(least), _CMP_GE_OQ);
+  const __m512i all =
+      _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                       _mm512_set1_epi32(first));
+  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(lanes, all));
+  return __builtin_popcount(lanes);
+}
 
 #else  // 256 and 128
+
+inline int store_at_least(F32 v, float least, int32_t first, int32_t* to) {
+  int found = 0;
+  for (int i = 0; i < kVecLanes; ++i) {
+    to[found] = first + i;
+    found += v[i] >= least;
+  }
+  return found;
+}
 
 #if SVDQ_TARGET == 256
 inline F32 round_even(F32 v) {

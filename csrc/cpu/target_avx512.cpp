@@ -12,6 +12,7 @@
 #include "csrc/core/backend.h"
 #include "csrc/core/rope_table.h"
 #include "csrc/core/scalar.h"
+#include "csrc/core/top_tokens.h"
 #include "csrc/cpu/isa.h"
 
 #if defined(__x86_64__)
@@ -39,10 +40,14 @@ namespace svdq::avx512 {
 #include "csrc/cpu/plan-inl.h"
 #include "csrc/cpu/merge-inl.h"
 #include "csrc/cpu/attend-inl.h"
+#include "csrc/cpu/lead-inl.h"
+#include "csrc/cpu/select-inl.h"
+#include "csrc/cpu/gather-inl.h"
 
 extern const Backend kBackend;
-const Backend kBackend = {"avx512",  cpu_has_avx512, all_within, covariance, fit_quantizer,
-                          pack_keys, pack_values,    attend,     merge};
+const Backend kBackend = {"avx512",      cpu_has_avx512, all_within,  covariance,
+                          fit_quantizer, pack_keys,      pack_values, select,
+                          gather,        attend,         merge};
 
 }  // namespace svdq::avx512
 

@@ -11,6 +11,7 @@
 #include "csrc/core/backend.h"
 #include "csrc/core/rope_table.h"
 #include "csrc/core/scalar.h"
+#include "csrc/core/top_tokens.h"
 #include "csrc/cpu/isa.h"
 
 #define SVDQ_TARGET 128
@@ -27,9 +28,13 @@ namespace svdq::portable {
 #include "csrc/cpu/plan-inl.h"
 #include "csrc/cpu/merge-inl.h"
 #include "csrc/cpu/attend-inl.h"
+#include "csrc/cpu/lead-inl.h"
+#include "csrc/cpu/select-inl.h"
+#include "csrc/cpu/gather-inl.h"
 
 extern const Backend kBackend;
 const Backend kBackend = {"portable", [] { return true; }, all_within, covariance, fit_quantizer,
-                          pack_keys,  pack_values,         attend,     merge};
+                          pack_keys,  pack_values,         select,     gather,     attend,
+                          merge};
 
 }  // namespace svdq::portable

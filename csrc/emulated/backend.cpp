@@ -62,6 +62,7 @@ void merge(const MergeParams& params, const Executor& executor) {
 
 extern const Backend kBackend;
 const Backend kBackend = {"emulated", [] { return true; }, all_within, covariance, fit_quantizer,
-                          pack_keys,  pack_values,         attend,     merge};
+                          pack_keys,  pack_values,         nullptr,    nullptr,    attend,
+                          merge};
 
 }  // namespace svdq::emulated

@@ -1,4 +1,4 @@
-// Operators that attend and merge. Shapes, dtypes and meaning are documented in python/svdq/ops.py.
+// Operators that attend and merge. Shapes, dtypes and meaning are documented in python/svdq/ops/.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -10,18 +10,6 @@
 
 namespace svdq::torch_binding {
 namespace {
-
-void check_lengths(const Checker& check, const at::Tensor& lens, const char* name, int64_t batch,
-                   int64_t most) {
-  check.tensor(lens, name, at::kInt, {batch});
-  if (!lens.is_cpu()) return;  // the host does not wait for a device; its kernels answer NaN
-  for (int64_t b = 0; b < batch; ++b) {
-    const int32_t len = lens.const_data_ptr<int32_t>()[b];
-    check.require(len >= 0 && len <= most, std::string(name) + "[" + std::to_string(b) +
-                                               "] must be 0 to " + std::to_string(most) + ", got " +
-                                               std::to_string(len));
-  }
-}
 
 // Exact rows [B, H, E, D] whose rows lie one after another; both tensors share strides.
 void check_exact_rows(const Checker& check, const at::Tensor& keys, const at::Tensor& values,
@@ -62,16 +50,9 @@ Outliers check_outliers(const Checker& check, const std::optional<at::Tensor>& s
   check.on_device(*keys, "outlier_keys");
   check.shape(*keys, "outlier_keys", {batch, heads, count, dim});
   check.contiguous(*keys, "outlier_keys");
-  const int32_t* data = slots->const_data_ptr<int32_t>();
-  for (int64_t i = 0; slots->is_cpu() && i < slots->numel(); ++i) {
-    const int64_t least = i % count == 0 ? 0 : int64_t{data[i - 1]} + 1;
-    check.require(data[i] >= least || data[i] == INT32_MAX,
-                  "outlier_slots must ascend from 0 on in every head, then be 2^31 - 1, got " +
-                      std::to_string(data[i]) + " where at least " + std::to_string(least) +
-                      " is expected");
-  }
-  return {data, keys->const_data_ptr(), check.float_type(*keys, "outlier_keys"),
-          static_cast<int>(count)};
+  check.ascending_slots(*slots, "outlier_slots");
+  return {slots->const_data_ptr<int32_t>(), keys->const_data_ptr(),
+          check.float_type(*keys, "outlier_keys"), static_cast<int>(count)};
 }
 
 std::tuple<at::Tensor, at::Tensor> attend(
@@ -81,7 +62,8 @@ std::tuple<at::Tensor, at::Tensor> attend(
     const std::optional<at::Tensor>& inv_freq, const std::optional<at::Tensor>& first_position,
     const at::Tensor& exact_keys, const at::Tensor& exact_values, const at::Tensor& exact_lens,
     int64_t sink_tokens, double sm_scale, bool causal, const std::optional<at::Tensor>& tail_mean,
-    const std::optional<at::Tensor>& outlier_slots, const std::optional<at::Tensor>& outlier_keys) {
+    const std::optional<at::Tensor>& outlier_slots, const std::optional<at::Tensor>& outlier_keys,
+    const std::optional<at::Tensor>& token_slots) {
   const Checker check("svdq::attend", query);
   const Layout layout = check.layout(layout_ints);
   const int64_t heads = layout.num_heads(), dim = layout.head_dim(), rank = layout.rank();
@@ -95,14 +77,9 @@ std::tuple<at::Tensor, at::Tensor> attend(
   check.tensor(k_pages, "k_pages", at::kByte, {-1, layout.k_page_bytes()});
   const DataType v_dtype = check.value_pool(v_pages, layout);
   check.tensor(page_table, "page_table", at::kInt, {batch, -1});
-  check_lengths(check, cache_seqlens, "cache_seqlens", batch, page_table.size(1) * kPageTokens);
+  check.lengths(cache_seqlens, "cache_seqlens", batch, page_table.size(1) * kPageTokens);
   const int64_t num_pages = std::min(k_pages.size(0), v_pages.size(0));
-  for (int64_t b = 0; b < batch && page_table.is_cpu(); ++b) {
-    const int64_t used =
-        (int64_t{cache_seqlens.const_data_ptr<int32_t>()[b]} + kPageTokens - 1) / kPageTokens;
-    check.page_ids(page_table.const_data_ptr<int32_t>() + b * page_table.size(1), 0, used,
-                   num_pages);
-  }
+  check.used_pages(page_table, cache_seqlens, num_pages);
   check.tensor(basis, "basis", at::kBFloat16, {batch, rank, dim});
   check.tensor(scale, "scale", at::kFloat, {batch, rank});
   check.tensor(mean, "mean", at::kFloat, {batch, heads, dim});
@@ -110,13 +87,20 @@ std::tuple<at::Tensor, at::Tensor> attend(
   check_exact_rows(check, exact_keys, exact_values, batch, heads, dim);
   check.require(exact_keys.size(2) <= INT32_MAX, "exact_keys must have fewer than 2^31 rows, got " +
                                                      std::to_string(exact_keys.size(2)));
-  check_lengths(check, exact_lens, "exact_lens", batch, exact_keys.size(2));
+  check.lengths(exact_lens, "exact_lens", batch, exact_keys.size(2));
   if (first_position) check.tensor(*first_position, "first_position", at::kInt, {batch});
   check.require(sink_tokens >= 0 && sink_tokens <= INT32_MAX,
                 "sink_tokens must not be negative, got " + std::to_string(sink_tokens));
   check.require(std::isfinite(sm_scale),
                 "sm_scale must be finite, got " + std::to_string(sm_scale));
   const Rope rope = check.rope(inv_freq, layout.rope(), dim);
+  if (token_slots) {
+    const int64_t slots = page_table.size(1) * kPageTokens;
+    check.tensor(*token_slots, "token_slots", at::kInt, {batch, heads, slots});
+    check.require(sink_tokens == 0,
+                  "sink_tokens must be 0 with token_slots, got " + std::to_string(sink_tokens));
+    check.slots(*token_slots, "token_slots", INT32_MAX);
+  }
   const Outliers outliers = check_outliers(check, outlier_slots, outlier_keys, batch, heads, dim);
 
   const at::Tensor rows = query.contiguous();
@@ -158,6 +142,7 @@ std::tuple<at::Tensor, at::Tensor> attend(
           .sink_tokens = static_cast<int>(sink_tokens),
           .sm_scale = static_cast<float>(sm_scale),
           .causal = causal,
+          .token_slots = token_slots ? token_slots->const_data_ptr<int32_t>() : nullptr,
           .out = out.mutable_data_ptr(),
           .lse = lse.mutable_data_ptr<float>(),
       });
@@ -198,7 +183,8 @@ TORCH_LIBRARY_FRAGMENT(svdq, m) {
       " Tensor scale, Tensor mean, int[] layout, Tensor? inv_freq, Tensor? first_position, Tensor "
       "exact_keys,"
       " Tensor exact_values, Tensor exact_lens, int sink_tokens, float sm_scale, bool causal,"
-      " Tensor? tail_mean=None, Tensor? outlier_slots=None, Tensor? outlier_keys=None) -> "
+      " Tensor? tail_mean=None, Tensor? outlier_slots=None, Tensor? outlier_keys=None, "
+      "Tensor? token_slots=None) -> "
       "(Tensor out, Tensor lse)");
   m.def(
       "merge(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)");

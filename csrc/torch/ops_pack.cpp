@@ -1,5 +1,5 @@
 // Operators that fit, pack and unpack: tensors are checked and turned into the stage's parameters.
-// Shapes, dtypes and meaning are documented in python/svdq/ops.py.
+// Shapes, dtypes and meaning are documented in python/svdq/ops/.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 

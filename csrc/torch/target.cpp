@@ -108,6 +108,16 @@ void Target::pack_values(const PackValuesParams& params) const {
   current_backend().pack_values(params, TorchExecutor(numbers_));
 }
 
+void Target::select(const SelectParams& params) const {
+  SVDQ_ON_CUDA(cuda::select(params, on));
+  current_backend().select(params, TorchExecutor(numbers_));
+}
+
+void Target::gather(const GatherParams& params) const {
+  SVDQ_ON_CUDA(cuda::gather(params, on));
+  current_backend().gather(params, TorchExecutor(numbers_));
+}
+
 void Target::attend(const AttendParams& params) const {
   SVDQ_ON_CUDA(cuda::attend(params, on));
   current_backend().attend(params, TorchExecutor(numbers_));

@@ -35,6 +35,8 @@ class Target {
   void fit_quantizer(const QuantizerParams& params) const;
   void pack_keys(const PackKeysParams& params) const;
   void pack_values(const PackValuesParams& params) const;
+  void select(const SelectParams& params) const;
+  void gather(const GatherParams& params) const;
   void attend(const AttendParams& params) const;
   void merge(const MergeParams& params) const;
   void unpack_codes(const UnpackParams& params, uint8_t* codes) const;

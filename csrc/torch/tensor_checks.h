@@ -159,6 +159,50 @@ class Checker {
     }
   }
 
+  // Lengths [batch] of 0 to `most`. The host does not look at those on a device; kernels answer NaN.
+  void lengths(const at::Tensor& lens, const char* name, int64_t batch, int64_t most) const {
+    tensor(lens, name, at::kInt, {batch});
+    if (!lens.is_cpu()) return;
+    for (int64_t b = 0; b < batch; ++b) {
+      const int32_t len = lens.const_data_ptr<int32_t>()[b];
+      TORCH_CHECK_VALUE(len >= 0 && len <= most, op_, ": ", name, "[", b, "] must be 0 to ", most,
+                        ", got ", len);
+    }
+  }
+
+  // The pages of a table [B, N] that sequences of these lengths use, likewise.
+  void used_pages(const at::Tensor& page_table, const at::Tensor& cache_seqlens,
+                  int64_t num_pages) const {
+    if (!page_table.is_cpu()) return;
+    for (int64_t b = 0; b < page_table.size(0); ++b) {
+      const int64_t len = cache_seqlens.const_data_ptr<int32_t>()[b];
+      page_ids(page_table.const_data_ptr<int32_t>() + b * page_table.size(1), 0,
+               (len + kPageTokens - 1) / kPageTokens, num_pages);
+    }
+  }
+
+  // Slots 0 .. most - 1 or 2^31 - 1, likewise.
+  void slots(const at::Tensor& slots, const char* name, int64_t most) const {
+    if (!slots.is_cpu()) return;
+    const int32_t* data = slots.const_data_ptr<int32_t>();
+    for (int64_t i = 0; i < slots.numel(); ++i) {
+      TORCH_CHECK_VALUE((data[i] >= 0 && data[i] < most) || data[i] == INT32_MAX, op_, ": ", name,
+                        " must be 0 to ", most - 1, " or 2^31 - 1, got ", data[i]);
+    }
+  }
+
+  // Outliers' slots [B, H, N]: a head's ascend from 0 on, then 2^31 - 1.
+  void ascending_slots(const at::Tensor& slots, const char* name) const {
+    if (!slots.is_cpu()) return;
+    const int32_t* data = slots.const_data_ptr<int32_t>();
+    for (int64_t i = 0; i < slots.numel(); ++i) {
+      const int64_t least = i % slots.size(2) == 0 ? 0 : int64_t{data[i - 1]} + 1;
+      TORCH_CHECK_VALUE(data[i] >= least || data[i] == INT32_MAX, op_, ": ", name,
+                        " must ascend from 0 on in every head, then be 2^31 - 1, got ", data[i],
+                        " where at least ", least, " is expected");
+    }
+  }
+
   // The pool of value pages: bytes where values are packed, numbers of a float type of that size
   // where they are exact.
   DataType value_pool(const at::Tensor& v_pages, const Layout& layout) const {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from svdq import _C  # noqa: F401  (loads the operators)
-from svdq.layout import WIDTHS, PageLayout
+from svdq.layout import PAGE_TOKENS, WIDTHS, PageLayout
 
 
 def _register_fake(name: str, on_host: str | None = None):
@@ -122,6 +122,37 @@ def _(v_pages, layout, page_table, slot, num_tokens):
     return v_pages.new_empty(shape, dtype=torch.float32)
 
 
+@_register_fake("select")
+def _(
+    query,
+    k_pages,
+    page_table,
+    cache_seqlens,
+    basis,
+    scale,
+    mean,
+    layout,
+    inv_freq,
+    first_position,
+    sink_tokens,
+    sm_scale,
+    budget,
+    channels,
+    tail_mean=None,
+    outlier_slots=None,
+):
+    batch, heads = mean.shape[:2]
+    outliers = 0 if outlier_slots is None else outlier_slots.shape[2]
+    new = lambda count: cache_seqlens.new_empty((batch, heads, count))  # noqa: E731
+    return new(budget + outliers), new(outliers)
+
+
+@_register_fake("gather")
+def _(k_pages, v_pages, page_table, slots, layout):
+    pages = slots.shape[0] * -(-slots.shape[2] // PAGE_TOKENS)
+    return tuple(pool.new_empty((pages, pool.shape[1])) for pool in (k_pages, v_pages))
+
+
 @_register_fake("attend")
 def _(
     query,
@@ -144,6 +175,7 @@ def _(
     tail_mean=None,
     outlier_slots=None,
     outlier_keys=None,
+    token_slots=None,
 ):
     out = query.new_empty(query.shape)
     return out, query.new_empty(query.shape[:3], dtype=torch.float32)

@@ -1,25 +1,4 @@
-"""The operators ``torch.ops.svdq.*`` with types, shapes and units.
-
-Dimensions are named alike everywhere: B sequences, H KV heads, Hq query heads, T tokens, L query
-length, D head_dim, R coded channels of all heads together (``layout.rank``), P pages of a pool, E
-exact rows. Operators that fit or pack work on one sequence (ragged batches are loops over
-sequences, heads are batched); ``attend`` works on a batch. Errors are ``RuntimeError`` or
-``ValueError`` that name the operator, the argument, what was expected and what came; an operator
-that mutates a tensor checks everything before it writes.
-
-Tensors of one call lie on one device, the CPU or a CUDA device, except that ``page_table`` of the
-pack and unpack operators lies on the CPU always. On CUDA devices work is queued on the current
-stream. Nothing waits for the device but ``fit_basis``, and the check that numbers are finite, which
-is made of more than 64 tokens alone: while decoding, a key that is not finite gets codes 0, a value
-makes its own scale NaN. ``attend`` cannot look at lengths and page ids there; those out of range
-make the outputs of their sequence NaN and nothing is read. A layer may have up to 128 KV heads.
-
-Wherever ``keys`` are taken they are rotated keys, as a Hugging Face model hands them to its cache.
-``inv_freq`` is the model's inverse frequencies, ``[rotary_dim / 2]`` float32, for layouts with
-``rope="pre"`` and ``"hybrid"``, else ``None``: channels ``i`` and ``i + rotary_dim / 2`` form a
-pair that position ``p`` turns by ``p * inv_freq[i]`` (the "rotate half" convention); channels from
-``rotary_dim`` on are not turned. ``position`` is the position of the first token of ``keys``.
-"""
+"""Operators that fit bases and write, read or check what is stored."""
 
 from __future__ import annotations
 
@@ -28,21 +7,6 @@ from torch import Tensor
 
 from svdq import _C  # noqa: F401  (loads the operators)
 from svdq.layout import PageLayout
-
-__all__ = [
-    "allocate_bits",
-    "append_exact_",
-    "attend",
-    "fit_basis",
-    "fit_quantizer",
-    "merge",
-    "pack_keys_",
-    "pack_values_",
-    "residual_keys",
-    "unpack_codes",
-    "unpack_keys",
-    "unpack_values",
-]
 
 _ops = torch.ops.svdq
 
@@ -268,95 +232,3 @@ def append_exact_(
     keys, values : [H, T, D] of the same dtype; last dimension contiguous.
     """
     _ops.append_exact_(exact_keys, exact_values, keys, values, start)
-
-
-def attend(
-    query: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_table: Tensor,
-    cache_seqlens: Tensor,
-    basis: Tensor,
-    scale: Tensor,
-    mean: Tensor,
-    layout: PageLayout,
-    exact_keys: Tensor,
-    exact_values: Tensor,
-    exact_lens: Tensor,
-    sm_scale: float,
-    inv_freq: Tensor | None = None,
-    first_position: Tensor | None = None,
-    sink_tokens: int = 0,
-    causal: bool = True,
-    tail_mean: Tensor | None = None,
-    outlier_slots: Tensor | None = None,
-    outlier_keys: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Attend over packed pages and exact rows, dequantizing in registers.
-
-    Sequence b's keys are the packed slots ``sink_tokens .. cache_seqlens[b] - 1`` and the exact
-    rows ``0 .. exact_lens[b] - 1`` (attention sinks, then the window, then the new tokens
-    themselves). With ``causal`` the L queries are the last L exact rows: query i sees exact rows up
-    to ``exact_lens[b] - L + i``. All packed slots are visible to every query. A query that sees
-    nothing gets zeros and ``lse = -inf``. Outliers are packed slots whose keys are held exact too:
-    their scores are those of the exact keys, their values the packed ones.
-
-    Parameters
-    ----------
-    query : [B, Hq, L, D] float32, bfloat16 or float16, rotated; Hq a multiple of H.
-    k_pages, v_pages : pools as for :func:`pack_keys_` and :func:`pack_values_`.
-    page_table : [B, N] int32, page of each 64 slots; ``64 * N >= max(cache_seqlens)``.
-    cache_seqlens : [B] int32, packed slots of each sequence.
-    basis, scale, mean : [B, R, D] bfloat16, [B, R] float32, [B, H, D] float32.
-    exact_keys, exact_values : [B, H, E, D] float32, bfloat16 or float16, rotated keys.
-    exact_lens : [B] int32, at most E.
-    sm_scale : softmax scale, usually ``D ** -0.5``.
-    inv_freq : as for :func:`fit_basis`; needed where the layout says ``"pre"`` or ``"hybrid"``.
-    first_position : [B] int32, position of slot 0 of each sequence (None: zeros).
-    sink_tokens : leading slots that are held as exact rows and skipped here.
-    tail_mean : [B, H, D] float32, for hybrid layouts alone.
-    outlier_slots : [B, H, N] int32, contiguous; a head's outliers, ascending, then 2^31 - 1.
-    outlier_keys : [B, H, N, D] float32, bfloat16 or float16, contiguous; rotated keys.
-
-    Returns
-    -------
-    out : [B, Hq, L, D] in the query's dtype.
-    lse : [B, Hq, L] float32, natural logarithm of the sum of exponentials of the scaled scores.
-    """
-    return _ops.attend(
-        query,
-        k_pages,
-        v_pages,
-        page_table,
-        cache_seqlens,
-        basis,
-        scale,
-        mean,
-        layout.ints,
-        inv_freq,
-        first_position,
-        exact_keys,
-        exact_values,
-        exact_lens,
-        sink_tokens,
-        sm_scale,
-        causal,
-        tail_mean,
-        outlier_slots,
-        outlier_keys,
-    )
-
-
-def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge attention over two disjoint sets of keys.
-
-    Parameters
-    ----------
-    out_a, out_b : [B, Hq, L, D] of one dtype.
-    lse_a, lse_b : [B, Hq, L] float32, natural logarithm.
-
-    Returns
-    -------
-    out, lse : attention over the union; zeros and -inf where both are empty.
-    """
-    return _ops.merge(out_a, lse_a, out_b, lse_b)

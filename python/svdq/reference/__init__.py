@@ -37,6 +37,7 @@ from svdq.reference.pages import (
     value_places,
     write_codes_,
 )
+from svdq.reference.selection import gather, select, select_weights
 
 __all__ = [
     "allocate_bits",
@@ -47,6 +48,7 @@ __all__ = [
     "fit_basis",
     "fit_keys",
     "fit_quantizer",
+    "gather",
     "key_places",
     "latents",
     "merge",
@@ -58,6 +60,8 @@ __all__ = [
     "replace_keys",
     "residual_keys",
     "rotate",
+    "select",
+    "select_weights",
     "unpack_codes",
     "unpack_keys",
     "unpack_values",

@@ -9,6 +9,8 @@ from svdq.layout import PageLayout
 from svdq.reference.keys import _stored, code_keys, decode_keys
 from svdq.reference.pages import unpack_codes, unpack_values, write_codes_
 
+NO_SLOT = 2**31 - 1  # stands for no token in lists of slots
+
 
 def pack_keys_(
     k_pages: Tensor,
@@ -61,7 +63,8 @@ def append_exact_(
 def attend_keys(
     query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, sm_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention of ``query`` [Hq, L, D] over keys, values [H, n, D] where ``visible`` [L, n]."""
+    """Attention of ``query`` [Hq, L, D] over keys, values [H, n, D] where ``visible``, [L, n] or
+    [Hq, L, n]."""
     group = query.shape[0] // keys.shape[0]
     keys, values = (x.double().repeat_interleave(group, dim=0) for x in (keys, values))
     scores = (query.double() @ keys.mT * sm_scale).masked_fill(~visible, -torch.inf)
@@ -109,16 +112,23 @@ def attend(
     tail_mean: Tensor | None = None,
     outlier_slots: Tensor | None = None,
     outlier_keys: Tensor | None = None,
+    token_slots: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Decode everything, then attend; see :func:`svdq.ops.attend`."""
     results = []
     for b in range(query.shape[0]):
         packed = max(int(cache_seqlens[b]) - sink_tokens, 0)
         at = (layout, page_table[b], sink_tokens, packed)
-        position = sink_tokens + (int(first_position[b]) if first_position is not None else 0)
+        first = int(first_position[b]) if first_position is not None else 0
         tail = tail_mean[b] if tail_mean is not None else None
         fitted = (basis[b], scale[b], mean[b].double())
-        k = unpack_keys(k_pages, *fitted, *at, inv_freq, position, tail)
+        if token_slots is None:
+            k = unpack_keys(k_pages, *fitted, *at, inv_freq, sink_tokens + first, tail)
+        else:
+            own = [slots[:packed] + first for slots in token_slots[b].long()]
+            codes = unpack_codes(k_pages, *at)
+            heads = [decode_keys(codes, *fitted, layout, inv_freq, p, tail) for p in own]
+            k = torch.stack([head[h] for h, head in enumerate(heads)])
         if outlier_slots is not None:
             k = replace_keys(k, outlier_slots[b] - sink_tokens, outlier_keys[b])
         v = unpack_values(v_pages, *at)
@@ -126,6 +136,12 @@ def attend(
         k = torch.cat([k.double(), exact_keys[b, :, :exact].double()], dim=1)
         v = torch.cat([v.double(), exact_values[b, :, :exact].double()], dim=1)
         visible = visible_tokens(query.shape[2], packed, exact, causal)
+        if token_slots is not None:
+            there = token_slots[b, :, :packed] < NO_SLOT
+            group = query.shape[1] // k.shape[0]
+            visible = visible.repeat(query.shape[1], 1, 1)
+            visible[:, :, :packed] &= there.repeat_interleave(group, dim=0)[:, None]
+            v = v.nan_to_num()  # of tokens that are not there
         results.append(attend_keys(query[b], k, v, visible, sm_scale))
     out, lse = (torch.stack(x) for x in zip(*results, strict=True))
     return out.to(query.dtype), _stored(lse, query)

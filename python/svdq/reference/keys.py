@@ -29,8 +29,10 @@ def _unrotated(keys: Tensor, inv_freq: Tensor | None, position: int) -> Tensor:
     return rotate(keys, position + torch.arange(keys.shape[-2]), inv_freq, inverse=True)
 
 
-def _rotated(rows: Tensor, inv_freq: Tensor | None, position: int) -> Tensor:
-    return rotate(rows, position + torch.arange(rows.shape[-2]), inv_freq)
+def _rotated(rows: Tensor, inv_freq: Tensor | None, position: int | Tensor) -> Tensor:
+    if isinstance(position, int):
+        position = position + torch.arange(rows.shape[-2])
+    return rotate(rows, position, inv_freq)
 
 
 def _stored(x: Tensor, like: Tensor) -> Tensor:
@@ -184,10 +186,10 @@ def decode_keys(
     mean: Tensor,
     layout: PageLayout,
     inv_freq: Tensor | None = None,
-    position: int = 0,
+    position: int | Tensor = 0,
     tail_mean: Tensor | None = None,
 ) -> Tensor:
-    """Rotated keys [H, T, D] that codes [T, R] stand for."""
+    """Rotated keys [H, T, D] that codes [T, R] stand for; ``position`` of the first, or of each."""
     slices, widths = part_slices(layout), channel_widths(layout)
     core, tail = (decode(codes, basis, scale, widths, at) for at in slices)
     if layout.rope == "post":

@@ -146,15 +146,25 @@ def pack_values_(
     v_pages: Tensor, values: Tensor, layout: PageLayout, page_table: Tensor, slot: int
 ) -> None:
     """Quantize or copy values; see :func:`svdq.ops.pack_values_`."""
-    rows, slots = _rows(page_table, slot, values.shape[1])
-    parts = _value_parts(v_pages, rows, layout)
     if layout.v_bits > 8:
-        parts[0][:, slots] = values
-        v_pages[rows] = _by_page(parts[0]).flatten(1)
+        write_value_parts_(v_pages, [values], layout, page_table, slot)
         return
-    scale, zero, codes = parts
-    scale[:, slots], zero[:, slots], exact_codes = quantize_values(values, layout)
-    codes[:, slots] = exact_codes.round().long()
+    scale, zero, codes = quantize_values(values, layout)
+    write_value_parts_(v_pages, [scale, zero, codes.round()], layout, page_table, slot)
+
+
+def write_value_parts_(
+    v_pages: Tensor, parts: list[Tensor], layout: PageLayout, page_table: Tensor, slot: int
+) -> None:
+    """Store parts [H, T, n] of values: the inverse of :func:`value_parts`."""
+    rows, slots = _rows(page_table, slot, parts[0].shape[1])
+    stored = _value_parts(v_pages, rows, layout)
+    for all_slots, part in zip(stored, parts, strict=True):
+        all_slots[:, slots] = part.to(all_slots.dtype)
+    if layout.v_bits > 8:
+        v_pages[rows] = _by_page(stored[0]).flatten(1)
+        return
+    scale, zero, codes = stored
     halves = [_by_page(x).mT.flatten(2).view(torch.uint8) for x in (scale, zero)]
     codes = join_codes(_by_page(codes), value_places(layout.v_bits, layout.head_dim))
     v_pages[rows] = torch.cat([*halves, codes], dim=2).flatten(1)
