@@ -21,6 +21,7 @@ from svdq.layout import PAGE_TOKENS
 from svdq.memory import MemoryReport, held_bytes, memory_report
 from svdq.presets import resolve_keys
 from svdq.profile import Profile
+from svdq.reads import ReadReport, read_report
 from svdq.rope import inverse_frequencies
 from svdq.settings import ROPE_MODES, Settings
 
@@ -75,6 +76,14 @@ class SVDqCache(Cache):
     refit_drift : once the error of a sequence's latest keys is this many times what it was when its
         basis was fitted, later pages get a new basis, fitted on ``min_fit_tokens`` tokens that stay
         exact until then; None never does. See :meth:`drift`.
+    sparse_budget : packed tokens that a step of one token attends to in each KV head, beside sinks,
+        outliers and window: a number, or a share below 1 of what is packed. None (the default) for
+        all; or one of these for every layer of the model. Steps of more tokens (prompts, chunks)
+        attend to all.
+    sparse_scorer : what chooses them: ``"latent"``, the first ``sparse_channels`` channels of the
+        codes (svdq.ops.select), or ``"landmarks"``, mean keys of chunks as in ShadowKV (arXiv
+        2410.21465), for comparison.
+    sparse_channels : channels of ``"latent"``, a multiple of 4 up to 32.
     min_fit_tokens : tokens a sequence must have before a basis is fitted and anything packed; by
         default four times head_dim.
 
@@ -108,6 +117,9 @@ class SVDqCache(Cache):
         min_fit_tokens: int | None = None,
         refit_drift: float | None = None,
         profile: Profile | str | os.PathLike | None = None,
+        sparse_budget: int | float | Sequence[int | float | None] | None = None,
+        sparse_scorer: str = "latent",
+        sparse_channels: int = 8,
     ) -> None:
         resolved, k_bits = resolve_keys(preset, schedule, k_bits, lambda_)
         allocates = k_bits is not None or lambda_ is not None
@@ -132,9 +144,12 @@ class SVDqCache(Cache):
             residual_length,
             min_fit_tokens,
             refit_drift,
+            tuple(sparse_budget) if isinstance(sparse_budget, Sequence) else sparse_budget,
+            sparse_scorer,
+            sparse_channels,
         )
-        _check_settings(self.settings)
         config = config.get_text_config(decoder=True)
+        _check_settings(self.settings, config.num_hidden_layers)
         if getattr(config, "is_encoder_decoder", False):
             raise NotImplementedError("SVDqCache supports decoder-only models")
         self._frequencies: list[Tensor] = []
@@ -281,6 +296,10 @@ class SVDqCache(Cache):
         """Bytes by part and of a full cache for the same tokens, and the true bits of a key."""
         return memory_report(self)
 
+    def read_report(self) -> ReadReport:
+        """Bytes of keys that the last step of one token read, by part."""
+        return read_report(self)
+
     def allocated_bytes(self) -> int:
         """Bytes of the storages of all tensors that the cache holds."""
         return held_bytes(self)
@@ -309,7 +328,7 @@ class SVDqCache(Cache):
         return serialization.load(cls, path, config, device)
 
 
-def _check_settings(settings: Settings) -> None:
+def _check_settings(settings: Settings, num_layers: int) -> None:
     if settings.v_bits not in V_BITS:
         raise ValueError(f"v_bits must be one of {V_BITS}, got {settings.v_bits!r}")
     if settings.rope not in ROPE_MODES:
@@ -341,3 +360,12 @@ def _check_settings(settings: Settings) -> None:
     least = settings.min_fit_tokens
     if least is not None and least < 1:
         raise ValueError(f"min_fit_tokens must be at least 1, got {least}")
+    budget = settings.sparse_budget
+    if isinstance(budget, tuple) and len(budget) != num_layers:
+        raise ValueError(
+            f"sparse_budget must be one number or {num_layers}, one a layer, got {len(budget)}"
+        )
+    if budget is not None and not settings.packs:
+        raise ValueError("sparse_budget needs keys that are packed")
+    for layer in range(num_layers):
+        settings.sparsity(layer)

@@ -55,6 +55,7 @@ class SVDqLayer(CacheLayerMixin):
         super().__init__()
         self.index = index
         self.settings = settings
+        self.sparsity = settings.sparsity(index)
         self.frequencies = frequencies
         self.allocate = allocate
         self.reset()
@@ -67,6 +68,7 @@ class SVDqLayer(CacheLayerMixin):
         self.padding: list[int] = []
         self.knows_positions = False
         self.tokens: TokenStore | None = None
+        self.attended: list[int] | None = None  # packed tokens of each store in the last step
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         """Take shapes and dtype from the first keys, ``[B, H, T, D]``."""
@@ -252,9 +254,16 @@ class SVDqLayer(CacheLayerMixin):
 
     def _attend_packed(self, query: Tensor, scaling: float, causal: bool) -> tuple[Tensor, Tensor]:
         tokens = self.tokens
-        return attend_stores(
-            query, tokens.stores, tokens.rows, scaling, self.settings.sink_tokens, causal
+        *result, self.attended = attend_stores(
+            query,
+            tokens.stores,
+            tokens.rows,
+            scaling,
+            self.settings.sink_tokens,
+            causal,
+            self.sparsity if query.shape[2] == 1 else None,
         )
+        return tuple(result)
 
     # Checks
 

@@ -10,6 +10,7 @@ import torch
 from svdq import ops
 from svdq.layout import WIDTHS, PageLayout
 from svdq.presets import Schedule
+from svdq.sparsity import Sparsity
 
 ROPE_MODES = ("pre", "post", "rotated-mean", "hybrid")
 CORE_BITS = 4  # of every core channel where the tail's bits are allocated
@@ -40,6 +41,23 @@ class Settings:
     residual_length: int
     min_fit_tokens: int | None
     refit_drift: float | None
+    sparse_budget: int | float | None | tuple[int | float | None, ...] = None
+    sparse_scorer: str = "latent"
+    sparse_channels: int = 8
+
+    def sparsity(self, layer: int) -> Sparsity | None:
+        """How layer ``layer`` chooses what it attends to; None where that is everything."""
+        budget = self.sparse_budget
+        if isinstance(budget, (tuple, list)):
+            budget = budget[layer]
+        if budget is None:
+            return None
+        return Sparsity(budget, self.sparse_scorer, self.sparse_channels)
+
+    @property
+    def needs_landmarks(self) -> bool:
+        """Whether pages come with landmarks."""
+        return self.sparse_budget is not None and self.sparse_scorer == "landmarks"
 
     @property
     def allocates(self) -> bool:

@@ -290,6 +290,11 @@ class ExactRows:
         """Rows allocated per sequence, E."""
         return self.keys.shape[2]
 
+    def none(self) -> ExactRows:
+        """The same without any rows."""
+        batch, heads, _, dim = self.keys.shape
+        return ExactRows(batch, heads, dim, self.keys.dtype, self.keys.device)
+
     def set_count(self, count: list[int]) -> None:
         """Say how many rows of each sequence are in use."""
         self.count = count

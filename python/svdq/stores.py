@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from svdq import ops
+from svdq.sparsity import Sparsity, attend_selected
 from svdq.storage import ExactRows, PackedStore
 
 
@@ -18,7 +18,8 @@ def attend_stores(
     scaling: float,
     sink_tokens: int,
     causal: bool,
-) -> tuple[Tensor, Tensor]:
+    sparsity: Sparsity | None = None,
+) -> tuple[Tensor, Tensor, list[int]]:
     """Attend over packed stores in their order and the exact rows that follow them.
 
     Every store has a basis of its own, so it is a call of its own, and the parts are merged.
@@ -28,33 +29,56 @@ def attend_stores(
     query : [B, Hq, L, D].
     stores : at least one; the first holds the sinks.
     rows, scaling, sink_tokens, causal : as for :func:`svdq.ops.attend`.
+    sparsity : how to choose what of the packed tokens is attended, for single queries alone; None
+        for all of them.
 
     Returns
     -------
     out, lse : as of :func:`svdq.ops.attend`.
+    attended : packed tokens of each store that a KV head attended to, sinks left out, in the
+        longest sequence.
     """
-    nothing = (rows.keys[:, :, :0], rows.values[:, :, :0], torch.zeros_like(rows.lens))
-    result = None
+    nothing = rows.none() if len(stores) > 1 else rows
+    result, attended = None, []
     for store in stores:
-        last = store is stores[-1]
-        part = ops.attend(
-            query,
-            store.k_pages,
-            store.v_pages,
-            store.page_table,
-            store.cache_seqlens,
-            store.basis,
-            store.scale,
-            store.mean,
-            store.layout,
-            *((rows.keys, rows.values, rows.lens) if last else nothing),
-            scaling,
-            store.inv_freq,
-            store.first_position,
-            sink_tokens if store is stores[0] else 0,
-            causal and last,
-            store.tail_mean,
-            *((None, None) if store.outliers is None else store.outliers.held),
-        )
+        own_rows = rows if store is stores[-1] else nothing
+        sinks = sink_tokens if store is stores[0] else 0
+        packed = max(max(store.slots) - sinks, 0)
+        if sparsity is not None and sparsity.tokens(packed) < packed:
+            *part, count = attend_selected(query, store, own_rows, sparsity, scaling, sinks)
+        else:
+            part, count = _attend_all(query, store, own_rows, scaling, sinks, causal), packed
+        attended.append(count)
         result = part if result is None else ops.merge(*result, *part)
-    return result
+    return *result, attended
+
+
+def _attend_all(
+    query: Tensor,
+    store: PackedStore,
+    rows: ExactRows,
+    scaling: float,
+    sink_tokens: int,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    return ops.attend(
+        query,
+        store.k_pages,
+        store.v_pages,
+        store.page_table,
+        store.cache_seqlens,
+        store.basis,
+        store.scale,
+        store.mean,
+        store.layout,
+        rows.keys,
+        rows.values,
+        rows.lens,
+        scaling,
+        store.inv_freq,
+        store.first_position,
+        sink_tokens,
+        causal,
+        store.tail_mean,
+        *((None, None) if store.outliers is None else store.outliers.held),
+    )

@@ -1,0 +1,139 @@
+"""Key sparsity: a decoding step attends to the packed tokens that matter to it, and no others."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from svdq import ops
+from svdq.layout import PAGE_TOKENS
+from svdq.outliers import NO_SLOT
+from svdq.storage import ExactRows, PackedStore
+
+SCORERS = ("latent", "landmarks")
+MAX_CHANNELS = 32
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """How a layer chooses what it attends to.
+
+    Parameters
+    ----------
+    budget : packed tokens of each KV head, or their share if below 1.
+    scorer : ``"latent"``, the leading channels of the codes; ``"landmarks"``, the mean keys of
+        chunks.
+    channels : leading channels of ``"latent"``.
+    """
+
+    budget: int | float
+    scorer: str
+    channels: int
+
+    def __post_init__(self) -> None:
+        if not (0 < self.budget < 1 or (self.budget >= 1 and self.budget == int(self.budget))):
+            raise ValueError(
+                "sparse_budget must be a number of tokens or a share between 0 and 1, got "
+                f"{self.budget!r}"
+            )
+        if self.scorer not in SCORERS:
+            raise ValueError(f"sparse_scorer must be one of {SCORERS}, got {self.scorer!r}")
+        if self.channels % 4 or not 4 <= self.channels <= MAX_CHANNELS:
+            raise ValueError(
+                f"sparse_channels must be a multiple of 4 up to {MAX_CHANNELS}, got {self.channels}"
+            )
+
+    def tokens(self, packed: int) -> int:
+        """Tokens to select of so many packed ones, at least one."""
+        count = math.floor(self.budget * packed) if self.budget < 1 else int(self.budget)
+        return max(count, 1)
+
+
+def select(
+    query: Tensor, store: PackedStore, sparsity: Sparsity, budget: int, scaling: float, sinks: int
+) -> tuple[Tensor, Tensor]:
+    """Slots [B, H, M] that a step attends to, and the places of outliers among them.
+
+    Parameters are those of :func:`attend_selected`; see :func:`svdq.ops.select` for the results.
+    """
+    if sparsity.scorer == "landmarks":
+        return store.landmarks.select(query, store, budget, scaling, sinks)
+    return ops.select(
+        query,
+        store.k_pages,
+        store.page_table,
+        store.cache_seqlens,
+        store.basis,
+        store.scale,
+        store.mean,
+        store.layout,
+        budget,
+        scaling,
+        store.inv_freq,
+        store.first_position,
+        sinks,
+        store.tail_mean,
+        None if store.outliers is None else store.outliers.slots,
+        sparsity.channels,
+    )
+
+
+def attend_selected(
+    query: Tensor,
+    store: PackedStore,
+    rows: ExactRows,
+    sparsity: Sparsity,
+    scaling: float,
+    sink_tokens: int,
+) -> tuple[Tensor, Tensor, int]:
+    """Attend to the best packed tokens of a store and to exact rows.
+
+    Parameters
+    ----------
+    query : [B, Hq, 1, D].
+    store : packed tokens.
+    rows : exact rows, all attended; without any, another store's.
+    sparsity, scaling : how to choose, and the softmax scale.
+    sink_tokens : leading slots that are exact rows.
+
+    Returns
+    -------
+    out, lse : as of :func:`svdq.ops.attend`.
+    selected : tokens of each KV head that were selected.
+    """
+    candidates = max(max(store.slots) - sink_tokens, 0)
+    budget = sparsity.tokens(candidates)
+    slots, places = select(query, store, sparsity, budget, scaling, sink_tokens)
+    pages = -(-slots.shape[2] // PAGE_TOKENS)
+    slots = nn.functional.pad(slots, (0, pages * PAGE_TOKENS - slots.shape[2]), value=NO_SLOT)
+    k_pages, v_pages = ops.gather(
+        store.k_pages, store.v_pages, store.page_table, slots, store.layout
+    )
+    batch, device = query.shape[0], query.device
+    table = torch.arange(batch * pages, dtype=torch.int32, device=device).view(batch, pages)
+    out, lse = ops.attend(
+        query,
+        k_pages,
+        v_pages,
+        table,
+        torch.full((batch,), pages * PAGE_TOKENS, dtype=torch.int32, device=device),
+        store.basis,
+        store.scale,
+        store.mean,
+        store.layout,
+        rows.keys,
+        rows.values,
+        rows.lens,
+        scaling,
+        store.inv_freq,
+        store.first_position,
+        0,
+        True,
+        store.tail_mean,
+        *((None, None) if store.outliers is None else (places, store.outliers.keys)),
+        slots,
+    )
+    return out, lse, min(budget, candidates)
