@@ -35,6 +35,10 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
+def _points(value: float) -> str:
+    return f"{100 * value:+.1f}"
+
+
 def _times(value: float) -> str:
     return f"{value:.2f}x"
 
@@ -155,6 +159,8 @@ def _retrieval_columns(rows: Sequence[dict]) -> tuple[list[dict], list]:
         if kind == "task":  # in words, so that a heading can wrap
             columns.append((key, name.replace("_", " "), _percent))
     columns.append(("able", "all that the model can do", _percent))
+    columns.append(("able_difference", "points to the full cache", _points))
+    columns.append(("able_stderr", "standard error", lambda value: f"{100 * value:.1f}"))
     for key in keys:
         kind, _, name = key.partition(": ")
         if kind == "tokens":
