@@ -18,6 +18,8 @@ struct Backend {
   void (*fit_quantizer)(const QuantizerParams&, const Executor&);
   void (*pack_keys)(const PackKeysParams&, const Executor&);
   void (*pack_values)(const PackValuesParams&, const Executor&);
+  void (*select)(const SelectParams&, const Executor&);
+  void (*gather)(const GatherParams&, const Executor&);
   void (*attend)(const AttendParams&, const Executor&);
   void (*merge)(const MergeParams&, const Executor&);
 };

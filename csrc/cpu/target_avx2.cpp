@@ -36,8 +36,10 @@ namespace svdq::avx2 {
 #include "csrc/cpu/attend-inl.h"
 
 extern const Backend kBackend;
-const Backend kBackend = {"avx2",    cpu_has_avx2, all_within, covariance, fit_quantizer,
-                          pack_keys, pack_values,  attend,     merge};
+// select and gather: merged with the CPU stages.
+const Backend kBackend = {"avx2",        cpu_has_avx2, all_within,  covariance,
+                          fit_quantizer, pack_keys,    pack_values, nullptr,
+                          nullptr,       attend,       merge};
 
 }  // namespace svdq::avx2
 

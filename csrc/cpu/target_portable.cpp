@@ -29,7 +29,9 @@ namespace svdq::portable {
 #include "csrc/cpu/attend-inl.h"
 
 extern const Backend kBackend;
+// select and gather: merged with the CPU stages.
 const Backend kBackend = {"portable", [] { return true; }, all_within, covariance, fit_quantizer,
-                          pack_keys,  pack_values,         attend,     merge};
+                          pack_keys,  pack_values,         nullptr,    nullptr,    attend,
+                          merge};
 
 }  // namespace svdq::portable

@@ -60,6 +60,12 @@ Plan& shared_memory(Site site = Site::current()) {
   return *reinterpret_cast<Plan*>(block.shared());
 }
 
+// Threads may add to the same count between two barriers, and nobody reads it there.
+inline void add_shared(int* count, int by, Site site = Site::current()) {
+  Block::current().add_shared(count, sizeof(int), site);
+  *count += by;
+}
+
 inline void copy_async(void* shared, const void* global, int bytes = 16,
                        Site site = Site::current()) {
   Block::current().copy_async(shared, global, bytes, site);
@@ -210,6 +216,17 @@ inline uint32_t half2_max(uint32_t a, uint32_t b) {
     return uint32_t{half_to_float(x) > half_to_float(y) ? x : y} << shift;
   };
   return part(0) | part(16);
+}
+
+inline int dot4(uint32_t codes, uint32_t weights, int sum) {
+  for (int i = 0; i < 4; ++i) {
+    sum += static_cast<int>(codes >> (8 * i) & 0xff) * static_cast<int8_t>(weights >> (8 * i));
+  }
+  return sum;
+}
+inline void sine_cosine_fast(float x, float& sine, float& cosine) { sine_cosine(x, sine, cosine); }
+inline uint32_t multiply_high(uint32_t a, uint32_t b) {
+  return static_cast<uint32_t>(uint64_t{a} * b >> 32);
 }
 
 // Bytes of {high, low} picked by the nibbles of `selector` (prmt).
