@@ -12,7 +12,7 @@
 //   add_shared(p, n)                           adds to a count in shared memory that others add to
 //   exp2_fast, log2_fast, fused, square_root, sine_cosine, round_double, round_to_int
 //   conversions of half and bfloat16, pack_half2, half2_fma, half2_max,
-//   permute_bytes, dot4, sine_cosine_fast, multiply_high
+//   permute_bytes, dot4, sine_cosine_fast
 //   SVDQ_DEVICE_CHECK(condition)               checked under emulation, nothing otherwise
 //
 // Baseline: sm_80.
@@ -185,8 +185,6 @@ SVDQ_DEVICE void sine_cosine_fast(float x, float& sine, float& cosine) {
   asm("sin.approx.ftz.f32 %0, %1;" : "=f"(sine) : "f"(x));
   asm("cos.approx.ftz.f32 %0, %1;" : "=f"(cosine) : "f"(x));
 }
-// The upper half of a product.
-SVDQ_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 
 }  // namespace svdq::device
 

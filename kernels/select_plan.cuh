@@ -27,10 +27,6 @@ inline constexpr float kNotSelected = -1.0f;  // sinks, and slots past the end
 inline constexpr float kOutlier = -2.0f;      // selected whatever their codes say
 inline constexpr float kUnreadable = -3.0f;   // of a page that the pool does not have
 
-inline constexpr int kNoSlot = 0x7fffffff;
-// In place of the first slot: the sequence's length or page table cannot be right.
-inline constexpr int kBadSlot = -1;
-
 struct SelectWork {
   int tile_rows;     // query rows of a tile: 1, 2, 4 or 8
   int row_tiles;     // of a KV head

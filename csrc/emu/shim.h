@@ -225,9 +225,6 @@ inline int dot4(uint32_t codes, uint32_t weights, int sum) {
   return sum;
 }
 inline void sine_cosine_fast(float x, float& sine, float& cosine) { sine_cosine(x, sine, cosine); }
-inline uint32_t multiply_high(uint32_t a, uint32_t b) {
-  return static_cast<uint32_t>(uint64_t{a} * b >> 32);
-}
 
 // Bytes of {high, low} picked by the nibbles of `selector` (prmt).
 inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {

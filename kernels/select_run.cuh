@@ -1,0 +1,312 @@
+// Scores of packed tokens by their leading channels.
+//
+// A block takes 16 pages of a KV head. The lines of their leading channels arrive by cp.async, 16
+// bytes a thread, whole lines and nothing else, while the weights of the channels are made: for all
+// 16 pages by tensor cores (select_absorb.cuh), then rounded to 8 bits, with a step of its own for
+// each page, row and band. Scores are integer dot products of four codes (dp4a); 16 threads share a
+// page and a thread has 4 tokens for all rows. Only weights are written, 4 bytes a token.
+//
+// A page of 64 tokens with 8 channels of 4 bits, 4 query rows and head_dim 128 takes about 110
+// instructions of a warp: 12 to put rotations in order, 11 for the product (2.5 of them mma), 20 to
+// round it, 64 to score (16 dp4a). A multiprocessor issues them in 27 cycles. Its bytes are 256 of
+// codes, 256 of weights and, of 8 KV heads, a 64-byte share of the rotations: 43 cycles of an A100's
+// 2.0 TB/s, so memory is the limit.
+#pragma once
+
+#include "kernels/select_plan.cuh"
+#include "kernels/softmax.cuh"
+
+namespace svdq::device {
+
+inline constexpr int kRunThreads = 8;                              // of a page's rows
+inline constexpr int kPageThreads = 16;                            // of a page's tokens
+inline constexpr int kRoundPages = kSelectThreads / kPageThreads;  // scored at once
+inline constexpr int kRounds = kRunPages / kRoundPages;
+inline constexpr int kSelectQuads = kMaxSelectChannels / kQuad;
+static_assert(kRunThreads * kRunPages == kSelectThreads && kRunThreads == kRowTile);
+
+// A sum of codes times signed bytes, less than 2^22, added to this integer is, as bits of a float,
+// the sum added to 1.5 * 2^23: so it becomes a float by a subtraction, not by a slow conversion.
+inline constexpr int kFloatBase = 0x4b400000;
+SVDQ_DEVICE float sum_as_float(int sum) {
+  return int_as_float(static_cast<uint32_t>(sum)) - 12582912.0f;
+}
+static_assert(kMaxSelectChannels * 255 * 127 < 1 << 22);
+
+// Where the 4 channels of a leading quad lie among the leading lines of a page.
+struct SelectQuad {
+  int line;        // byte of the line of its first unit
+  int16_t unit;    // of that line
+  int8_t width;    // index of kWidths
+  int8_t is_last;  // of its band
+};
+
+// Shared memory of a block, in this order.
+struct SelectLayout {
+  int turns;    // Words4 [turn_steps, 32]: A fragments, 16 pages x 8 pairs
+  int codes;    // [16, code_bytes]
+  int outputs;  // float [16, output_stride]
+  int weights;  // uint32_t [16, kSelectQuads, rows] of signed bytes
+  int steps;    // float [16, kSelectQuads, rows], at the last quad of a band
+  int offsets;  // float [16, rows]
+  int states;   // RowState [4, rows]
+  int quads;    // SelectQuad [kSelectQuads]
+  int bytes;
+  int output_stride;  // pages apart in the banks
+};
+
+SVDQ_HOST_DEVICE constexpr SelectLayout select_layout(const SelectWork& work) {
+  SelectLayout at{};
+  at.output_stride = work.output_tiles * 8 + 8;
+  at.codes = work.turn_steps * kWarpSize * 16;
+  at.outputs = at.codes + kRunPages * work.code_bytes;
+  at.weights = at.outputs + kRunPages * at.output_stride * 4;
+  at.steps = at.weights + kRunPages * kSelectQuads * work.tile_rows * 4;
+  at.offsets = at.steps + kRunPages * kSelectQuads * work.tile_rows * 4;
+  at.states = at.offsets + kRunPages * work.tile_rows * 4;
+  at.quads = at.states + kSelectWarps * work.tile_rows * 8;
+  at.bytes = at.quads + kSelectQuads * static_cast<int>(sizeof(SelectQuad));
+  return at;
+}
+
+struct SelectMemory {
+  alignas(16) uint8_t bytes[16];  // more follow
+};
+
+// Numbers of a row of tiles, as wide as they may be read at once.
+template <int kCount>
+SVDQ_DEVICE void load_words(const uint32_t* from, uint32_t (&to)[kCount]) {
+  if constexpr (kCount % 4 == 0) {
+    SVDQ_UNROLL
+    for (int i = 0; i < kCount / 4; ++i) {
+      const Words4 words = load(reinterpret_cast<const Words4*>(from) + i);
+      SVDQ_UNROLL
+      for (int e = 0; e < 4; ++e) to[i * 4 + e] = words.word[e];
+    }
+  } else {
+    SVDQ_UNROLL
+    for (int i = 0; i < kCount; ++i) to[i] = load(&from[i]);
+  }
+}
+
+// Scores of a run of pages for a tile of kRows query rows at a time.
+template <int kRows>
+class SelectRun {
+ public:
+  // Page i of the run is page first + i * stride of the sequence, if that is below `end`.
+  SVDQ_DEVICE SelectRun(const SelectParams& p, const SelectWork& work, const HeadTable& heads,
+                        int head_index, int first, int stride, int end)
+      : p_(p),
+        work_(work),
+        at_(select_layout(work)),
+        shared_(shared_memory<SelectMemory>().bytes),
+        sequence_head_(int64_t{block_z()} * p.layout.num_heads + head_index),
+        first_(first),
+        stride_(stride),
+        end_(end) {
+    const HeadPlan head = leading_channels(head_plan(heads, head_index), p.channels);
+    channels_ = head.rank();
+    pieces_ = leading_bytes(head) / 16;
+    k_offset_ = head.k_offset;
+    if (thread_index() < channels_ / kQuad) place_quad(head, thread_index());
+  }
+
+  SVDQ_DEVICE int page(int i) const { return first_ + i * stride_; }
+  SVDQ_DEVICE bool has(int i) const { return page(i) < end_; }
+  // Whether the pool has page i of the run.
+  SVDQ_DEVICE bool known(int i) const {
+    const int64_t id = page_id(i);
+    return id >= 0 && id < p_.num_pages;
+  }
+  SVDQ_DEVICE int64_t sequence_head() const { return sequence_head_; }
+
+  // Starts to copy codes, and puts the rotations of the pages in order.
+  SVDQ_DEVICE void begin() {
+    for (int i = thread_index(); i < kRunPages * pieces_; i += kSelectThreads) {
+      const int page = i / pieces_, piece = i % pieces_;
+      if (!has(page) || !known(page)) continue;
+      copy_async(shared_ + at_.codes + page * work_.code_bytes + piece * 16,
+                 p_.k_pages + page_id(page) * p_.layout.k_page_bytes + k_offset_ + piece * 16);
+    }
+    commit_copies();
+    const int half = select_half(p_);
+    const Floats2* turns = work_.page_rotation + int64_t{block_z()} * work_.max_pages * half;
+    for (int i = thread_index(); i < work_.turn_steps * kWarpSize; i += kSelectThreads) {
+      Words4 a{};
+      SVDQ_UNROLL
+      for (int w = 0; w < 4; ++w) {
+        const Place at = FragmentA16::place(lane_index(), 2 * w);
+        const int pair = i / kWarpSize * 8 + at.col / 2;
+        if (pair >= half || !has(at.row)) continue;
+        const Floats2 turn = load(&turns[int64_t{page(at.row)} * half + pair]);
+        a.word[w] = pack_half2(turn.x, turn.y);
+      }
+      store(&array<Words4>(at_.turns)[i], a);
+    }
+    sync_threads();
+  }
+
+  // Weights of the channels for tile `tile`; norm(row) comes off the rows' scores. Contains
+  // barriers.
+  template <typename Norm>
+  SVDQ_DEVICE void prepare(int tile, const Norm& norm) {
+    const int64_t first = select_tile(work_, sequence_head_, tile) * work_.output_tiles;
+    const int outputs = (channels_ + 1) * kRows;
+    for (int t = warp_index(); t * 8 < outputs; t += kSelectWarps) {
+      float sum[4] = {};
+      const Words2* fragments = work_.fragments + (first + t) * work_.turn_steps * kWarpSize;
+      for (int step = 0; step < work_.turn_steps; ++step) {
+        const Words4 a = load(&array<Words4>(at_.turns)[step * kWarpSize + lane_index()]);
+        const Words2 b = load(&fragments[step * kWarpSize + lane_index()]);
+        MmaHalf::run(sum, a.word, b.word);
+      }
+      const int64_t column = (first + t) * 8 + lane_index() % 4 * 2;
+      const Floats2 unit = load(reinterpret_cast<const Floats2*>(&work_.step[column]));
+      const Floats2 constant = load(reinterpret_cast<const Floats2*>(&work_.constant[column]));
+      SVDQ_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        float* to = array<float>(at_.outputs) + (lane_index() / 4 + half * 8) * at_.output_stride +
+                    t * 8 + lane_index() % 4 * 2;
+        store(reinterpret_cast<Floats2*>(to),
+              Floats2{fused(sum[2 * half], unit.x, constant.x),
+                      fused(sum[2 * half + 1], unit.y, constant.y)});
+      }
+    }
+    sync_threads();
+    round_weights(tile, norm);
+    wait_copies<0>();
+    sync_threads();
+  }
+
+  // Scores, in units of log2, of this thread's 4 tokens of page i: tokens first_token() and on.
+  SVDQ_DEVICE void score(int i, float (&score)[4][kRows]) const {
+    const float* offsets = array<float>(at_.offsets) + i * kRows;
+    const float* steps = array<float>(at_.steps) + i * kSelectQuads * kRows;
+    const uint32_t* weights = array<uint32_t>(at_.weights) + i * kSelectQuads * kRows;
+    const int group = thread_index() % kPageThreads / 4, piece = thread_index() % 4;
+    const uint8_t* codes = shared_ + at_.codes + i * work_.code_bytes + piece * 16;
+    int sum[4][kRows];
+    SVDQ_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const float offset = load(&offsets[r]);
+      SVDQ_UNROLL
+      for (int t = 0; t < 4; ++t) {
+        score[t][r] = offset;
+        sum[t][r] = kFloatBase;
+      }
+    }
+    for (int q = 0; q < channels_ / kQuad; ++q) {
+      const SelectQuad quad = load(&array<SelectQuad>(at_.quads)[q]);
+      const int width = 8 >> quad.width, unit = quad.unit + group;
+      const int shift = (unit & ((1 << quad.width) - 1)) * width;
+      const uint32_t mask = ((1u << width) - 1) * 0x01010101u;
+      const Words4 lanes = load(
+          reinterpret_cast<const Words4*>(codes + quad.line + (unit >> quad.width) * kLineBytes));
+      uint32_t weight[kRows];
+      load_words(weights + q * kRows, weight);
+      SVDQ_UNROLL
+      for (int t = 0; t < 4; ++t) {
+        const uint32_t four = lanes.word[t] >> shift & mask;
+        SVDQ_UNROLL
+        for (int r = 0; r < kRows; ++r) sum[t][r] = dot4(four, weight[r], sum[t][r]);
+      }
+      if (!quad.is_last) continue;
+      SVDQ_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const float step = load(&steps[q * kRows + r]);
+        SVDQ_UNROLL
+        for (int t = 0; t < 4; ++t) {
+          score[t][r] = fused(sum_as_float(sum[t][r]), step, score[t][r]);
+          sum[t][r] = kFloatBase;
+        }
+      }
+    }
+  }
+
+  // Page of the run that this thread scores in a round, and its first token there.
+  SVDQ_DEVICE static int round_page(int round) {
+    return round * kRoundPages + thread_index() / kPageThreads;
+  }
+  SVDQ_DEVICE static int first_token() { return thread_index() % kPageThreads * 4; }
+
+  SVDQ_DEVICE RowState* states() const { return array<RowState>(at_.states); }
+
+ private:
+  template <typename T>
+  SVDQ_DEVICE T* array(int offset) const {
+    return reinterpret_cast<T*>(shared_ + offset);
+  }
+
+  SVDQ_DEVICE int64_t page_id(int i) const {
+    return load(&p_.page_table[int64_t{block_z()} * p_.table_stride + page(i)]);
+  }
+
+  // Finds the band of a quad, and where in it the quad is.
+  SVDQ_DEVICE void place_quad(const HeadPlan& head, int quad) {
+    int first = 0, bytes = 0;  // quads and bytes of the bands before
+    SVDQ_UNROLL
+    for (int band = 0; band < 2 * kNumWidths; ++band) {
+      const int w = band % kNumWidths;
+      const int count = (band < kNumWidths ? head.core.count[w] : head.tail.count[w]) / kQuad;
+      if (quad >= first && quad < first + count) {
+        const int unit = (quad - first) * kGroups;
+        const SelectQuad place{bytes + (unit >> w) * kLineBytes,
+                               static_cast<int16_t>(unit & ((1 << w) - 1)), static_cast<int8_t>(w),
+                               quad == first + count - 1};
+        store(&array<SelectQuad>(at_.quads)[quad], place);
+      }
+      first += count;
+      bytes += count * kQuad * band_width(w) * kPageTokens / 8;
+    }
+  }
+
+  // A thread per page and row: signed bytes, and what middle codes contribute taken off the
+  // constant with the rounded weights.
+  template <typename Norm>
+  SVDQ_DEVICE void round_weights(int tile, const Norm& norm) {
+    const int page = thread_index() / kRunThreads, row = thread_index() % kRunThreads;
+    if (row >= kRows) return;
+    const float* outputs = array<float>(at_.outputs) + page * at_.output_stride + row;
+    uint32_t* weights = array<uint32_t>(at_.weights) + page * kSelectQuads * kRows + row;
+    float* steps = array<float>(at_.steps) + page * kSelectQuads * kRows + row;
+    float offset = load(&outputs[channels_ * kRows]) - norm(tile, row);
+    for (int first = 0, last = 0; first < channels_ / kQuad; first = ++last) {
+      float largest = 0.0f;
+      SelectQuad quad = load(&array<SelectQuad>(at_.quads)[last]);
+      for (;; quad = load(&array<SelectQuad>(at_.quads)[++last])) {
+        SVDQ_UNROLL
+        for (int e = 0; e < kQuad; ++e) {
+          const float x = load(&outputs[(last * kQuad + e) * kRows]);
+          largest = x > largest ? x : -x > largest ? -x : largest;
+        }
+        if (quad.is_last) break;
+      }
+      const float step = largest * (1.0f / 127), inverse = step > 0.0f ? 127 / largest : 0.0f;
+      int sum = 0;
+      for (int q = first; q <= last; ++q) {
+        uint32_t bytes = 0;
+        SVDQ_UNROLL
+        for (int e = 0; e < kQuad; ++e) {
+          const int x = round_to_int(load(&outputs[(q * kQuad + e) * kRows]) * inverse);
+          sum += x;
+          bytes |= (static_cast<uint32_t>(x) & 0xff) << (8 * e);
+        }
+        store(&weights[q * kRows], bytes);
+      }
+      const float middle = static_cast<float>((1 << (8 >> quad.width)) - 1) / 2;
+      offset = fused(static_cast<float>(sum) * middle, -step, offset);
+      store(&steps[last * kRows], step);
+    }
+    store(&array<float>(at_.offsets)[page * kRows + row], offset);
+  }
+
+  const SelectParams& p_;
+  const SelectWork& work_;
+  SelectLayout at_;
+  uint8_t* shared_;
+  int64_t sequence_head_, k_offset_;
+  int first_, stride_, end_;
+  int channels_, pieces_;  // leading channels, and 16-byte pieces of their lines
+};
+
+}  // namespace svdq::device
