@@ -47,7 +47,7 @@ select_absorb_kernel(SelectParams p, SelectWork work, HeadTable heads) {
   const int head_index = block_x() / work.row_tiles, tile = block_x() % work.row_tiles;
   const int dim = p.layout.head_dim, half = select_half(p), rows = work.tile_rows;
   const int lane = lane_index(), warp = warp_index();
-  const HeadPlan head = leading_channels(head_plan(heads, head_index), p.channels);
+  const HeadPlan head = head_plan(heads, head_index);
   const int64_t sequence_head = int64_t{block_z()} * p.layout.num_heads + head_index;
   const int64_t first_row = int64_t{tile} * rows, all_rows = query_rows(p);
 

@@ -18,12 +18,15 @@
 
 namespace svdq::device {
 
-inline constexpr int kRunThreads = 8;                              // of a page's rows
-inline constexpr int kPageThreads = 16;                            // of a page's tokens
-inline constexpr int kRoundPages = kSelectThreads / kPageThreads;  // scored at once
-inline constexpr int kRounds = kRunPages / kRoundPages;
+inline constexpr int kPageThreads = 8;  // of a page's tokens
+inline constexpr int kTokenRuns = 2;    // of 4 tokens of a thread: in groups g and g + 2
 inline constexpr int kSelectQuads = kMaxSelectChannels / kQuad;
-static_assert(kRunThreads * kRunPages == kSelectThreads && kRunThreads == kRowTile);
+static_assert(kRowTile * kRunPages <= kSelectThreads && kPageThreads * kRunPages == kSelectThreads);
+static_assert(kPageThreads * kTokenRuns * 4 == kPageTokens);
+
+// Runs that are scored together: they share the weights that they meet, but registers are short.
+template <int kRows>
+inline constexpr int kRunsAtOnce = kRows < 8 ? kTokenRuns : 1;
 
 // A sum of codes times signed bytes, less than 2^22, added to this integer is, as bits of a float,
 // the sum added to 1.5 * 2^23: so it becomes a float by a subtraction, not by a slow conversion.
@@ -51,6 +54,8 @@ struct SelectLayout {
   int offsets;  // float [16, rows]
   int states;   // RowState [4, rows]
   int quads;    // SelectQuad [kSelectQuads]
+  int norms;    // float [rows]
+  int pages;    // int32_t [16]: where in the pool, -1 for none
   int bytes;
   int output_stride;  // pages apart in the banks
 };
@@ -65,7 +70,9 @@ SVDQ_HOST_DEVICE constexpr SelectLayout select_layout(const SelectWork& work) {
   at.offsets = at.steps + kRunPages * kSelectQuads * work.tile_rows * 4;
   at.states = at.offsets + kRunPages * work.tile_rows * 4;
   at.quads = at.states + kSelectWarps * work.tile_rows * 8;
-  at.bytes = at.quads + kSelectQuads * static_cast<int>(sizeof(SelectQuad));
+  at.norms = at.quads + kSelectQuads * static_cast<int>(sizeof(SelectQuad));
+  at.pages = at.norms + work.tile_rows * 4;
+  at.bytes = at.pages + kRunPages * 4;
   return at;
 }
 
@@ -104,7 +111,7 @@ class SelectRun {
         first_(first),
         stride_(stride),
         end_(end) {
-    const HeadPlan head = leading_channels(head_plan(heads, head_index), p.channels);
+    const HeadPlan head = head_plan(heads, head_index);
     channels_ = head.rank();
     pieces_ = leading_bytes(head) / 16;
     k_offset_ = head.k_offset;
@@ -113,35 +120,44 @@ class SelectRun {
 
   SVDQ_DEVICE int page(int i) const { return first_ + i * stride_; }
   SVDQ_DEVICE bool has(int i) const { return page(i) < end_; }
-  // Whether the pool has page i of the run.
-  SVDQ_DEVICE bool known(int i) const {
-    const int64_t id = page_id(i);
-    return id >= 0 && id < p_.num_pages;
-  }
+  // Whether there is page i of the run, in the sequence and in the pool. After begin().
+  SVDQ_DEVICE bool known(int i) const { return load(&array<int32_t>(at_.pages)[i]) >= 0; }
   SVDQ_DEVICE int64_t sequence_head() const { return sequence_head_; }
 
-  // Starts to copy codes, and puts the rotations of the pages in order.
+  // Starts to copy codes, and puts the rotations of the pages in order. Contains barriers.
   SVDQ_DEVICE void begin() {
+    if (thread_index() < kRunPages) {
+      const int64_t row = int64_t{block_z()} * p_.table_stride;
+      const int id = has(thread_index()) ? load(&p_.page_table[row + page(thread_index())]) : -1;
+      store(&array<int32_t>(at_.pages)[thread_index()], id < p_.num_pages ? id : -1);
+    }
+    sync_threads();
     for (int i = thread_index(); i < kRunPages * pieces_; i += kSelectThreads) {
       const int page = i / pieces_, piece = i % pieces_;
-      if (!has(page) || !known(page)) continue;
+      const int64_t id = load(&array<int32_t>(at_.pages)[page]);
+      if (id < 0) continue;
       copy_async(shared_ + at_.codes + page * work_.code_bytes + piece * 16,
-                 p_.k_pages + page_id(page) * p_.layout.k_page_bytes + k_offset_ + piece * 16);
+                 p_.k_pages + id * p_.layout.k_page_bytes + k_offset_ + piece * 16);
     }
     commit_copies();
-    const int half = select_half(p_);
-    const Floats2* turns = work_.page_rotation + int64_t{block_z()} * work_.max_pages * half;
-    for (int i = thread_index(); i < work_.turn_steps * kWarpSize; i += kSelectThreads) {
+    // A lane has pairs c and c + 4 of a step, of pages g and g + 8.
+    const int half = select_half(p_), g = lane_index() / 4;
+    const Floats2* turns[2];
+    SVDQ_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const int64_t at = int64_t{block_z()} * work_.max_pages + page(g + 8 * i);
+      turns[i] = has(g + 8 * i) ? work_.page_rotation + at * half : nullptr;
+    }
+    for (int step = warp_index(); step < work_.turn_steps; step += kSelectWarps) {
       Words4 a{};
       SVDQ_UNROLL
       for (int w = 0; w < 4; ++w) {
-        const Place at = FragmentA16::place(lane_index(), 2 * w);
-        const int pair = i / kWarpSize * 8 + at.col / 2;
-        if (pair >= half || !has(at.row)) continue;
-        const Floats2 turn = load(&turns[int64_t{page(at.row)} * half + pair]);
+        const int pair = step * 8 + w / 2 * 4 + lane_index() % 4;
+        if (pair >= half || !turns[w % 2]) continue;
+        const Floats2 turn = load(&turns[w % 2][pair]);
         a.word[w] = pack_half2(turn.x, turn.y);
       }
-      store(&array<Words4>(at_.turns)[i], a);
+      store(&array<Words4>(at_.turns)[step * kWarpSize + lane_index()], a);
     }
     sync_threads();
   }
@@ -150,6 +166,8 @@ class SelectRun {
   // barriers.
   template <typename Norm>
   SVDQ_DEVICE void prepare(int tile, const Norm& norm) {
+    if (thread_index() < kRows)
+      store(&array<float>(at_.norms)[thread_index()], norm(tile, thread_index()));
     const int64_t first = select_tile(work_, sequence_head_, tile) * work_.output_tiles;
     const int outputs = (channels_ + 1) * kRows;
     for (int t = warp_index(); t * 8 < outputs; t += kSelectWarps) {
@@ -173,61 +191,69 @@ class SelectRun {
       }
     }
     sync_threads();
-    round_weights(tile, norm);
+    round_weights();
     wait_copies<0>();
     sync_threads();
   }
 
-  // Scores, in units of log2, of this thread's 4 tokens of page i: tokens first_token() and on.
-  SVDQ_DEVICE void score(int i, float (&score)[4][kRows]) const {
-    const float* offsets = array<float>(at_.offsets) + i * kRows;
-    const float* steps = array<float>(at_.steps) + i * kSelectQuads * kRows;
-    const uint32_t* weights = array<uint32_t>(at_.weights) + i * kSelectQuads * kRows;
-    const int group = thread_index() % kPageThreads / 4, piece = thread_index() % 4;
-    const uint8_t* codes = shared_ + at_.codes + i * work_.code_bytes + piece * 16;
-    int sum[4][kRows];
+  // The page of the run that this thread scores tokens of, and the first token of its run `run`.
+  SVDQ_DEVICE static int own_page() { return thread_index() / kPageThreads; }
+  SVDQ_DEVICE static int first_token(int run) {
+    return run * kTokenRuns * kLanes + thread_index() % kPageThreads * 4;
+  }
+
+  // Scores, in units of log2, of this thread's runs `run` and on.
+  SVDQ_DEVICE void score(int run, float (&score)[kRunsAtOnce<kRows>][4][kRows]) const {
+    constexpr int kRuns = kRunsAtOnce<kRows>;
+    const int page = own_page();
+    const float* offsets = array<float>(at_.offsets) + page * kRows;
+    const float* steps = array<float>(at_.steps) + page * kSelectQuads * kRows;
+    const uint32_t* weights = array<uint32_t>(at_.weights) + page * kSelectQuads * kRows;
+    const int group = first_token(run) / kLanes, piece = thread_index() % 4;
+    const uint8_t* codes = shared_ + at_.codes + page * work_.code_bytes + piece * 16;
+    int sum[kRuns][4][kRows];
     SVDQ_UNROLL
     for (int r = 0; r < kRows; ++r) {
       const float offset = load(&offsets[r]);
       SVDQ_UNROLL
-      for (int t = 0; t < 4; ++t) {
-        score[t][r] = offset;
-        sum[t][r] = kFloatBase;
+      for (int t = 0; t < 4 * kRuns; ++t) {
+        score[t / 4][t % 4][r] = offset;
+        sum[t / 4][t % 4][r] = kFloatBase;
       }
     }
     for (int q = 0; q < channels_ / kQuad; ++q) {
       const SelectQuad quad = load(&array<SelectQuad>(at_.quads)[q]);
-      const int width = 8 >> quad.width, unit = quad.unit + group;
-      const int shift = (unit & ((1 << quad.width) - 1)) * width;
+      const int width = 8 >> quad.width;
       const uint32_t mask = ((1u << width) - 1) * 0x01010101u;
-      const Words4 lanes = load(
-          reinterpret_cast<const Words4*>(codes + quad.line + (unit >> quad.width) * kLineBytes));
       uint32_t weight[kRows];
       load_words(weights + q * kRows, weight);
       SVDQ_UNROLL
-      for (int t = 0; t < 4; ++t) {
-        const uint32_t four = lanes.word[t] >> shift & mask;
-        SVDQ_UNROLL
-        for (int r = 0; r < kRows; ++r) sum[t][r] = dot4(four, weight[r], sum[t][r]);
-      }
-      if (!quad.is_last) continue;
-      SVDQ_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        const float step = load(&steps[q * kRows + r]);
+      for (int i = 0; i < kRuns; ++i) {
+        const int unit = quad.unit + group + i * kTokenRuns;
+        const int shift = (unit & ((1 << quad.width) - 1)) * width;
+        const Words4 lanes = load(
+            reinterpret_cast<const Words4*>(codes + quad.line + (unit >> quad.width) * kLineBytes));
         SVDQ_UNROLL
         for (int t = 0; t < 4; ++t) {
-          score[t][r] = fused(sum_as_float(sum[t][r]), step, score[t][r]);
-          sum[t][r] = kFloatBase;
+          const uint32_t four = lanes.word[t] >> shift & mask;
+          SVDQ_UNROLL
+          for (int r = 0; r < kRows; ++r) sum[i][t][r] = dot4(four, weight[r], sum[i][t][r]);
+        }
+      }
+      if (!quad.is_last) continue;
+      uint32_t step[kRows];
+      load_words(reinterpret_cast<const uint32_t*>(steps) + q * kRows, step);
+      SVDQ_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        SVDQ_UNROLL
+        for (int t = 0; t < 4 * kRuns; ++t) {
+          float& x = score[t / 4][t % 4][r];
+          x = fused(sum_as_float(sum[t / 4][t % 4][r]), int_as_float(step[r]), x);
+          sum[t / 4][t % 4][r] = kFloatBase;
         }
       }
     }
   }
-
-  // Page of the run that this thread scores in a round, and its first token there.
-  SVDQ_DEVICE static int round_page(int round) {
-    return round * kRoundPages + thread_index() / kPageThreads;
-  }
-  SVDQ_DEVICE static int first_token() { return thread_index() % kPageThreads * 4; }
 
   SVDQ_DEVICE RowState* states() const { return array<RowState>(at_.states); }
 
@@ -235,10 +261,6 @@ class SelectRun {
   template <typename T>
   SVDQ_DEVICE T* array(int offset) const {
     return reinterpret_cast<T*>(shared_ + offset);
-  }
-
-  SVDQ_DEVICE int64_t page_id(int i) const {
-    return load(&p_.page_table[int64_t{block_z()} * p_.table_stride + page(i)]);
   }
 
   // Finds the band of a quad, and where in it the quad is.
@@ -262,14 +284,13 @@ class SelectRun {
 
   // A thread per page and row: signed bytes, and what middle codes contribute taken off the
   // constant with the rounded weights.
-  template <typename Norm>
-  SVDQ_DEVICE void round_weights(int tile, const Norm& norm) {
-    const int page = thread_index() / kRunThreads, row = thread_index() % kRunThreads;
-    if (row >= kRows) return;
+  SVDQ_DEVICE void round_weights() {
+    const int page = thread_index() / kRows, row = thread_index() % kRows;
+    if (page >= kRunPages) return;
     const float* outputs = array<float>(at_.outputs) + page * at_.output_stride + row;
     uint32_t* weights = array<uint32_t>(at_.weights) + page * kSelectQuads * kRows + row;
     float* steps = array<float>(at_.steps) + page * kSelectQuads * kRows + row;
-    float offset = load(&outputs[channels_ * kRows]) - norm(tile, row);
+    float offset = load(&outputs[channels_ * kRows]) - load(&array<float>(at_.norms)[row]);
     for (int first = 0, last = 0; first < channels_ / kQuad; first = ++last) {
       float largest = 0.0f;
       SelectQuad quad = load(&array<SelectQuad>(at_.quads)[last]);

@@ -20,19 +20,20 @@ select_norms_kernel(SelectParams p, SelectWork work, HeadTable heads) {
     RowState state[kRows];
     SVDQ_UNROLL
     for (int r = 0; r < kRows; ++r) state[r] = empty_row();
-    for (int round = 0; round < kRounds; ++round) {
-      const int i = run.round_page(round);
-      if (!run.has(i) || !run.known(i)) continue;
-      float score[4][kRows];
-      run.score(i, score);
+    constexpr int kRuns = kRunsAtOnce<kRows>;
+    const int page = run.own_page();
+    for (int first = 0; first < kTokenRuns && run.known(page); first += kRuns) {
+      float score[kRuns][4][kRows];
+      run.score(first, score);
       SVDQ_UNROLL
-      for (int t = 0; t < 4; ++t) {
-        const int slot = run.page(i) * kPageTokens + run.first_token() + t;
+      for (int t = 0; t < 4 * kRuns; ++t) {
+        const int slot = run.page(page) * kPageTokens + run.first_token(first + t / 4) + t % 4;
         if (slot < p.sink_tokens || slot >= sequence.length) continue;
         SVDQ_UNROLL
         for (int r = 0; r < kRows; ++r) {
-          raise_max(state[r], score[t][r]);
-          state[r].sum += exp2_fast(score[t][r] - state[r].max);
+          const float x = score[t / 4][t % 4][r];
+          raise_max(state[r], x);
+          state[r].sum += exp2_fast(x - state[r].max);
         }
       }
     }
@@ -83,35 +84,36 @@ select_scores_kernel(SelectParams p, SelectWork work, HeadTable heads) {
   SelectRun<kRows> run(p, work, heads, block_x(), block_y() * kRunPages, 1, sequence.pages);
   if (!run.has(0)) return;
   run.begin();
-  float weight[kRounds][4] = {};
+  constexpr int kRuns = kRunsAtOnce<kRows>;
+  const int page = run.own_page();
+  float weight[kTokenRuns][4] = {};
   for (int tile = 0; tile < work.row_tiles; ++tile) {
     run.prepare(tile, [&](int tile, int row) {
       return sample_norm(p, work, run.sequence_head(), tile, row);
     });
     SVDQ_UNROLL
-    for (int round = 0; round < kRounds; ++round) {
-      const int i = run.round_page(round);
-      if (!run.has(i) || !run.known(i)) continue;
-      float score[4][kRows];
-      run.score(i, score);
+    for (int first = 0; first < kTokenRuns; first += kRuns) {
+      if (!run.known(page)) break;
+      float score[kRuns][4][kRows];
+      run.score(first, score);
       SVDQ_UNROLL
-      for (int t = 0; t < 4; ++t) {
+      for (int t = 0; t < 4 * kRuns; ++t) {
         SVDQ_UNROLL
-        for (int r = 0; r < kRows; ++r) weight[round][t] += exp2_fast(score[t][r]);
+        for (int r = 0; r < kRows; ++r)
+          weight[first + t / 4][t % 4] += exp2_fast(score[t / 4][t % 4][r]);
       }
     }
     sync_threads();
   }
+  if (!run.has(page)) return;
   SVDQ_UNROLL
-  for (int round = 0; round < kRounds; ++round) {
-    const int i = run.round_page(round);
-    if (!run.has(i)) continue;
-    const int slot = run.page(i) * kPageTokens + run.first_token();
+  for (int i = 0; i < kTokenRuns; ++i) {
+    const int slot = run.page(page) * kPageTokens + run.first_token(i);
     Floats4 all;
     SVDQ_UNROLL
     for (int t = 0; t < 4; ++t) {
       const bool counts = slot + t >= p.sink_tokens && slot + t < sequence.length;
-      all.x[t] = !counts ? kNotSelected : run.known(i) ? weight[round][t] : kUnreadable;
+      all.x[t] = !counts ? kNotSelected : run.known(page) ? weight[i][t] : kUnreadable;
     }
     float* to = work.weights + run.sequence_head() * work.max_pages * kPageTokens + slot;
     store(reinterpret_cast<Floats4*>(to), all);

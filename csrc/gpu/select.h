@@ -2,6 +2,8 @@
 // length is read on the host.
 #pragma once
 
+#include <vector>
+
 #include "csrc/gpu/rotations.h"
 #include "kernels/select_absorb.cuh"
 #include "kernels/select_scores.cuh"
@@ -16,16 +18,24 @@ inline int select_rows(int64_t rows) {
   return tile;
 }
 
+// The heads with their leading channels alone, which are first in the basis and in a page.
+inline std::vector<HeadPlan> leading_heads(const SelectParams& p) {
+  std::vector<HeadPlan> heads;
+  for (int h = 0; h < p.layout.num_heads; ++h)
+    heads.push_back(device::leading_channels(p.layout.heads[h], p.channels));
+  return heads;
+}
+
 template <typename Queue>
-device::SelectWork plan_select(const SelectParams& p, Queue& queue) {
+device::SelectWork plan_select(const SelectParams& p, const std::vector<HeadPlan>& leading,
+                               Queue& queue) {
   device::SelectWork work{};
   work.tile_rows = select_rows(device::query_rows(p));
   work.row_tiles = static_cast<int>(divide_up(device::query_rows(p), work.tile_rows));
   int channels = 0;
-  for (int h = 0; h < p.layout.num_heads; ++h) {
-    const HeadPlan leading = device::leading_channels(p.layout.heads[h], p.channels);
-    channels = std::max(channels, leading.rank());
-    work.code_bytes = std::max(work.code_bytes, device::leading_bytes(leading));
+  for (const HeadPlan& head : leading) {
+    channels = std::max(channels, head.rank());
+    work.code_bytes = std::max(work.code_bytes, device::leading_bytes(head));
   }
   work.output_tiles = static_cast<int>(divide_up((channels + 1) * work.tile_rows, 8));
   work.turn_steps = static_cast<int>(divide_up(device::select_half(p), 8));
@@ -60,9 +70,12 @@ void select(const SelectParams& p, Queue& queue) {
              p.channels);
   SVDQ_CHECK(p.budget >= 1, "select needs a budget of at least 1 token, got ", p.budget);
   check_aligned(p.k_pages, "k_pages");
-  device::SelectWork work = plan_select(p, queue);
+  const std::vector<HeadPlan> leading = leading_heads(p);
+  device::SelectWork work = plan_select(p, leading, queue);
   if (work.max_pages > 0) {
-    const device::HeadTable heads = head_table(p.layout);
+    LayoutView layout = p.layout;
+    layout.heads = leading.data();
+    const device::HeadTable heads = head_table(layout);
     const Rope rope{p.rope.inv_freq, device::select_half(p)};
     work.page_rotation =
         rotations(rope, kPageTokens / 2, p.first_position, p.batch, work.max_pages, queue).pages;

@@ -92,6 +92,7 @@ TEST_P(SelectKernels, EveryWidthAlone) {
       bands.count[w] = 16;
       c.bands = {bands};
       c.channels = channels;
+      c.cache_seqlens = {130, 70};
       check("one width", c, 100 * w + channels);
     }
   }
@@ -132,10 +133,11 @@ TEST_P(SelectKernels, EveryLength) {
 TEST_P(SelectKernels, EveryGroupAndQueryLength) {
   uint64_t stream = 4000;
   for (int group : {1, 3, 5}) {
-    for (int q_len : {1, 3, 4}) {
+    for (int q_len : {1, 4}) {
       SelectCase c;
       c.group = group;
       c.q_len = q_len;
+      c.bands = {{{0, 8, 0, 0}}};
       c.cache_seqlens = {150};
       c.dtype = q_len == 1 ? DataType::kBFloat16 : DataType::kFloat16;
       check("group", c, stream += 10);
