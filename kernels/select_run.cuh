@@ -3,14 +3,15 @@
 // A block takes 16 pages of a KV head. The lines of their leading channels arrive by cp.async, 16
 // bytes a thread, whole lines and nothing else, while the weights of the channels are made: for all
 // 16 pages by tensor cores (select_absorb.cuh), then rounded to 8 bits, with a step of its own for
-// each page, row and band. Scores are integer dot products of four codes (dp4a); 16 threads share a
-// page and a thread has 4 tokens for all rows. Only weights are written, 4 bytes a token.
+// each page, row and band. Scores are integer dot products of four codes (dp4a); 8 threads share a
+// page and a thread has 8 tokens for all rows. Only weights are written, 4 bytes a token.
 //
-// A page of 64 tokens with 8 channels of 4 bits, 4 query rows and head_dim 128 takes about 110
-// instructions of a warp: 12 to put rotations in order, 11 for the product (2.5 of them mma), 20 to
-// round it, 64 to score (16 dp4a). A multiprocessor issues them in 27 cycles. Its bytes are 256 of
-// codes, 256 of weights and, of 8 KV heads, a 64-byte share of the rotations: 43 cycles of an A100's
-// 2.0 TB/s, so memory is the limit.
+// A page of 64 tokens with 8 channels of 4 bits, 4 query rows and head_dim 128 costs, with 8 KV heads,
+// 576 bytes: 256 of codes, 256 of weights and its share of the rotations. That is 43 cycles of a
+// multiprocessor's part of an A100's 2.0 TB/s. Its instructions of a warp, counted in the PTX, are
+// 280: 110 score (16 of them dp4a), 55 make the weights (2.5 mma), 20 round them, 40 put rotations
+// in order, 55 begin and end a block; 70 cycles of issue at four a cycle. On the arithmetic units,
+// which bound it if issue did not, the 16 dp4a, 16 of 2^x and 50 of floats take less than 32 cycles.
 #pragma once
 
 #include "kernels/select_plan.cuh"
