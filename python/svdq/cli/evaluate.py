@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from svdq.cli import harness, keys, retrieval
+from svdq.cli import harness, keys, retrieval, sparsity
 from svdq.cli.errors import reports_errors
 from svdq.cli.methods import make_methods
 from svdq.cli.options import (
@@ -118,4 +118,5 @@ def perplexity(
 
 app.command()(keys.keys)
 app.command()(retrieval.retrieval)
+app.command()(sparsity.sparsity)
 app.command()(harness.harness)
