@@ -26,6 +26,7 @@ class MemoryReport:
     key_codes, key_scale, key_basis, key_mean : packed keys, and what decodes them.
     key_weight : weights of keys, and the energies of queries that they come from.
     outlier_keys : keys of packed tokens that are held exact too, and which they are.
+    landmarks : means of chunks, which choose what is attended.
     sink_keys, window_keys : exact keys.
     page_tables : of keys and values both, counted with the keys.
     value_codes, value_scales, sink_values, window_values : the same for values; exact values in
@@ -46,6 +47,7 @@ class MemoryReport:
     key_mean: int = 0
     key_weight: int = 0
     outlier_keys: int = 0
+    landmarks: int = 0
     sink_keys: int = 0
     window_keys: int = 0
     page_tables: int = 0
@@ -171,6 +173,12 @@ def _add_packed(report: MemoryReport, packed: PackedStore) -> None:
     if packed.outliers is not None:
         held = (packed.outliers.slots, packed.outliers.keys, packed.outliers.least)
         report.outlier_keys += sum(map(_nbytes, held))
+    if packed.landmarks is not None:
+        pools = [getattr(packed.landmarks, name) for name in packed.landmarks.NAMES]
+        held = sum(map(_nbytes, pools))
+        in_use = held * used // max(packed.k_pages.shape[0], 1)
+        report.landmarks += in_use
+        report.slack += held - in_use
     report.packed_numbers += used * PAGE_TOKENS * layout.num_kv_heads * layout.head_dim
 
 

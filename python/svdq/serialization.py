@@ -135,6 +135,9 @@ def _save_svdq(layer: SVDqLayer) -> tuple[State, dict[str, Tensor]]:
         )
         named = {name: getattr(store, name) for name in (*store.coding, *STORED)}
         named |= {name: named[name][pages] for name in ("k_pages", "v_pages")}
+        if store.landmarks is not None:
+            landmarks = store.landmarks
+            named |= {f"landmark_{x}": getattr(landmarks, x)[pages] for x in landmarks.NAMES}
         if store.outliers is not None:
             named |= {f"outlier_{name}": getattr(store.outliers, name) for name in OUTLIERS}
         if store.inv_freq is not None:
@@ -169,8 +172,18 @@ def _load_store(layer: SVDqLayer, n: int, state: State, tensors: dict[str, Tenso
         raise ValueError(
             f"layer {layer.index}: pages have layout {layout.ints}, the model {own.ints}"
         )
-    fraction = layer.settings.outlier_fraction
-    store = PackedStore(layout, layer.batch_size, layer.dtype, layer.device, fraction)
+    settings = layer.settings
+    store = PackedStore(
+        layout,
+        layer.batch_size,
+        layer.dtype,
+        layer.device,
+        settings.outlier_fraction,
+        settings.needs_landmarks,
+    )
+    if store.landmarks is not None:
+        for name in store.landmarks.NAMES:
+            setattr(store.landmarks, name, tensors[f"{n}.landmark_{name}"])
     if store.outliers is not None:
         for name in OUTLIERS:
             setattr(store.outliers, name, tensors[f"{n}.outlier_{name}"])

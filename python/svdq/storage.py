@@ -12,6 +12,7 @@ from torch import Tensor
 
 from svdq import ops
 from svdq.fitting import Bases, fit_bases, fit_codes
+from svdq.landmarks import Landmarks
 from svdq.layout import PAGE_TOKENS, PageLayout
 from svdq.outliers import Outliers
 from svdq.tensors import normal_tensors
@@ -39,6 +40,7 @@ class PackedStore:
     dtype : the model's dtype, in which exact values (16 and 32 bits) are held.
     device : where everything lies.
     outlier_fraction : share of a prompt's tokens whose keys are held exact too, in every head.
+    landmarks : whether pages come with landmarks, which choose what is attended.
 
     Attributes
     ----------
@@ -63,6 +65,7 @@ class PackedStore:
         dtype: torch.dtype,
         device: torch.device,
         outlier_fraction: float = 0.0,
+        landmarks: bool = False,
     ) -> None:
         self.layout, self.dtype, self.device = layout, dtype, device
         self.outlier_fraction = outlier_fraction
@@ -82,6 +85,7 @@ class PackedStore:
         self.outliers: Outliers | None = None
         if outlier_fraction:
             self.outliers = Outliers(batch_size, heads, dim, dtype, device)
+        self.landmarks = Landmarks(layout, device) if landmarks else None
         self.fitted = [False] * batch_size
         self.marked = [False] * batch_size  # whether fit_error is known
         self.slots = [0] * batch_size
@@ -149,6 +153,8 @@ class PackedStore:
             errors,
         )
         ops.pack_values_(self.v_pages, values, self.layout, table, slot)
+        if self.landmarks is not None:
+            self.landmarks.add(b, keys, slot, self)
         self.slots[b] = end
         self.cache_seqlens[b] = end
         first, self.marked[b] = not self.marked[b], True
@@ -170,7 +176,14 @@ class PackedStore:
     def successor(self, keep: list[int]) -> PackedStore:
         """An empty store for the tokens that follow; sequences ``keep`` go on with their bases."""
         batch = len(self.slots)
-        new = PackedStore(self.layout, batch, self.dtype, self.device, self.outlier_fraction)
+        new = PackedStore(
+            self.layout,
+            batch,
+            self.dtype,
+            self.device,
+            self.outlier_fraction,
+            self.landmarks is not None,
+        )
         new.inv_freq = self.inv_freq
         new.set_first_position([p + n for p, n in zip(self.position, self.slots, strict=True)])
         for b in keep:
@@ -194,6 +207,8 @@ class PackedStore:
             new = old.new_empty((size, old.shape[1]))
             new[:have] = old
             setattr(self, name, new)
+        if self.landmarks is not None:
+            self.landmarks.resize(size)
 
     def truncate(self, b: int, slots: int) -> None:
         """Forget packed slots of sequence b from ``slots`` on; with the last of them its basis."""
@@ -229,6 +244,8 @@ class PackedStore:
             return
         renumbered = {page: i for i, page in enumerate(used)}
         self.k_pages, self.v_pages = self.k_pages[used], self.v_pages[used]
+        if self.landmarks is not None:
+            self.landmarks.take(used)
         self.set_pages([tuple(renumbered[page] for page in pages) for pages in self.pages])
 
     def _extend_pages(self, b: int, end: int) -> None:
@@ -247,6 +264,8 @@ class PackedStore:
                 self.k_pages[pages[-1]],
                 self.v_pages[pages[-1]],
             )
+            if self.landmarks is not None:
+                self.landmarks.copy_page(pages[-1], copy)
             pages = (*pages[:-1], copy)
         self.pages[b] = (*pages, *free[: count - len(pages)])
         self.set_pages(self.pages)

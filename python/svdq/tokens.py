@@ -85,7 +85,7 @@ class TokenStore:
             # Says what is wrong before tokens come.
             layout = settings.layout([tail] * heads, dim, dtype, [core] * heads)
             if not settings.allocates:
-                self.packed = PackedStore(layout, batch, dtype, device, settings.outlier_fraction)
+                self.packed = self._store(layout, dtype, device)
             if layout.rope == "hybrid":
                 self._core = layout
         if settings.needs_queries:
@@ -310,12 +310,14 @@ class TokenStore:
         core = self._core.core_bands if self._core is not None else ()
         tail = [tuple(head) for head in bands.tolist()]
         layout = self.settings.layout(tail, self.shape[2], dtype, core)
-        self.packed = PackedStore(
-            layout, self.shape[0], dtype, device, self.settings.outlier_fraction
-        )
+        self.packed = self._store(layout, dtype, device)
         self.packed.set_first_position(self.position)
         if self.rows.capacity:  # else they are about to be stored
             self.pack_window()
+
+    def _store(self, layout: PageLayout, dtype: torch.dtype, device: torch.device) -> PackedStore:
+        fraction, landmarks = self.settings.outlier_fraction, self.settings.needs_landmarks
+        return PackedStore(layout, self.shape[0], dtype, device, fraction, landmarks)
 
     def _measure(self, b: int, keys: Tensor, skip: int, position: int) -> Fit:
         """Weights, basis and spectrum of sequence b's keys, [H, T, D].
