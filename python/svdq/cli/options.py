@@ -173,9 +173,9 @@ SparseBudgets = Annotated[
     list[str] | None,
     typer.Option(
         "--sparse-budget",
-        help="Packed tokens that a step of one token attends to in each KV head: a number (2048) or "
-        "a share (1/32); repeatable. Each is tested beside the same cache without a budget, and all "
-        "of these are fed token by token.",
+        help="Packed tokens that a step of one token attends to in each KV head: a number (2048) "
+        "or a share (1/32); repeatable. Each is tested beside the same cache without a budget; "
+        "all of these are fed token by token.",
         rich_help_panel=SPARSE_PANEL,
         show_default=False,
     ),

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from svdq.cli.errors import reports_errors
-from svdq.cli.methods import make_methods
+from svdq.cli.methods import make_methods, with_budgets
 from svdq.cli.options import (
     CACHE_PANEL,
     MODEL_PANEL,
@@ -17,6 +17,7 @@ from svdq.cli.options import (
     Averages,
     Clip,
     CsvFile,
+    DenseLayers,
     Dtype,
     GgufFile,
     HtmlFile,
@@ -27,7 +28,11 @@ from svdq.cli.options import (
     Presets,
     Prices,
     Rope,
+    ScorerName,
     SinkTokens,
+    SparseBudgets,
+    SparseChannels,
+    SparseScorers,
     TextFile,
     ValueBits,
     Weighted,
@@ -63,6 +68,10 @@ def retrieval(
         int,
         typer.Option(min=0, help="Last tokens that svdq keeps exact.", rich_help_panel=CACHE_PANEL),
     ] = 0,
+    sparse_budget: SparseBudgets = None,
+    sparse_scorer: SparseScorers = [ScorerName.latent],  # noqa: B006
+    sparse_channels: SparseChannels = 8,
+    dense_layers: DenseLayers = 0,
     task: Annotated[
         list[str] | None,
         typer.Option(
@@ -114,7 +123,9 @@ def retrieval(
     """Questions about a long context that was compressed before they came, against the full cache.
 
     Every context is prefilled exactly, once for all methods, and compressed; then come the question
-    and a greedy answer. A score is the share of the expected strings that the answer holds.
+    and a greedy answer. A score is the share of the expected strings that the answer holds. With
+    --sparse-budget svdq caches take the question one token at a time, too, since only such steps
+    are sparse.
     """
     from svdq.evaluation import models
     from svdq.evaluation.retrieval import Sweep, evaluate_retrieval
@@ -124,6 +135,7 @@ def retrieval(
     methods = make_methods(
         preset, peer, v_bits, rope, clip, sink_tokens, residual_length, *allocated
     )
+    methods = with_budgets(methods, sparse_budget, sparse_scorer, sparse_channels, dense_layers)
     tasks = tuple(task or TASKS)
     sweep = Sweep(tasks, tuple(context_tokens), tuple(depth), samples, seed)
     text = NOISE if haystack is Haystack.noise else models.load_text(text_file)

@@ -35,6 +35,12 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
+def _budget(value: int | float) -> str:
+    from svdq.evaluation.budgets import budget_text
+
+    return budget_text(value)
+
+
 def _times(value: float) -> str:
     return f"{value:.2f}x"
 
@@ -47,6 +53,9 @@ COLUMNS: dict[str, list[tuple[str, str, Callable[[Any], str]]]] = {
         ("all_in_bits", "bits, all in", _bits),
         ("v_bits", "value bits", str),
         ("sink_tokens", "sinks", str),
+        ("budget", "budget", _budget),
+        ("code_read_ratio", "key codes read, times fewer", _number(1)),
+        ("read_ratio", "all in", _number(1)),
         ("perplexity", "perplexity", _number(3)),
         ("kl", "KL", _number(4)),
         ("top1_agreement", "same top token", _percent),
@@ -55,6 +64,13 @@ COLUMNS: dict[str, list[tuple[str, str, Callable[[Any], str]]]] = {
         ("method", "keys", str),
         ("k_bits", "bits", _bits),
         ("all_in_bits", "bits, all in", _bits),
+        ("budget", "budget", _budget),
+        ("code_read_ratio", "key codes read, times fewer", _number(1)),
+        ("read_ratio", "all in", _number(1)),
+    ],
+    "sparsity": [
+        ("method", "tokens chosen by", str),
+        ("scan_bytes", "bytes to score a token", _number(1)),
     ],
     "harness": [
         ("method", "keys", str),
@@ -130,6 +146,9 @@ def cells(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
     if benchmark == "retrieval":
         rows, pooled = _retrieval_columns(rows)
         columns = columns + pooled
+    elif benchmark == "sparsity":
+        rows, budgets = _recall_columns(rows)
+        columns = columns + budgets
     elif benchmark == "key_error":
         rows = summarize_key_errors(rows)
     columns = [c for c in columns if any(c[0] in row for row in rows)]
@@ -160,6 +179,16 @@ def _retrieval_columns(rows: Sequence[dict]) -> tuple[list[dict], list]:
         if kind == "tokens":
             columns.append((key, f"these at {int(name):,}", _percent))
     return summary, columns
+
+
+def _recall_columns(rows: Sequence[dict]) -> tuple[list[dict], list]:
+    """A row a method, and the columns of its recall by budget."""
+    from svdq.evaluation.summary import summarize_recall
+
+    summary = summarize_recall(rows)
+    keys = list(dict.fromkeys(key for row in summary for key in row))
+    budgets = [key for key in keys if key.startswith("budget: ")]
+    return summary, [(key, key.removeprefix("budget: "), _number(3)) for key in budgets]
 
 
 def layer_cells(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
@@ -301,6 +330,7 @@ def report(
     title: str | None = None,
     csv_file: Path | None = None,
     html_file: Path | None = None,
+    svg_file: Path | None = None,
 ) -> list[dict]:
     """Print rows and write them to files if asked; the rows with the machine in each."""
     from svdq.benchmark import machine
@@ -326,4 +356,8 @@ def report(
         from svdq.evaluation.report import write_html
 
         write_html(html_file, rows, title or rows[0]["benchmark"])
+    if svg_file is not None:
+        from svdq.evaluation.report import write_svg
+
+        write_svg(svg_file, rows)
     return rows

@@ -13,6 +13,7 @@ import copy
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 
 from svdq.evaluation.methods import CacheSettings
 from svdq.evaluation.prefix import Prefix, read_prefix
+from svdq.landmarks import CHUNK_TOKENS
 from svdq.layer import SVDqLayer
 from svdq.layout import PAGE_TOKENS
 from svdq.outliers import NO_SLOT
@@ -27,7 +29,6 @@ from svdq.reads import lead_bytes
 from svdq.sparsity import Sparsity, select
 from svdq.storage import PackedStore
 
-CHUNK_TOKENS = 8
 BEST_TOKENS, BEST_CHUNKS = "best possible tokens", f"best possible chunks of {CHUNK_TOKENS}"
 NONE = "sinks and window alone"
 
@@ -91,28 +92,63 @@ class Scorer:
 
     Parameters
     ----------
-    settings : the cache.
-    scorer, channels : as for :class:`svdq.sparsity.Sparsity`.
+    settings : the cache; packs all of a context.
     """
 
     settings: CacheSettings
-    scorer: str = "latent"
-    channels: int = 8
+
+    @property
+    def name(self) -> str:
+        """Which of :data:`svdq.sparsity.SCORERS`."""
+        return self.settings.sparse_scorer
+
+    @property
+    def channels(self) -> int:
+        """Leading channels of ``"latent"``."""
+        return self.settings.sparse_channels
 
     @property
     def label(self) -> str:
         """The scorer in a few words."""
-        if self.scorer == "landmarks":
-            return "landmarks of chunks"
+        if self.name == "landmarks":
+            return f"landmarks of {CHUNK_TOKENS} tokens"
         return f"{self.channels} leading channels, {self.settings.rope}-RoPE"
 
     def scan_bytes(self, store: PackedStore) -> float:
         """Bytes that scoring a token reads, mean over KV heads."""
         heads = store.layout.num_kv_heads
-        if self.scorer == "landmarks":
+        if self.name == "landmarks":
             slots = max(store.slots)
             return store.landmarks.scan_bytes(slots) / slots / heads
         return lead_bytes(store.layout, self.channels) / heads
+
+
+def make_scorers(
+    scorers: Sequence[str], channels: Sequence[int], ropes: Sequence[str], **settings: Any
+) -> list[Scorer]:
+    """The latent scorer with all channels in all modes, and the others once: they see no codes.
+
+    Parameters
+    ----------
+    scorers, channels, ropes : what to combine, each at least one.
+    settings : what else :class:`svdq.evaluation.methods.CacheSettings` takes.
+    """
+    found = []
+    for scorer in dict.fromkeys(scorers):
+        latent = scorer == "latent"
+        for rope in ropes if latent else ropes[:1]:
+            for count in channels if latent else (8,):
+                own = CacheSettings(
+                    v_bits=4,
+                    rope=rope,
+                    residual_length=0,
+                    sparse_budget=1,  # any: it makes the cache hold what its scorer needs
+                    sparse_scorer=scorer,
+                    sparse_channels=count,
+                    **settings,
+                )
+                found.append(Scorer(own))
+    return found
 
 
 def attention_mass(queries: Tensor, keys: Tensor, positions: Sequence[int]) -> Tensor:
@@ -164,7 +200,7 @@ def selected_mass(
     queries : [Hq, N, D].
     layer : of a cache that has packed the context.
     """
-    sparsity = Sparsity(budget, scorer.scorer, scorer.channels)
+    sparsity = Sparsity(budget, scorer.name, scorer.channels)
     queries = layer.tokens.weighted_query(queries[None])
     (store,) = layer.tokens.stores
     found = []
@@ -230,15 +266,13 @@ def evaluate_recall(
         )
         for budget, count in tokens.items():
             chosen = _mean(
-                selected_mass(
-                    mass, prefix.queries[index], cache.layers[index], scorer, count, task
-                )
+                selected_mass(mass, prefix.queries[index], cache.layers[index], scorer, count, task)
                 for index, mass, _ in layers
             )
             row = _row(scorer.label, budget, count, base + chosen)
-            settings = {"scorer": scorer.scorer, "rope": scorer.settings.rope}
+            settings = {"scorer": scorer.name, "rope": scorer.settings.rope}
             settings |= {"preset": scorer.settings.keys, "scan_bytes": scan}
-            if scorer.scorer == "latent":
+            if scorer.name == "latent":
                 settings["channels"] = scorer.channels
             rows.append(row | settings)
     rows += [_row(NONE, budget, 0, base) for budget in tokens]
