@@ -43,6 +43,7 @@ class ScorerName(str, enum.Enum):
 
 MODEL_PANEL = "Model and text"
 CACHE_PANEL = "Cache"
+SHAPE_PANEL = "Shape"
 SPARSE_PANEL = "Key sparsity"
 OUTPUT_PANEL = "Output"
 
@@ -205,6 +206,15 @@ DenseLayers = Annotated[
         min=0,
         help="First layers of the model that attend to all tokens whatever the budget.",
         rich_help_panel=SPARSE_PANEL,
+    ),
+]
+WorkingSet = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="MB that each case's copies take together at least. Default: 300, or twice the "
+        "last-level cache.",
+        show_default=False,
     ),
 ]
 JsonFile = Annotated[
