@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from svdq.benchmark import machine
 from svdq.benchmark.attend import (
@@ -36,7 +37,7 @@ from svdq.storage import ExactRows, PackedStore
 from svdq.stores import attend_stores
 
 FIT_TOKENS = 4096  # keys that basis and ranges are fitted on
-PROFILED = 7  # calls that are split into stages
+STAGE_REPEATS = 7  # calls that are split into stages
 DTYPE = torch.bfloat16
 
 
@@ -104,29 +105,37 @@ def key_reads(
     return report
 
 
-def stage_times(call: Callable[[int], object], repeats: int = PROFILED) -> dict[str, float]:
-    """Milliseconds of the stages of a sparse step, medians over some profiled calls.
+class _OperatorClock(TorchDispatchMode):
+    """Notes when each operator begins and ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spans: dict[str, tuple[float, float]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        start = time.perf_counter()
+        out = func(*args, **(kwargs or {}))
+        self.spans[str(func)] = (start, time.perf_counter())
+        return out
+
+
+def stage_times(call: Callable[[int], object], repeats: int = STAGE_REPEATS) -> dict[str, float]:
+    """Milliseconds of the stages of a sparse step, medians over some calls.
 
     Returns
     -------
     select_ms : until the codes of the chosen tokens begin to be copied; gather_ms : copying them;
     attend_ms : attending to the copies and the exact rows.
     """
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        for index in range(repeats):
-            with record_function("svdq step"):
-                call(index)
-    found: dict[str, list] = {"svdq step": [], "svdq::gather": [], "svdq::attend": []}
-    for event in profiled.events():
-        if event.name in found:
-            found[event.name].append(event.time_range)
-    ranges = [sorted(times, key=lambda time: time.start) for times in found.values()]
-    stages = [
-        (gather.start - step.start, gather.elapsed_us(), attend.elapsed_us())
-        for step, gather, attend in zip(*ranges, strict=True)
-    ]
+    stages = []
+    for index in range(repeats):
+        with _OperatorClock() as clock:
+            start = time.perf_counter()
+            call(index)
+        gather, attend = (clock.spans[f"svdq.{name}.default"] for name in ("gather", "attend"))
+        stages.append((gather[0] - start, gather[1] - gather[0], attend[1] - attend[0]))
     names = ("select_ms", "gather_ms", "attend_ms")
-    medians = (statistics.median(times) / 1e3 for times in zip(*stages, strict=True))
+    medians = (statistics.median(times) * 1e3 for times in zip(*stages, strict=True))
     return dict(zip(names, medians, strict=True))
 
 

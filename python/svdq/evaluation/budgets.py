@@ -6,7 +6,7 @@ import re
 from fractions import Fraction
 
 # Shares that nobody means exactly (0.03125) are written with denominators up to this.
-LARGEST_DENOMINATOR = 1024
+LARGEST_DENOMINATOR = 256
 
 
 def parse_budget(text: str) -> int | float:
@@ -33,4 +33,4 @@ def budget_text(budget: int | float) -> str:
     if budget >= 1:
         return f"{int(budget):,} tokens"
     share = Fraction(budget).limit_denominator(LARGEST_DENOMINATOR)
-    return f"{share}" if abs(share - Fraction(budget)) < 1e-6 else f"{budget:g}"
+    return f"{share}" if abs(share - Fraction(budget)) < 1e-9 else f"{budget:g}"
