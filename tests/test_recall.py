@@ -201,6 +201,20 @@ def test_recall_is_between_nothing_and_the_best(rows):
     assert found[BEST_TOKENS, 24]["recall"] < found[BEST_TOKENS, 1 / 4]["recall"]
 
 
+def test_sinks_and_window_are_always_read(rows, prefix):
+    shares = []
+    for layer in (0, 1):
+        keys = prefix.cache.layers[layer].keys[0]
+        mass = attention_mass(prefix.queries[layer], keys, TASK.positions)
+        shares += [
+            float(own[:, :8].sum() + own[:, position - 63 : position + 1].sum()) / 2
+            for own, position in zip(mass, TASK.positions, strict=True)
+        ]
+    for row in rows:
+        if row["method"] == NONE:
+            assert row["recall"] == pytest.approx(sum(shares) / len(shares), rel=1e-9)
+
+
 def test_rows_say_what_was_run(rows):
     for row in rows:
         assert row["benchmark"] == "sparsity"

@@ -18,8 +18,9 @@ from svdq.evaluation.peers import FullCache, PerChannel
 from svdq.evaluation.perplexity import Task, evaluate_perplexity, predict
 from svdq.evaluation.plots import to_svg
 from svdq.evaluation.prefix import read_prefix
-from svdq.evaluation.retrieval import answer
+from svdq.evaluation.retrieval import Sweep, answer, evaluate_retrieval
 from svdq.evaluation.summary import summarize
+from svdq.evaluation.tasks import SampleMaker
 
 TASK = Task((10,), 448, 80)
 
@@ -225,6 +226,20 @@ def test_retrieval_with_a_budget(folder, tmp_path):
     assert (line["budget"], line["read_ratio"]) == (0.25, sparse["read_ratio"])
     headings, body = cells([full, dense, sparse])
     assert body[2][headings.index("budget")] == "1/4"
+
+
+def test_caches_under_test_are_asked_one_by_one(monkeypatch):
+    fed = []
+
+    def reply(model, cache, question, max_tokens, stop, one_by_one):
+        fed.append(one_by_one)
+        return []
+
+    monkeypatch.setattr("svdq.evaluation.retrieval.answer", reply)
+    tokenizer, model = make_char_tokenizer(), make_model("llama", "sdpa")
+    samples = Sweep(("niah_single",), (700,), (0.5,), 1).make_samples(SampleMaker(tokenizer))
+    evaluate_retrieval(model, tokenizer, [settings(one_by_one=False), settings()], samples)
+    assert fed == [False, False, True]
 
 
 @pytest.mark.parametrize("command", ["perplexity", "retrieval"])
