@@ -32,6 +32,7 @@ from cuda_support import runs_on_cuda
 from support import FLOAT_ERROR, ROUNDING, Cache
 from svdq import _C, reference
 from svdq.layout import PAGE_TOKENS
+from svdq.outliers import NO_SLOT
 
 SIGMAS = 6
 EXP2_ERROR = 1e-6  # relative error of the backends' 2^x
@@ -111,6 +112,8 @@ def score_errors(cache: Cache, b: int, h: int, query: Tensor, codes: Tensor) -> 
         key_variance = latent.square() @ weight_variances(basis.T * scale, widths).T  # [n, D]
         first = int(cache.first_position[b]) if cache.first_position is not None else 0
         positions = first + cache.sink_tokens + torch.arange(len(codes))
+        if cache.token_slots is not None:
+            positions = first + cache.token_slots[b, h, : len(codes)].long()
         every = query[..., None, :].expand(*query.shape[:-1], len(codes), -1)
         turned = reference.rotate(every, positions, cache.inv_freq, inverse=True)
         variance += torch.einsum("gltd,td->glt", turned.square(), key_variance)
@@ -175,8 +178,12 @@ def expect(cache: Cache, query: Tensor) -> Expected:
         codes = reference.unpack_codes(cache.k_pages, *at).double()
         fitted = (cache.basis[b], cache.scale[b], cache.mean[b].double())
         tail_mean = None if cache.tail_mean is None else cache.tail_mean[b]
-        rope = (cache.inv_freq, position, tail_mean)
-        keys = reference.unpack_keys(cache.k_pages, *fitted, *at, *rope)
+        if cache.token_slots is None:
+            rope = (cache.inv_freq, position, tail_mean)
+            keys = reference.unpack_keys(cache.k_pages, *fitted, *at, *rope)
+        else:
+            rope = (cache.inv_freq, position + cache.token_slots[b, :, :packed], tail_mean)
+            keys = reference.gathered_keys(cache.k_pages, *fitted, *at, *rope)
         is_outlier = torch.zeros(cache.layout.num_kv_heads, packed, dtype=torch.bool)
         if cache.outlier_slots is not None:
             tokens = cache.outlier_slots[b] - cache.sink_tokens
@@ -184,8 +191,11 @@ def expect(cache: Cache, query: Tensor) -> Expected:
             for h, own in enumerate(tokens):
                 is_outlier[h, own[(own >= 0) & (own < packed)].long()] = True
         values = reference.unpack_values(cache.v_pages, *at)
-        seen = reference.visible_tokens(q_len, packed, exact, cache.causal)
+        every = reference.visible_tokens(q_len, packed, exact, cache.causal)
         for h in range(cache.layout.num_kv_heads):
+            seen = every.clone()
+            if cache.token_slots is not None:
+                seen[:, :packed] &= cache.token_slots[b, h, :packed] < NO_SLOT
             heads = slice(h * group, (h + 1) * group)
             q = query[b, heads].double()
             k = torch.cat([keys[h], cache.exact_keys[b, h, :exact].double()])

@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-import svdq.ops  # noqa: E402
+import svdq.ops.registered  # noqa: E402
 from cuda_support import OnCuda  # noqa: E402
 from svdq import _C  # noqa: E402
 
@@ -29,7 +29,7 @@ def pytest_report_header():
 def backend(request, monkeypatch):
     """Runs a test once on every backend of this machine, a GPU included, then goes back."""
     if request.param == "cuda":
-        monkeypatch.setattr(svdq.ops, "_ops", OnCuda())
+        monkeypatch.setattr(svdq.ops.registered, "OPERATORS", OnCuda())
         yield request.param
         return
     before = _C.backend()

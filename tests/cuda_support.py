@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-import svdq.ops
+import svdq.ops.registered
 
 
 def stored_bytes(tensor: Tensor) -> Tensor:
@@ -61,4 +61,4 @@ class OnCuda:
 
 def runs_on_cuda() -> bool:
     """Do the operators of this test run on a device?"""
-    return isinstance(svdq.ops._ops, OnCuda)
+    return isinstance(svdq.ops.registered.OPERATORS, OnCuda)

@@ -119,6 +119,7 @@ class Cache:
     tail_mean: Tensor | None = None
     outlier_slots: Tensor | None = None
     outlier_keys: Tensor | None = None
+    token_slots: Tensor | None = None
 
     def kwargs(self) -> dict:
         """Keyword arguments of ``svdq.ops.attend`` and ``svdq.reference.attend``."""

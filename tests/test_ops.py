@@ -97,6 +97,27 @@ def test_attend_with_exact_values(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rope", ROPES)
+def test_select_and_gather(rope, dtype):
+    query, k_pages, v_pages, table, seqlens, *coded = attend_args(rope, dtype)[:11]
+    tail_mean = attend_args(rope, dtype)[-1]
+    basis, scale, mean, *positions = coded
+    outliers = torch.tensor([[[5, 2**31 - 1]] * 2] * 2, dtype=torch.int32)
+    args = (query, k_pages, table, seqlens, basis, scale, mean, *positions, 1, 0.125, 9, 8)
+    check("select", *args, tail_mean, outliers)
+    check("select", *args, tail_mean, None)
+    slots, _ = torch.ops.svdq.select(*args, tail_mean, outliers)
+    check("gather", k_pages, v_pages.nan_to_num(), table, slots, positions[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attend_to_gathered(dtype):
+    args = attend_args("pre", dtype)
+    slots = torch.arange(128, dtype=torch.int32).expand(2, 2, -1).contiguous()
+    check("attend", *args[:14], 0, *args[15:], None, None, slots)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_merge(dtype):
     parts = [torch.randn(2, 4, 3, 64).to(dtype), torch.randn(2, 4, 3)]
     check("merge", *parts, *parts)

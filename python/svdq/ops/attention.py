@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from svdq import _C  # noqa: F401  (loads the operators)
 from svdq.layout import PageLayout
-
-_ops = torch.ops.svdq
+from svdq.ops import registered
 
 
 def select(
@@ -49,7 +46,7 @@ def select(
     slots : [B, H, budget + N] int32, ascending, then 2^31 - 1 where there are no more tokens.
     outlier_places : [B, H, N] int32, place of each outlier in ``slots``, 2^31 - 1 for none.
     """
-    return _ops.select(
+    return registered.OPERATORS.select(
         query,
         k_pages,
         page_table,
@@ -86,7 +83,7 @@ def gather(
     -------
     k_pages, v_pages : [B * ceil(M / 64), ...] like the pools.
     """
-    return _ops.gather(k_pages, v_pages, page_table, slots, layout.ints)
+    return registered.OPERATORS.gather(k_pages, v_pages, page_table, slots, layout.ints)
 
 
 def attend(
@@ -146,7 +143,7 @@ def attend(
     out : [B, Hq, L, D] in the query's dtype.
     lse : [B, Hq, L] float32, natural logarithm of the sum of exponentials of the scaled scores.
     """
-    return _ops.attend(
+    return registered.OPERATORS.attend(
         query,
         k_pages,
         v_pages,
@@ -183,4 +180,4 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     -------
     out, lse : attention over the union; zeros and -inf where both are empty.
     """
-    return _ops.merge(out_a, lse_a, out_b, lse_b)
+    return registered.OPERATORS.merge(out_a, lse_a, out_b, lse_b)

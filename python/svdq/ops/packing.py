@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from svdq import _C  # noqa: F401  (loads the operators)
 from svdq.layout import PageLayout
-
-_ops = torch.ops.svdq
+from svdq.ops import registered
 
 
 def fit_basis(
@@ -33,7 +30,7 @@ def fit_basis(
     components : [H, D, D] float32, row j is the j-th eigenvector, largest variance first.
     variance : [H, D] float32, in descending order.
     """
-    return _ops.fit_basis(keys, inv_freq, position)
+    return registered.OPERATORS.fit_basis(keys, inv_freq, position)
 
 
 def allocate_bits(variance: Tensor, schedule: list[int]) -> Tensor:
@@ -54,7 +51,7 @@ def allocate_bits(variance: Tensor, schedule: list[int]) -> Tensor:
     -------
     bands : [H, 4] int32 on the CPU: channels at 8, 4, 2 and 1 bits.
     """
-    return _ops.allocate_bits(variance, schedule)
+    return registered.OPERATORS.allocate_bits(variance, schedule)
 
 
 def fit_quantizer(
@@ -85,7 +82,9 @@ def fit_quantizer(
     scale : [R] float32, distance between neighbouring codes of a channel.
     mean : [H, D] float32, ``mean`` plus the centre of every channel's range.
     """
-    return _ops.fit_quantizer(keys, inv_freq, position, mean, components, layout.ints, clip)
+    return registered.OPERATORS.fit_quantizer(
+        keys, inv_freq, position, mean, components, layout.ints, clip
+    )
 
 
 def pack_keys_(
@@ -121,7 +120,7 @@ def pack_keys_(
     errors : [H, T] float32, contiguous; if given, the squared error of every decoded key is written
         to it.
     """
-    _ops.pack_keys_(
+    registered.OPERATORS.pack_keys_(
         k_pages,
         keys,
         inv_freq,
@@ -157,7 +156,9 @@ def residual_keys(
     -------
     [H, T, D] in the keys' dtype: keys less their decoded core, the rotated mean included.
     """
-    return _ops.residual_keys(keys, inv_freq, position, basis, scale, mean, layout.ints)
+    return registered.OPERATORS.residual_keys(
+        keys, inv_freq, position, basis, scale, mean, layout.ints
+    )
 
 
 def pack_values_(
@@ -172,14 +173,14 @@ def pack_values_(
     values : [H, T, D] float32, bfloat16 or float16, finite; last dimension contiguous.
     page_table, slot : as for :func:`pack_keys_`.
     """
-    _ops.pack_values_(v_pages, values, layout.ints, page_table, slot)
+    registered.OPERATORS.pack_values_(v_pages, values, layout.ints, page_table, slot)
 
 
 def unpack_codes(
     k_pages: Tensor, layout: PageLayout, page_table: Tensor, slot: int, num_tokens: int
 ) -> Tensor:
     """Read key codes, for inspection: [num_tokens, R] uint8, channels in the order of ``basis``."""
-    return _ops.unpack_codes(k_pages, layout.ints, page_table, slot, num_tokens)
+    return registered.OPERATORS.unpack_codes(k_pages, layout.ints, page_table, slot, num_tokens)
 
 
 def unpack_keys(
@@ -199,7 +200,7 @@ def unpack_keys(
 
     ``position`` is the position of slot ``slot``; other arguments as for :func:`pack_keys_`.
     """
-    return _ops.unpack_keys(
+    return registered.OPERATORS.unpack_keys(
         k_pages,
         inv_freq,
         position,
@@ -218,7 +219,7 @@ def unpack_values(
     v_pages: Tensor, layout: PageLayout, page_table: Tensor, slot: int, num_tokens: int
 ) -> Tensor:
     """Decode values, for inspection: [H, num_tokens, D] float32."""
-    return _ops.unpack_values(v_pages, layout.ints, page_table, slot, num_tokens)
+    return registered.OPERATORS.unpack_values(v_pages, layout.ints, page_table, slot, num_tokens)
 
 
 def append_exact_(
@@ -231,4 +232,4 @@ def append_exact_(
     exact_keys, exact_values : [H, E, D], one dtype; rows ``start .. start + T - 1`` are written.
     keys, values : [H, T, D] of the same dtype; last dimension contiguous.
     """
-    _ops.append_exact_(exact_keys, exact_values, keys, values, start)
+    registered.OPERATORS.append_exact_(exact_keys, exact_values, keys, values, start)

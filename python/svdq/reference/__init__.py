@@ -8,6 +8,7 @@ means, results stay float64 too. Arguments are taken as valid: only the operator
 from svdq.reference.attention import (
     attend,
     attend_keys,
+    gathered_keys,
     merge,
     pack_keys_,
     replace_keys,
@@ -49,6 +50,7 @@ __all__ = [
     "fit_keys",
     "fit_quantizer",
     "gather",
+    "gathered_keys",
     "key_places",
     "latents",
     "merge",

@@ -52,6 +52,25 @@ def unpack_keys(
     return decode_keys(codes, basis, scale, mean, layout, inv_freq, position, tail_mean)
 
 
+def gathered_keys(
+    k_pages: Tensor,
+    basis: Tensor,
+    scale: Tensor,
+    mean: Tensor,
+    layout: PageLayout,
+    page_table: Tensor,
+    slot: int,
+    num_tokens: int,
+    inv_freq: Tensor | None,
+    positions: Tensor,
+    tail_mean: Tensor | None = None,
+) -> Tensor:
+    """As :func:`unpack_keys`, of tokens at ``positions`` [H, T]."""
+    codes = unpack_codes(k_pages, layout, page_table, slot, num_tokens)
+    coded = (codes, basis, scale, mean, layout, inv_freq)
+    return torch.stack([decode_keys(*coded, own, tail_mean)[h] for h, own in enumerate(positions)])
+
+
 def append_exact_(
     exact_keys: Tensor, exact_values: Tensor, keys: Tensor, values: Tensor, start: int
 ) -> None:
@@ -125,10 +144,8 @@ def attend(
         if token_slots is None:
             k = unpack_keys(k_pages, *fitted, *at, inv_freq, sink_tokens + first, tail)
         else:
-            own = [slots[:packed] + first for slots in token_slots[b].long()]
-            codes = unpack_codes(k_pages, *at)
-            heads = [decode_keys(codes, *fitted, layout, inv_freq, p, tail) for p in own]
-            k = torch.stack([head[h] for h, head in enumerate(heads)])
+            positions = token_slots[b, :, :packed].long() + first
+            k = gathered_keys(k_pages, *fitted, *at, inv_freq, positions, tail)
         if outlier_slots is not None:
             k = replace_keys(k, outlier_slots[b] - sink_tokens, outlier_keys[b])
         v = unpack_values(v_pages, *at)
