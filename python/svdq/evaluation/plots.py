@@ -143,6 +143,31 @@ def recall(rows: Sequence[dict]) -> Figure:
     return figure
 
 
+def decode_time(rows: Sequence[dict]) -> Figure:
+    """Time of a decode step against the length of the context, a line for each case.
+
+    Parameters
+    ----------
+    rows : of ``"sparse"``: case, kv_len, ms.
+    """
+    figure = _figure(8, 4.8)
+    axes = figure.subplots()
+    for index, case in enumerate(dict.fromkeys(row["case"] for row in rows)):
+        group = sorted((r for r in rows if r["case"] == case), key=lambda row: row["kv_len"])
+        lengths, times = ([row[key] for row in group] for key in ("kv_len", "ms"))
+        marker, color = MARKERS[index % len(MARKERS)], f"C{index % 10}"
+        axes.plot(lengths, times, f"{marker}-", label=case, color=color, ms=4, lw=1)
+    lengths = sorted({row["kv_len"] for row in rows})
+    axes.set_xscale("log")
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.minorticks_off()
+    axes.set(xlabel="tokens in the cache", ylabel="attention of one step, ms")
+    _log_scale(axes)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
 def _budget_line(axes: Axes, index: int, label: str, group: Sequence[dict], key: str) -> None:
     group = sorted(group, key=lambda row: row["budget"])
     budgets, values = ([row[name] for row in group] for name in ("budget", key))
@@ -305,6 +330,7 @@ def key_error(rows: Sequence[dict]) -> Figure:
 PLOTS: dict[str, tuple[str, Callable[[Sequence[dict]], Figure]]] = {
     "perplexity": ("Error of predictions", perplexity_plot),
     "sparsity": ("Attention mass that is read", recall),
+    "sparse": ("Time of a decode step", decode_time),
     "retrieval": ("Retrieval by length and depth", retrieval_heat),
     "bits": ("Bits by layer and head", bits_heat),
     "spectrum": ("Decay of the keys' latent channels", spectrum),
