@@ -145,7 +145,8 @@ attend_pages_kernel(AttendParams p, AttendWork work, HeadTable heads) {
   const PageRun run = page_run(p, work, rows, split);
   const int last = run.last;
   int page = run.first;
-  bool readable = run.readable;
+  const TokenSlots slots(p, rows);
+  bool readable = run.readable && slots.readable();
 
   const int32_t* page_table = p.page_table + int64_t{rows.sequence} * p.table_stride;
   const int64_t value_offset = int64_t{rows.head} * p.layout.value.page_bytes();
@@ -187,7 +188,8 @@ attend_pages_kernel(AttendParams p, AttendWork work, HeadTable heads) {
     });
     SVDQ_UNROLL
     for (int e = 0; e < 4; ++e) {
-      if (!tokens.has(warp_index() * kLanes + lane_index() / 4 + e / 2 * 8)) score[e] = no_score();
+      const int token = warp_index() * kLanes + lane_index() / 4 + e / 2 * 8;
+      if (!tokens.has(token) || (slots.given() && !slots.has(page, token))) score[e] = no_score();
     }
     float factor[2];
     softmax_page(s, score, state, factor);

@@ -99,7 +99,8 @@ attend_decode_kernel(AttendParams p, AttendWork work, HeadTable heads) {
   if (split >= work.page_splits) return;
 
   const PageRun run = page_run(p, work, rows, split);
-  bool readable = run.readable;
+  const TokenSlots slots(p, rows);
+  bool readable = run.readable && slots.readable();
   const int last = run.last, key_bytes = Parts::bytes(head);
   const int32_t* page_table = p.page_table + int64_t{rows.sequence} * p.table_stride;
   const int64_t value_offset = int64_t{rows.head} * value.page_bytes();
@@ -146,6 +147,13 @@ attend_decode_kernel(AttendParams p, AttendWork work, HeadTable heads) {
         if (!tokens.has(decode_token(i / 4) + i % 4 / 2)) score[i / 4][i % 4] = no_score();
       }
       Values::clear(stage(page) + key_bytes, value, tokens);
+    }
+    if (slots.given()) {
+      SVDQ_UNROLL
+      for (int i = 0; i < 2 * kGroups; ++i) {
+        if (slots.has(page, decode_token(i / 2) + i % 2)) continue;
+        score[i / 2][i % 2 * 2] = score[i / 2][i % 2 * 2 + 1] = no_score();
+      }
     }
     float factor[2], weight[2];
     softmax_decode(score, state, factor, weight);

@@ -26,6 +26,10 @@ inline constexpr int kAttendThreads = 128;  // 4 warps: one per group of 16 toke
 inline constexpr int kAttendWarps = kAttendThreads / kWarpSize;
 static_assert(kAttendWarps == kGroups);
 
+inline constexpr int kNoSlot = 0x7fffffff;  // of lists of slots: none; behind all pages
+// In place of a list's first slot: a length or page table of the select stage could not be right.
+inline constexpr int kBadSlot = -1;
+
 // 16-channel steps of a head's weights: every band is padded to whole steps.
 SVDQ_HOST_DEVICE constexpr int band_steps(int count) { return (count + 15) / 16; }
 SVDQ_HOST_DEVICE constexpr int max_steps(int head_dim) {
@@ -58,6 +62,7 @@ struct AttendWork {
   Weights columns;           // of core channels, by tiles of the keys' columns: U = D / 8
   Floats2* offset_rotation;  // [64, half] cosine and sine by slot of a page; for core channels
   Floats2* page_rotation;    // [B, max_pages, half] of the pages' first positions
+  uint64_t* pair_turns;      // [half] in place of both, for gathered pages
   float* partial_out;        // [B, H, T * 8, S, D]
   float* partial_max;        // [B, H, T * 8, S], log2 units
   float* partial_sum;        // [B, H, T * 8, S]

@@ -27,7 +27,8 @@ attend_page_tiles_kernel(AttendParams p, AttendWork work, HeadTable heads) {
   const ValueLayout& value = p.layout.value;
   const int split = block_y(), threads = tile_threads<kDim>(work.page_tiles);
   const PageRun run = page_run(p, work, rows, split);
-  bool readable = run.readable;
+  const TokenSlots slots(p, rows);
+  bool readable = run.readable && (!Scores::kGathered || slots.readable());
   const int last = run.last;
 
   const int32_t* page_table = p.page_table + int64_t{rows.sequence} * p.table_stride;
@@ -85,6 +86,12 @@ attend_page_tiles_kernel(AttendParams p, AttendWork work, HeadTable heads) {
       SVDQ_UNROLL
       for (int i = 0; i < 8 * kGroups; ++i) {
         if (!tokens.has(score_token(i / 4, i % 4))) score[i / 4][i % 4] = no_score();
+      }
+    }
+    if constexpr (Scores::kGathered) {
+      SVDQ_UNROLL
+      for (int i = 0; i < 8 * kGroups; ++i) {
+        if (!slots.has(page, score_token(i / 4, i % 4))) score[i / 4][i % 4] = no_score();
       }
     }
     softmax_tiles(score, state, factor);

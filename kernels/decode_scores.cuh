@@ -7,6 +7,7 @@
 #pragma once
 
 #include "kernels/absorb.cuh"
+#include "kernels/token_slots.cuh"
 
 namespace svdq::device {
 
@@ -132,8 +133,10 @@ class AbsorbedDecode {
 // the thread alone: keys are turned by the rest, queries back by the page's first position and 4 s,
 // so that a thread reads two rotations of a pair and not one a token.
 //
+// Of gathered pages (kOwnSlots) keys are turned by their whole position, and queries stay.
+//
 // kTilesAtOnce tiles of 8 columns at a time: what accumulators of 64 tokens leave room for.
-template <int kDimension, int kTilesAtOnce = kDimension <= 256 ? 4 : 2>
+template <int kDimension, int kTilesAtOnce = kDimension <= 256 ? 4 : 2, bool kOwnSlots = false>
 class ReconstructedDecode {
  public:
   static constexpr int kDim = kDimension;
@@ -150,7 +153,8 @@ class ReconstructedDecode {
         dim_(p.layout.head_dim),
         half_(p.rope.half),
         offset_rotation_(work.offset_rotation),
-        page_rotation_(work.page_rotation + int64_t{rows.sequence} * work.max_pages * p.rope.half) {
+        page_rotation_(work.page_rotation + int64_t{rows.sequence} * work.max_pages * p.rope.half),
+        token_rotations_(p, work, rows) {
     const int64_t tile = rows.sequence_head * (dim_ / kRowTile);
     weights_ = work.columns.fragments + tile * max_steps(dim_) * kWarpSize;
     unit_ = work.columns.step + tile * kRowTile;
@@ -219,7 +223,7 @@ class ReconstructedDecode {
       for (int i = 0; i < 2; ++i) {
         const int column = (first_tile + t + i) * kRowTile + lane_index() % 4 * 2;
         turn_queries(page, column, i, b);
-        finish_columns(key, t + i, column);
+        finish_columns(key, t + i, page, column);
       }
       SVDQ_UNROLL
       for (int s = 0; s < kGroups; ++s) {
@@ -237,7 +241,7 @@ class ReconstructedDecode {
   // and 4 s, as register `at` of the B operand of score tile s.
   SVDQ_DEVICE void turn_queries(int page, int column, int at, uint32_t (&b)[kGroups][2]) const {
     Floats2 q = load(reinterpret_cast<const Floats2*>(&s_.query[lane_index() / 4][column]));
-    const bool turns = column < 2 * half_;
+    const bool turns = !kOwnSlots && column < 2 * half_;
     Floats2 four = {1.0f, 0.0f};
     if (turns) {
       q = turn_back(q, load(&page_rotation_[page * half_ + column / 2]));
@@ -255,13 +259,16 @@ class ReconstructedDecode {
   }
 
   // Units and mean of this thread's pair of columns, then the rotation by the rest of every slot.
-  SVDQ_DEVICE void finish_columns(float (&key)[kGroups][kChunkTiles][4], int t, int column) const {
+  SVDQ_DEVICE void finish_columns(float (&key)[kGroups][kChunkTiles][4], int t, int page,
+                                  int column) const {
     const Floats2 unit = load(reinterpret_cast<const Floats2*>(&unit_[column]));
     const Floats2 offset = load(reinterpret_cast<const Floats2*>(&offset_[column]));
+    const bool turns = column < 2 * half_;
+    const uint64_t pair_turn = kOwnSlots && turns ? token_rotations_.pair_turn(column / 2) : 0;
     SVDQ_UNROLL
     for (int h = 0; h < 2; ++h) {
       Floats2 turn = {1.0f, 0.0f};
-      if (column < 2 * half_)
+      if (!kOwnSlots && turns)
         turn = load(&offset_rotation_[(decode_token(0) + h) * half_ + column / 2]);
       SVDQ_UNROLL
       for (int s = 0; s < kGroups; ++s) {
@@ -269,6 +276,7 @@ class ReconstructedDecode {
         float& y = key[s][t][2 * h + 1];
         x = fused(x, unit.x * kCodeUnit, offset.x);
         y = fused(y, unit.y * kCodeUnit, offset.y);
+        if (kOwnSlots && turns) turn = token_rotations_.at(pair_turn, page, decode_token(s) + h);
         const float turned = x * turn.x - y * turn.y;
         y = y * turn.x + x * turn.y;
         x = turned;
@@ -284,15 +292,16 @@ class ReconstructedDecode {
   const float* offset_;
   const Floats2* offset_rotation_;
   const Floats2* page_rotation_;
+  TokenRotations token_rotations_;
 };
 
 // Hybrid keys: the scores of tail channels, to which those of core channels are added. Core channels
 // are few, so reading them again for every two tiles of columns costs little.
-template <int kDimension>
+template <int kDimension, bool kOwnSlots = false>
 class HybridDecode {
  public:
   static constexpr int kDim = kDimension;
-  using Core = ReconstructedDecode<kDim, 2>;
+  using Core = ReconstructedDecode<kDim, 2, kOwnSlots>;
   using Tail = AbsorbedDecode<kDim>;
   using Parts = BothParts;
   struct Shared {

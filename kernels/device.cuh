@@ -9,9 +9,10 @@
 //   copy_async(shared, global, bytes)          cp.async of 16 bytes, from `bytes` on zeros
 //   commit_copies(), wait_copies<N>()          close a group; wait until N groups are in flight
 //   sync_threads, sync_warp, shuffle, shuffle_xor, shuffle_down, ballot, count_bits
+//   add_shared(p, n)                           adds to a count in shared memory that others add to
 //   exp2_fast, log2_fast, fused, square_root, sine_cosine, round_double, round_to_int
 //   conversions of half and bfloat16, pack_half2, half2_fma, half2_max,
-//   permute_bytes
+//   permute_bytes, dot4, sine_cosine_fast
 //   SVDQ_DEVICE_CHECK(condition)               checked under emulation, nothing otherwise
 //
 // Baseline: sm_80.
@@ -125,6 +126,8 @@ SVDQ_DEVICE uint32_t ballot(bool predicate, uint32_t members = kWarp) {
   return __ballot_sync(members, predicate);
 }
 
+SVDQ_DEVICE void add_shared(int* count, int by) { atomicAdd(count, by); }
+
 SVDQ_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
 SVDQ_DEVICE float exp2_fast(float x) {
   float y;
@@ -170,6 +173,17 @@ SVDQ_DEVICE uint32_t half2_max(uint32_t a, uint32_t b) {
 }
 SVDQ_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
   return __byte_perm(low, high, selector);
+}
+// sum + the dot product of four unsigned and four signed bytes.
+SVDQ_DEVICE int dot4(uint32_t codes, uint32_t weights, int sum) {
+  int result;
+  asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(result) : "r"(codes), "r"(weights), "r"(sum));
+  return result;
+}
+// Of an angle of at most pi; off by 2^-20.
+SVDQ_DEVICE void sine_cosine_fast(float x, float& sine, float& cosine) {
+  asm("sin.approx.ftz.f32 %0, %1;" : "=f"(sine) : "f"(x));
+  asm("cos.approx.ftz.f32 %0, %1;" : "=f"(cosine) : "f"(x));
 }
 
 }  // namespace svdq::device

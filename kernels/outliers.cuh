@@ -53,8 +53,6 @@ class Outliers {
   }
 
  private:
-  static constexpr int kNoSlot = 0x7fffffff;  // behind all pages
-
   SVDQ_DEVICE int slot(int index) const {
     return index < p_.outliers ? load(&p_.outlier_slots[rows_.sequence_head * p_.outliers + index])
                                : kNoSlot;

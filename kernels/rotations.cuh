@@ -51,6 +51,32 @@ SVDQ_KERNEL(kRotationThreads) rotations_kernel(RotationParams p) {
     store(&to[i], rotation(position, load(&p.rope.inv_freq[i])));
 }
 
+// Tokens of gathered pages come from anywhere, so their rotations are no sums of two from a table.
+// What they need by pair is how far it turns in a position, as a fraction of 2^64 of a turn: times a
+// position that is exact but for whole turns, and for 2^-63 a position.
+SVDQ_KERNEL(kRotationThreads) pair_turns_kernel(Rope rope, uint64_t* turns) {
+  constexpr double kTurn = 6.283185307179586476925;
+  const int i = block_x() * kRotationThreads + thread_index();
+  if (i >= rope.half) return;
+  const double part = static_cast<double>(load(&rope.inv_freq[i])) / kTurn;
+  const double fraction = part - round_double(part);  // at most a half either way
+  store(&turns[i], static_cast<uint64_t>(static_cast<int64_t>(fraction * 0x1p63)) << 1);
+}
+
+inline LaunchShape pair_turns_launch(const Rope& rope) {
+  return {(rope.half + kRotationThreads - 1) / kRotationThreads, 1, 1, kRotationThreads, 0};
+}
+
+// Cosine and sine at a position, off by 2^-20.
+SVDQ_DEVICE Floats2 turn_at(uint64_t turn, int64_t position) {
+  constexpr float kUnit = 1.46291807926715968e-9f;  // radians of 2^-32 of a turn
+  const uint64_t phase = turn * static_cast<uint64_t>(position);
+  Floats2 result;
+  sine_cosine_fast(static_cast<float>(static_cast<int32_t>(phase >> 32)) * kUnit, result.y,
+                   result.x);
+  return result;
+}
+
 inline LaunchShape rotations_launch(const RotationParams& p) {
   return {kPageTokens + p.num_pages, 1, p.batch, kRotationThreads, 0};
 }

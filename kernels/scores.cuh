@@ -4,6 +4,7 @@
 #pragma once
 
 #include "kernels/absorb.cuh"
+#include "kernels/token_slots.cuh"
 
 namespace svdq::device {
 
@@ -60,8 +61,9 @@ class AbsorbedScores {
 // Core channels, coded before RoPE: warp w reconstructs a quarter of the columns of all 64 tokens, 32 columns
 // at a time, turns them by their slot, and multiplies them with queries turned back by the page's
 // first position; the warps' parts of a score are then added in shared memory. The columns of a key
-// are reconstructed once for all query rows of the tile.
-template <int kDimension>
+// are reconstructed once for all query rows of the tile. Of gathered pages (kOwnSlots) keys are
+// turned by their whole position, and queries stay.
+template <int kDimension, bool kOwnSlots = false>
 class ReconstructedScores {
  public:
   static constexpr int kDim = kDimension;
@@ -78,7 +80,8 @@ class ReconstructedScores {
         dim_(p.layout.head_dim),
         half_(p.rope.half),
         offset_rotation_(work.offset_rotation),
-        page_rotation_(work.page_rotation + int64_t{rows.sequence} * work.max_pages * p.rope.half) {
+        page_rotation_(work.page_rotation + int64_t{rows.sequence} * work.max_pages * p.rope.half),
+        token_rotations_(p, work, rows) {
     const int64_t tile = rows.sequence_head * (dim_ / kRowTile);
     weights_ = work.columns.fragments + tile * max_steps(dim_) * kWarpSize;
     unit_ = work.columns.step + tile * kRowTile;
@@ -154,7 +157,7 @@ class ReconstructedScores {
       if (tile * kRowTile >= dim_) break;  // head_dim is a multiple of two tiles
       uint32_t b[2];
       for (int i = 0; i < 2; ++i) b[i] = turned_query(page, (tile + i) * kRowTile);
-      for (int i = 0; i < 2; ++i) finish_columns(key, t + i, (tile + i) * kRowTile);
+      for (int i = 0; i < 2; ++i) finish_columns(key, t + i, page, (tile + i) * kRowTile);
       SVDQ_UNROLL
       for (int group = 0; group < kGroups; ++group) {
         // An accumulator of two neighbouring tiles is an A operand.
@@ -171,7 +174,7 @@ class ReconstructedScores {
   SVDQ_DEVICE uint32_t turned_query(int page, int first_column) const {
     const int column = first_column + lane_index() % 4 * 2;
     Floats2 q = load(reinterpret_cast<const Floats2*>(&s_.query[lane_index() / 4][column]));
-    if (column < 2 * half_) {
+    if (!kOwnSlots && column < 2 * half_) {
       const Floats2 turn = load(&page_rotation_[int64_t{page} * half_ + column / 2]);
       q = {q.x * turn.x + q.y * turn.y, q.y * turn.x - q.x * turn.y};
     }
@@ -179,11 +182,13 @@ class ReconstructedScores {
   }
 
   // Units and mean of this thread's two columns, then their rotation by every token's slot.
-  SVDQ_DEVICE void finish_columns(float (&key)[kGroups][kChunkTiles][4], int t,
+  SVDQ_DEVICE void finish_columns(float (&key)[kGroups][kChunkTiles][4], int t, int page,
                                   int first_column) const {
     const int column = first_column + lane_index() % 4 * 2;
     const Floats2 unit = load(reinterpret_cast<const Floats2*>(&unit_[column]));
     const Floats2 offset = load(reinterpret_cast<const Floats2*>(&offset_[column]));
+    const bool turns = column < 2 * half_;
+    const uint64_t pair_turn = kOwnSlots && turns ? token_rotations_.pair_turn(column / 2) : 0;
     SVDQ_UNROLL
     for (int group = 0; group < kGroups; ++group) {
       SVDQ_UNROLL
@@ -192,9 +197,11 @@ class ReconstructedScores {
         float& y = key[group][t][2 * half + 1];
         x = x * (unit.x * kCodeUnit) + offset.x;
         y = y * (unit.y * kCodeUnit) + offset.y;
-        if (column >= 2 * half_) continue;
+        if (!turns) continue;
         const int slot = group * kLanes + half * 8 + lane_index() / 4;
-        const Floats2 turn = load(&offset_rotation_[int64_t{slot} * half_ + column / 2]);
+        const Floats2 turn = kOwnSlots
+                                 ? token_rotations_.at(pair_turn, page, slot)
+                                 : load(&offset_rotation_[int64_t{slot} * half_ + column / 2]);
         const float turned = x * turn.x - y * turn.y;
         y = y * turn.x + x * turn.y;
         x = turned;
@@ -210,14 +217,15 @@ class ReconstructedScores {
   const float* offset_;
   const Floats2* offset_rotation_;
   const Floats2* page_rotation_;
+  TokenRotations token_rotations_;
 };
 
 // Hybrid keys: the sum of both.
-template <int kDimension>
+template <int kDimension, bool kOwnSlots = false>
 class HybridScores {
  public:
   static constexpr int kDim = kDimension;
-  using Core = ReconstructedScores<kDim>;
+  using Core = ReconstructedScores<kDim, kOwnSlots>;
   using Tail = AbsorbedScores<kDim>;
   using Parts = BothParts;
   struct Shared {

@@ -4,6 +4,7 @@
 
 #include "kernels/absorb.cuh"
 #include "kernels/tiles.cuh"
+#include "kernels/token_slots.cuh"
 
 namespace svdq::device {
 
@@ -38,6 +39,7 @@ template <int kDimension>
 class AbsorbedTiles {
  public:
   static constexpr int kDim = kDimension;
+  static constexpr bool kGathered = false;
   using Lean = AbsorbedTiles;             // the scorer that leaves values the most registers
   static constexpr int kSharedBytes = 0;  // beside the queries
   using Parts = TailPart;
@@ -102,11 +104,12 @@ class AbsorbedTiles {
 // halves, where every warp multiplies them with its queries.
 //
 // A warp reconstructs kTilesAtOnce tiles of 8 columns at a time: what is left of the registers.
-template <int kDimension, int kTilesAtOnce = kDimension == 128 ? 4 : 2>
+template <int kDimension, int kTilesAtOnce = kDimension == 128 ? 4 : 2, bool kOwnSlots = false>
 class ReconstructedTiles {
  public:
   static constexpr int kDim = kDimension;
-  using Lean = ReconstructedTiles<kDim, 2>;
+  static constexpr bool kGathered = kOwnSlots;
+  using Lean = ReconstructedTiles<kDim, 2, kOwnSlots>;
   static constexpr int kChunk = kDim < 128 ? kDim : 128;  // columns at a time
   using Matrix = TokenMatrix<kChunk>;
   static constexpr int kSharedBytes = kPageTokens * Matrix::kRowBytes;
@@ -120,7 +123,8 @@ class ReconstructedTiles {
         half_(p.rope.half),
         warps_(tile_threads<kDim>(work.page_tiles) / kWarpSize),
         offset_rotation_(work.offset_rotation),
-        page_rotation_(work.page_rotation + int64_t{rows.sequence} * work.max_pages * p.rope.half) {
+        page_rotation_(work.page_rotation + int64_t{rows.sequence} * work.max_pages * p.rope.half),
+        token_rotations_(p, work, rows) {
     const int64_t tile = rows.sequence_head * (dim_ / kRowTile);
     weights_ = work.columns.fragments + tile * max_steps(dim_) * kWarpSize;
     unit_ = work.columns.step + tile * kRowTile;
@@ -231,8 +235,9 @@ class ReconstructedTiles {
     unit = {unit.x * kCodeUnit, unit.y * kCodeUnit};
     const Floats2 offset = load(reinterpret_cast<const Floats2*>(&offset_[column]));
     const bool turns = column < 2 * half_;
+    const uint64_t pair_turn = kOwnSlots && turns ? token_rotations_.pair_turn(column / 2) : 0;
     Floats2 first{1.0f, 0.0f};
-    if (turns) first = load(&page_rotation_[int64_t{page} * half_ + column / 2]);
+    if (!kOwnSlots && turns) first = load(&page_rotation_[int64_t{page} * half_ + column / 2]);
     SVDQ_UNROLL
     for (int group = 0; group < kGroups; ++group) {
       SVDQ_UNROLL
@@ -241,11 +246,14 @@ class ReconstructedTiles {
         float y = key[group][t][2 * half + 1] * unit.y + offset.y;
         const int token = group * kLanes + half * 8 + lane_index() / 4;
         if (turns) {
-          const Floats2 slot = load(&offset_rotation_[int64_t{token} * half_ + column / 2]);
-          const float cosine = slot.x * first.x - slot.y * first.y;
-          const float sine = slot.y * first.x + slot.x * first.y;
-          const float turned = x * cosine - y * sine;
-          y = y * cosine + x * sine;
+          Floats2 turn;
+          if constexpr (kOwnSlots) {
+            turn = token_rotations_.at(pair_turn, page, token);
+          } else {
+            turn = add_turns(first, load(&offset_rotation_[int64_t{token} * half_ + column / 2]));
+          }
+          const float turned = x * turn.x - y * turn.y;
+          y = y * turn.x + x * turn.y;
           x = turned;
         }
         uint8_t* to = keys_ + Matrix::offset(token, piece) + lane_index() % 4 * 4;
@@ -263,16 +271,18 @@ class ReconstructedTiles {
   const float* offset_;
   const Floats2* offset_rotation_;
   const Floats2* page_rotation_;
+  TokenRotations token_rotations_;
 };
 
 // Hybrid keys: the scores of tail channels, to which those of core channels are added. Shared
 // memory is what core channels need, then the absorbed queries. Core channels are few, so reading
 // them again for every tile of columns costs little, and registers are short.
-template <int kDimension>
+template <int kDimension, bool kOwnSlots = false>
 class HybridTiles {
  public:
   static constexpr int kDim = kDimension;
-  using Core = ReconstructedTiles<kDim, 1>;
+  static constexpr bool kGathered = kOwnSlots;
+  using Core = ReconstructedTiles<kDim, 1, kOwnSlots>;
   using Tail = AbsorbedTiles<kDim>;
   using Parts = BothParts;
   using Lean = HybridTiles;

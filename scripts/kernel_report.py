@@ -60,7 +60,9 @@ def short(name: str) -> str:
     """The kernel's name without namespaces, parameters and what template lists say twice."""
     name = re.sub(r"\(svdq::DataType\)(\d)", lambda m: ("fp32", "bf16", "fp16")[int(m[1])], name)
     name = re.sub(r"\(.*\)$", "", name).removeprefix("void ")
-    return re.sub(r"svdq::(device::)?|_kernel", "", name).replace(" >", ">")
+    name = re.sub(r"svdq::(device::)?|_kernel", "", name).replace(" >", ">")
+    name = re.sub(r"((Reconstructed|Hybrid)\w+<[^<>]*), false>", r"\1>", name)
+    return re.sub(r"((Reconstructed|Hybrid)\w+<[^<>]*), true>", r"\1, own slots>", name)
 
 
 def read_logs(folder: Path = cuda_build.OBJECTS) -> list[Kernel]:

@@ -13,8 +13,10 @@
 #include "csrc/core/layout.h"
 #include "csrc/gpu/attend.h"
 #include "csrc/gpu/basis.h"
+#include "csrc/gpu/gather.h"
 #include "csrc/gpu/pack.h"
 #include "csrc/gpu/quantizer.h"
+#include "csrc/gpu/select.h"
 
 namespace svdq {
 namespace {
@@ -75,7 +77,11 @@ std::vector<int64_t> layout_ints(RopeMode rope, int dim, int v_bits) {
   return ints;
 }
 
-void attend(const gpu::Machine& machine, RopeMode rope, int dim, int v_bits, int64_t q_len) {
+constexpr const char* kModes[] = {"pre", "post", "hybrid"};
+
+// `gathered`: over pages of kTokens / 32 tokens.
+void attend(const gpu::Machine& machine, RopeMode rope, int dim, int v_bits, int64_t q_len,
+            bool gathered) {
   const Layout layout(layout_ints(rope, dim, v_bits));
   AttendParams p{};
   p.layout = layout.view();
@@ -84,15 +90,42 @@ void attend(const gpu::Machine& machine, RopeMode rope, int dim, int v_bits, int
   p.num_qo_heads = kHeads * kGroup;
   p.q_len = q_len;
   p.query_dtype = p.exact_dtype = p.v_dtype = DataType::kBFloat16;
-  p.table_stride = kTokens / kPageTokens;
+  p.table_stride = kTokens / (gathered ? 32 : 1) / kPageTokens;
+  static const int32_t slots[1] = {};
+  p.token_slots = gathered ? slots : nullptr;
   p.num_pages = p.table_stride;
   p.exact_rows = 128;
   p.exact_head_stride = int64_t{p.exact_rows} * dim;
   p.exact_batch_stride = kHeads * p.exact_head_stride;
-  static constexpr const char* names[] = {"pre", "post", "hybrid"};
-  Printer printer(machine, join("attend, ", names[static_cast<int>(rope)], "-RoPE, head_dim ", dim,
-                                ", ", v_bits, "-bit values, q_len ", q_len));
+  Printer printer(machine,
+                  join("attend, ", kModes[static_cast<int>(rope)], "-RoPE, head_dim ", dim, ", ",
+                       v_bits, "-bit values, q_len ", q_len, gathered ? ", gathered" : ""));
   gpu::attend(p, printer);
+}
+
+void select(const gpu::Machine& machine, RopeMode rope, int dim, int v_bits, int group,
+            int channels) {
+  const Layout layout(layout_ints(rope, dim, v_bits));
+  SelectParams p{};
+  p.layout = layout.view();
+  p.rope.half = rope == RopeMode::kPost ? 0 : dim / 2;
+  p.batch = 1;
+  p.num_qo_heads = kHeads * group;
+  p.q_len = 1;
+  p.table_stride = kTokens / kPageTokens;
+  p.num_pages = p.table_stride;
+  p.channels = channels;
+  p.budget = kTokens / 32;
+  Printer printer(machine,
+                  join("select, ", kModes[static_cast<int>(rope)], "-RoPE, head_dim ", dim, ", ",
+                       v_bits, "-bit values, group ", group, ", ", channels, " channels"));
+  gpu::select(p, printer);
+  GatherParams g{};
+  g.layout = layout.view();
+  g.batch = 1;
+  g.table_stride = g.num_pages = p.table_stride;
+  g.num_slots = p.budget;
+  gpu::gather(g, printer);
 }
 
 void prefill(const gpu::Machine& machine, int dim, int v_bits) {
@@ -141,7 +174,11 @@ int main() {
     for (int dim : {64, 128, 256, 512}) {
       for (int v_bits : {2, 4, 16}) {
         for (RopeMode rope : {RopeMode::kPost, RopeMode::kPre, RopeMode::kHybrid}) {
-          for (int64_t q_len : {1, 16}) attend(machine, rope, dim, v_bits, q_len);
+          for (int64_t q_len : {1, 16}) attend(machine, rope, dim, v_bits, q_len, false);
+          attend(machine, rope, dim, v_bits, 1, true);
+          for (int group : {1, 2, 4, 8}) {
+            for (int channels : {8, 32}) select(machine, rope, dim, v_bits, group, channels);
+          }
         }
         prefill(machine, dim, v_bits);
       }

@@ -239,6 +239,26 @@ def test_tables_of_a_document_may_join_results():
     )
 
 
+def test_tables_of_a_document_may_go_layer_by_layer():
+    machine = dict.fromkeys(("cpu", "backend", "svdq", "torch", "transformers"), "x")
+    rows = [
+        {"benchmark": "key_error", "layer": layer, "method": "m", "ratio": 2 + layer}
+        | {"machine": machine | {"threads": layer}}
+        for layer in range(2)
+    ]
+    text = fill_tables("<!-- layers: a -->\n<!-- end -->", {"a": rows})
+    assert "\n| layer | 1 |\n| --- | ---: |\n| 0 | 2.0 |\n| 1 | 3.0 |\n\n" in text
+    assert text.count(" threads, backend x") == 2  # both machines
+
+
+def test_table_draws(tmp_path):
+    rows = [{"benchmark": "bits", "layer": 0, "head": 0, "bits": 1}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    result = invoke("table", tmp_path / "rows.json", "--plot", tmp_path / "new" / "bits.svg")
+    assert result.exit_code == 0, result.output
+    assert "<svg" in (tmp_path / "new" / "bits.svg").read_text()
+
+
 def test_bench_attend_writes_rows(tmp_path):
     path = tmp_path / "rows.json"
     result = invoke(

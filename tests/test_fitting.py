@@ -23,6 +23,7 @@ def coded_error(keys, layout, inv_freq):
     return rms(decoded - keys) / rms(keys - keys.mean(1, keepdim=True))
 
 
+@pytest.mark.libraries
 @pytest.mark.parametrize("rope", ["pre", "post"])
 def test_one_space_is_fitted_by_its_operators(backend, rope):
     layout = make_layout(64, [4, 2, 0, 0], 2, rope)
@@ -46,6 +47,7 @@ HYBRID = {
 }
 
 
+@pytest.mark.libraries
 @pytest.mark.parametrize("name", HYBRID)
 def test_hybrid_fits_its_core_and_then_its_tail(backend, name):
     layout = HYBRID[name]
@@ -78,6 +80,7 @@ def test_more_of_the_keys_is_kept_in_their_own_space():
     assert post > 1.1 * mean > 1.1 * core > 1.1 * pre
 
 
+@pytest.mark.libraries
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_dtypes(backend, dtype):
     layout, inv_freq = HYBRID["mixed"], make_inv_freq(64)

@@ -14,7 +14,7 @@ from model_support import make_text, save_model
 from svdq.cli import app
 from svdq.cli.table import cells
 from svdq.evaluation.plots import PLOTS, to_svg
-from svdq.evaluation.report import html_table, write_csv, write_html
+from svdq.evaluation.report import html_table, write_csv, write_html, write_plot
 
 MACHINE = {"cpu": "A <fast> one", "threads": 2, "memory_bytes": None}
 
@@ -107,6 +107,21 @@ def test_plots_show_what_rows_say(page):
     assert "layer 0" in spectrum
     assert "layer 2" in spectrum
     assert "svdq 1.25" in keys
+
+
+@pytest.mark.parametrize("benchmark", PLOTS)
+def test_plot_is_a_file(tmp_path, benchmark):
+    rows = [row for row in make_rows() if row["benchmark"] == benchmark]
+    write_plot(tmp_path / "new" / "plot.svg", rows + make_rows())
+    minidom.parse(str(tmp_path / "new" / "plot.svg"))
+
+
+def test_what_is_not_drawn(tmp_path):
+    depthless = [row for row in make_rows() if row.get("task") == "common_words"]
+    for rows in ([], make_rows()[-1:], depthless):
+        with pytest.raises(ValueError, match="not drawn"):
+            write_plot(tmp_path / "plot.svg", rows)
+    assert not list(tmp_path.iterdir())
 
 
 def test_page_escapes_and_tells_the_machine(page):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from collections import Counter
 
 import pytest
@@ -220,6 +221,7 @@ def test_every_method_answers_on_one_prefill(monkeypatch, maker, tokenizer):
         assert row["samples"] == 2
         third = pytest.approx(1 / 3) if row["task"] == "variable_tracking" else 1
         assert row["accuracy"] == {32: 1, 2: third, 1: 0}[row["k_bits"]]
+        assert row["squared_difference"] == pytest.approx((1 - row["accuracy"]) ** 2)
     assert [row["depth"] for row in rows[::3]] == [0.0, 1.0, None]
 
 
@@ -256,6 +258,25 @@ def test_summary_pools_by_samples_and_knows_what_the_model_can_do():
     assert kivi["task: easy"] == kivi["able"] == pytest.approx((0.7 + 3 * 0.3) / 4)
     assert (kivi["tokens: 100"], kivi["tokens: 200"]) == (pytest.approx(0.7), pytest.approx(0.3))
     assert kivi["all_in_bits"] == pytest.approx((2 * 1 + 4 * 3) / 4)
+
+
+def test_summary_tells_the_standard_error_of_paired_differences():
+    scores = {"easy": ([1, 0, 1, 1, 0], [1, 1, 1, 0, 1]), "hard": ([1, 0.5, 1], [1, 1, 1])}
+    rows, means, variances = [], [], []
+    for task, (found, full) in scores.items():
+        differences = [a - b for a, b in zip(found, full, strict=True)]
+        means.append(statistics.fmean(differences))
+        variances.append(statistics.variance(differences) / len(differences))
+        for part in (slice(0, 2), slice(2, None)):  # as of two depths
+            row = {"method": "svdq", "task": task, "context_tokens": 100, "k_bits": 1}
+            row |= {"accuracy": statistics.fmean(found[part]), "samples": len(found[part])}
+            row |= {"full_accuracy": statistics.fmean(full[part])}
+            row |= {"squared_difference": statistics.fmean(d * d for d in differences[part])}
+            rows.append(row | {"all_in_bits": 1, "cache_ratio": 2})
+    (line,) = summarize(rows)
+    assert line["able_difference"] == pytest.approx(statistics.fmean(means))
+    assert line["able_stderr"] == pytest.approx(sum(variances) ** 0.5 / 2)
+    assert "able_stderr" not in summarize(make_rows())[0]
 
 
 def test_summary_takes_a_matched_peer_as_one_method():

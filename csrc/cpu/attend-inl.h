@@ -187,22 +187,38 @@ inline void turn_gathered(const AttendPlan& plan, const AttendTask& task, const 
                           int64_t page) {
   const int half = plan.p.rope.half;
   const int32_t* slots = gathered_slots(plan, task, page);
-  float rows[kLanes][kMaxHeadDim];  // of a group: cosines, then sines
-  for (int first = 0; first < kPageTokens; first += kLanes) {
-    for (int t = 0; t < kLanes; ++t) {
+  for (int first = 0; first < kPageTokens; first += kVecLanes) {
+    const float* base[kVecLanes];
+    const float* offset[kVecLanes];
+    for (int t = 0; t < kVecLanes; ++t) {
       const int64_t slot = slots[first + t] == INT32_MAX ? 0 : slots[first + t];
-      const float* base = plan.base_rotation(task.b, slot / kPageTokens);
-      const float* offset = plan.angles.row_cos(static_cast<int>(slot % kPageTokens));
-      for (int i = 0; i < half; ++i) {
-        rows[t][i] = base[i] * offset[i] - base[half + i] * offset[half + i];
-        rows[t][half + i] = base[half + i] * offset[i] + base[i] * offset[half + i];
+      base[t] = plan.base_rotation(task.b, slot / kPageTokens);
+      offset[t] = plan.angles.row_cos(static_cast<int>(slot % kPageTokens));
+    }
+    int i = 0;
+    for (; i + kVecLanes <= half; i += kVecLanes) {
+      F32 cosines[kVecLanes], sines[kVecLanes];
+      for (int t = 0; t < kVecLanes; ++t) {
+        const F32 a = load<F32>(base[t] + i), b = load<F32>(base[t] + half + i);
+        const F32 c = load<F32>(offset[t] + i), d = load<F32>(offset[t] + half + i);
+        cosines[t] = a * c - b * d;
+        sines[t] = b * c + a * d;
+      }
+      transpose(cosines);
+      transpose(sines);
+      for (int j = 0; j < kVecLanes; ++j) {
+        float* to = s.turns + int64_t{i + j} * 2 * kPageTokens + first;
+        store(to, cosines[j]);
+        store(to + kPageTokens, sines[j]);
       }
     }
-    for (int i = 0; i < half; ++i) {
+    for (; i < half; ++i) {
       float* to = s.turns + int64_t{i} * 2 * kPageTokens + first;
-      for (int t = 0; t < kLanes; ++t) {
-        to[t] = rows[t][i];
-        to[kPageTokens + t] = rows[t][half + i];
+      for (int t = 0; t < kVecLanes; ++t) {
+        const float a = base[t][i], b = base[t][half + i], c = offset[t][i],
+                    d = offset[t][half + i];
+        to[t] = a * c - b * d;
+        to[kPageTokens + t] = b * c + a * d;
       }
     }
   }

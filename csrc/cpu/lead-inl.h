@@ -66,11 +66,41 @@ struct LeadQuery {
   float* step;  // [rows, LeadBands::kMost]
 };
 
-// RoPE pairs slow enough to count.
+// RoPE pairs slow enough to count, the faster ones first.
 struct SlowPairs {
   int pair[kMaxHeadDim / 2];
   int count = 0;
+  int quick = 0;  // of them, those that are not smooth over a run of pages
 };
+
+// What smooth pairs add to a page's weights is interpolated between four pages of a run of 16: at
+// the frequencies that this is for, a page turns a pair by 1/16 at most, so a cubic through them is
+// off by 5^4 / 24 of the fourth power of that, 4e-4 of the pair's part.
+inline constexpr int kRunPages = 16;
+inline constexpr int kNodes = 4;
+inline constexpr int kNodeStep = 5;
+inline constexpr float kSmoothFrequency = 1.0f / (16 * kPageTokens);
+static_assert(kRunPages == (kNodes - 1) * kNodeStep + 1);
+
+// Weight of node k at page `page` of the run (Lagrange).
+constexpr float node_weight(int k, int page) {
+  float weight = 1.0f;
+  for (int j = 0; j < kNodes; ++j) {
+    if (j != k)
+      weight *= static_cast<float>(page - j * kNodeStep) / static_cast<float>((k - j) * kNodeStep);
+  }
+  return weight;
+}
+
+struct NodeWeights {
+  float of[kRunPages][kNodes];
+  constexpr NodeWeights() : of{} {
+    for (int page = 0; page < kRunPages; ++page) {
+      for (int k = 0; k < kNodes; ++k) of[page][k] = node_weight(k, page);
+    }
+  }
+};
+inline constexpr NodeWeights kNodeWeights;
 
 // Adds a row vector x [D] (a basis row times its scale, or the mean) that meets query q [D].
 inline void add_fixed(const LeadQuery& lead, int lanes, int row, int lane, const float* q,
@@ -126,16 +156,26 @@ struct LeadWeights {
   float constant[kMaxRows];
 };
 
-// Weights of kRows rows for the page whose middle turns pairs by `angles` [2, pairs].
+// Weights of kRows rows before they are rounded.
 template <int kRows>
-inline void absorb_page(const LeadBands& lead, const LeadQuery& query, int row, int pairs,
-                        const float* angles, LeadWeights& out) {
-  const int lanes = lead.lanes();
-  alignas(kLineBytes) float weights[kRows][LeadBands::kMostLanes];
+struct RawWeights {
+  alignas(kLineBytes) float of[kRows][LeadBands::kMostLanes];
+};
+
+template <int kRows>
+inline void start_weights(const LeadQuery& query, int lanes, int row, RawWeights<kRows>& weights) {
+  for (int r = 0; r < kRows; ++r)
+    std::memcpy(weights.of[r], query.fixed + (row + r) * lanes, sizeof(float) * lanes);
+}
+
+// Adds the pairs begin .. end - 1 for the page whose middle turns all pairs by `angles` [2, pairs].
+template <int kRows>
+inline void absorb_pairs(const LeadQuery& query, int lanes, int row, int pairs, int begin, int end,
+                         const float* angles, RawWeights<kRows>& weights) {
   for (int l = 0; l < lanes; l += kVecLanes) {
     F32 sum[kRows];
-    for (int r = 0; r < kRows; ++r) sum[r] = load<F32>(query.fixed + (row + r) * lanes + l);
-    for (int i = 0; i < pairs; ++i) {
+    for (int r = 0; r < kRows; ++r) sum[r] = load<F32>(weights.of[r] + l);
+    for (int i = begin; i < end; ++i) {
       const F32 c = splat(angles[i]), s = splat(angles[pairs + i]);
       for (int r = 0; r < kRows; ++r) {
         const float* turn = query.turn + (int64_t{row + r} * pairs + i) * 2 * lanes + l;
@@ -143,12 +183,34 @@ inline void absorb_page(const LeadBands& lead, const LeadQuery& query, int row, 
         sum[r] += s * load<F32>(turn + lanes);
       }
     }
-    for (int r = 0; r < kRows; ++r) {
-      store(weights[r] + l, sum[r]);
-      store_low_bytes(reinterpret_cast<uint8_t*>(out.codes[r]) + l, round_to_int(sum[r]));
+    for (int r = 0; r < kRows; ++r) store(weights.of[r] + l, sum[r]);
+  }
+}
+
+// Weights at page `page` of a run from those at its nodes.
+template <int kRows>
+inline void interpolate(const RawWeights<kRows> (&nodes)[kNodes], int lanes, int page,
+                        RawWeights<kRows>& weights) {
+  const float* of = kNodeWeights.of[page];
+  for (int r = 0; r < kRows; ++r) {
+    for (int l = 0; l < lanes; l += kVecLanes) {
+      F32 sum{};
+      for (int k = 0; k < kNodes; ++k) sum += load<F32>(nodes[k].of[r] + l) * of[k];
+      store(weights.of[r] + l, sum);
     }
   }
-  for (int r = 0; r < kRows; ++r) out.constant[r] = weights[r][lead.constant_lane];
+}
+
+template <int kRows>
+inline void round_weights(const LeadBands& lead, const RawWeights<kRows>& weights,
+                          LeadWeights& out) {
+  for (int r = 0; r < kRows; ++r) {
+    for (int l = 0; l < lead.lanes(); l += kVecLanes) {
+      const I32 codes = round_to_int(load<F32>(weights.of[r] + l));
+      store_low_bytes(reinterpret_cast<uint8_t*>(out.codes[r]) + l, codes);
+    }
+    out.constant[r] = weights.of[r][lead.constant_lane];
+  }
 }
 
 // s[r][64], in units of log2.

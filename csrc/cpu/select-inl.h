@@ -2,8 +2,9 @@
 // and keeps the best. Work is cut by shapes alone and every step has one order, so the choice does
 // not depend on the number of threads.
 //
-// Per page of 64 tokens and KV head, 4 query heads, 8 channels of 4 bits: 256 bytes read; some 50
-// slow pairs at D = 128 take 400 multiply-adds of vectors to absorb, 64 tokens 100 operations.
+// Per page of 64 tokens and KV head, D = 128, 4 query heads, 8 channels of 4 bits: 256 bytes read; 47
+// slow pairs, 30 of them interpolated, take 210 vector operations to absorb, the 64 tokens 100 to
+// score and 130 to exponentiate.
 
 inline constexpr int64_t kSelectChunkPages = 64;
 
@@ -25,9 +26,10 @@ struct SelectPlan {
     return (int64_t{p.cache_seqlens[b]} + kPageTokens - 1) / kPageTokens;
   }
   int64_t max_pages() const { return p.table_stride; }
+  int64_t angle_pages() const { return round_up(max_pages(), kRunPages); }
   int num_pairs() const { return slow.count; }
   const float* page_angles(int64_t b, int64_t page) const {
-    return angles + (b * max_pages() + page) * 2 * num_pairs();
+    return angles + (b * angle_pages() + page) * 2 * num_pairs();
   }
   LeadQuery lead_query(int64_t sequence_head) const {
     const int64_t size = rows * lanes;
@@ -45,7 +47,7 @@ inline int64_t carve_select(SelectPlan& plan, uint8_t* base) {
   const int64_t heads = int64_t{p.batch} * p.layout.num_heads,
                 size = heads * plan.rows * plan.lanes;
   int64_t bytes = 0;
-  carve(plan.angles, base, bytes, p.batch * plan.max_pages() * 2 * plan.num_pairs());
+  carve(plan.angles, base, bytes, p.batch * plan.angle_pages() * 2 * plan.num_pairs());
   carve(plan.fixed, base, bytes, size);
   carve(plan.turn, base, bytes, size * 2 * plan.num_pairs());
   carve(plan.steps, base, bytes, heads * plan.rows * LeadBands::kMost);
@@ -59,7 +61,13 @@ inline int64_t carve_select(SelectPlan& plan, uint8_t* base) {
 inline SelectPlan make_select_plan(const SelectParams& p) {
   SelectPlan plan{.p = p, .rows = p.num_qo_heads / p.layout.num_heads * p.q_len, .slow = {}};
   for (int i = 0; i < p.rope.half; ++i) {
-    if (p.rope.inv_freq[i] <= kSelectFastest) plan.slow.pair[plan.slow.count++] = i;
+    const float frequency = p.rope.inv_freq[i];
+    if (frequency > kSmoothFrequency && frequency <= kSelectFastest)
+      plan.slow.pair[plan.slow.count++] = i;
+  }
+  plan.slow.quick = plan.slow.count;
+  for (int i = 0; i < p.rope.half; ++i) {
+    if (p.rope.inv_freq[i] <= kSmoothFrequency) plan.slow.pair[plan.slow.count++] = i;
   }
   for (int h = 0; h < p.layout.num_heads; ++h)
     plan.lanes = std::max(plan.lanes, lead_bands(p.layout.heads[h], p.channels).lanes());
@@ -70,7 +78,7 @@ inline SelectPlan make_select_plan(const SelectParams& p) {
 inline void prepare_angles(const SelectPlan& plan, int64_t b, int64_t chunk) {
   const SelectParams& p = plan.p;
   const int64_t first = chunk * kSelectChunkPages;
-  const int64_t last = std::min(first + kSelectChunkPages, plan.pages(b));
+  const int64_t last = std::min(first + kSelectChunkPages, round_up(plan.pages(b), kRunPages));
   const int count = plan.num_pairs();
   if (first >= last || count == 0) return;
   float frequencies[kMaxHeadDim / 2];
@@ -81,7 +89,7 @@ inline void prepare_angles(const SelectPlan& plan, int64_t b, int64_t chunk) {
   const int64_t position = p.first_position ? p.first_position[b] : 0;
   start_rotation(slow, position + first * kPageTokens + kPageTokens / 2, rotation);
   for (int64_t page = first; page < last; ++page) {
-    float* angles = plan.angles + (b * plan.max_pages() + page) * 2 * count;
+    float* angles = plan.angles + (b * plan.angle_pages() + page) * 2 * count;
     for (int i = 0; i < 2 * count; ++i) angles[i] = static_cast<float>(rotation[i]);
     advance_rotation(rotation, turn, count);
   }
@@ -142,22 +150,40 @@ struct SelectHead {
   LeadBands lead;
 };
 
-// Calls fn(row, count, part, s) with the scores of the page's tokens for rows row .. row + kRows - 1.
+// Calls fn(page, row, part, s) with the scores s of the tokens of pages first .. last - 1, which lie
+// in one run, for rows row .. row + kRows - 1.
 template <typename Fn>
-inline void for_each_score(const SelectPlan& plan, const SelectHead& head, int64_t page,
-                           const Fn& fn) {
-  const uint8_t* lines = plan.lines(head.b, head.h, page);
+inline void for_each_score(const SelectPlan& plan, const SelectHead& head, int64_t first,
+                           int64_t last, const Fn& fn) {
   const LeadQuery query = plan.lead_query(head.sequence_head);
-  const int pairs = plan.num_pairs();
-  for (int64_t row = 0; row < plan.rows; row += kMaxRows) {
+  const int pairs = plan.num_pairs(), lanes = head.lead.lanes(), quick = plan.slow.quick;
+  const int64_t run = first / kRunPages * kRunPages;
+  const bool smooth = last - first > kNodes && quick < pairs;
+  for (int row = 0; row < plan.rows; row += kMaxRows) {
     with_count<kMaxRows>(static_cast<int>(plan.rows - row), [&]<int kRows>() {
-      LeadWeights weights;
-      absorb_page<kRows>(head.lead, query, static_cast<int>(row), pairs,
-                         plan.page_angles(head.b, page), weights);
-      for (int part = 0; part < kParts; ++part) {
-        F32 s[kRows][kGroups];
-        lead_scores<kRows>(lines, head.lead, weights, query.step + row * LeadBands::kMost, part, s);
-        fn.template operator()<kRows>(row, part, s);
+      const float* step = query.step + row * LeadBands::kMost;
+      RawWeights<kRows> nodes[kNodes], raw;
+      for (int k = 0; k < kNodes && smooth; ++k) {
+        start_weights(query, lanes, row, nodes[k]);
+        absorb_pairs(query, lanes, row, pairs, quick, pairs,
+                     plan.page_angles(head.b, run + k * kNodeStep), nodes[k]);
+      }
+      for (int64_t page = first; page < last; ++page) {
+        if (smooth) {
+          interpolate(nodes, lanes, static_cast<int>(page - run), raw);
+        } else {
+          start_weights(query, lanes, row, raw);
+        }
+        absorb_pairs(query, lanes, row, pairs, 0, smooth ? quick : pairs,
+                     plan.page_angles(head.b, page), raw);
+        LeadWeights weights;
+        round_weights(head.lead, raw, weights);
+        const uint8_t* lines = plan.lines(head.b, head.h, page);
+        for (int part = 0; part < kParts; ++part) {
+          F32 s[kRows][kGroups];
+          lead_scores<kRows>(lines, head.lead, weights, step, part, s);
+          fn.template operator()<kRows>(page, row, part, s);
+        }
       }
     });
   }
@@ -178,22 +204,22 @@ inline void prepare_norms(const SelectPlan& plan, const SelectHead& head) {
   for (int64_t page = stride / 2; page < pages; page += stride) {
     const uint64_t mask = select_mask(plan, head.b, page);
     if (mask == 0) continue;
-    for_each_score(
-        plan, head, page, [&]<int kRows>(int64_t row, int part, const F32(&s)[kRows][kGroups]) {
-          for (int r = 0; r < kRows; ++r) {
-            F32 most = splat(kNoScore), sum{};
-            for (int g = 0; g < kGroups; ++g)
-              most = max(most, select_lanes(mask_lanes(mask, g, part), s[r][g], splat(kNoScore)));
-            const float top = std::max(reduce_max(most), largest[row + r]);
-            if (top == kNoScore) continue;
-            for (int g = 0; g < kGroups; ++g)
-              sum += select_lanes(mask_lanes(mask, g, part), exp2(s[r][g] - top), F32{});
-            const float before =
-                largest[row + r] == kNoScore ? 0.0f : std::exp2(largest[row + r] - top);
-            sums[row + r] = sums[row + r] * before + reduce_add(sum);
-            largest[row + r] = top;
-          }
-        });
+    const auto add = [&]<int kRows>(int64_t, int64_t row, int part, const F32(&s)[kRows][kGroups]) {
+      for (int r = 0; r < kRows; ++r) {
+        F32 most = splat(kNoScore), sum{};
+        for (int g = 0; g < kGroups; ++g)
+          most = max(most, select_lanes(mask_lanes(mask, g, part), s[r][g], splat(kNoScore)));
+        const float top = std::max(reduce_max(most), largest[row + r]);
+        if (top == kNoScore) continue;
+        for (int g = 0; g < kGroups; ++g)
+          sum += select_lanes(mask_lanes(mask, g, part), exp2(s[r][g] - top), F32{});
+        const float before =
+            largest[row + r] == kNoScore ? 0.0f : std::exp2(largest[row + r] - top);
+        sums[row + r] = sums[row + r] * before + reduce_add(sum);
+        largest[row + r] = top;
+      }
+    };
+    for_each_score(plan, head, page, page + 1, add);
   }
   for (int64_t r = 0; r < plan.rows; ++r)
     largest[r] = largest[r] == kNoScore ? 0.0f : largest[r] + std::log2(sums[r]);
@@ -212,30 +238,31 @@ inline F32 rough_exp2(F32 v) {
 inline void weigh_pages(const SelectPlan& plan, const SelectHead& head, int64_t first,
                         int64_t last) {
   constexpr float kMost = 100.0f;  // so that a sum of weights stays finite
+  constexpr int64_t kAhead = 4;    // pages that are asked for
   const float* norms = plan.norms + head.sequence_head * plan.rows;
-  float* all = plan.weights + head.sequence_head * plan.max_pages() * kPageTokens;
-  for (int64_t page = first; page < last; ++page) {
-    const uint64_t mask = select_mask(plan, head.b, page);
-    float* weights = all + page * kPageTokens;
-    if (page + 1 < last) {
-      for (int i = 0; i < head.lead.bands; ++i) {
-        const LeadBand& band = head.lead.band[i];
-        const uint8_t* next = plan.lines(head.b, head.h, page + 1) + band.offset;
-        Prefetcher{next, next + band.bytes}.fetch(kMaxHeadDim);
+  float* weights = plan.weights + head.sequence_head * plan.max_pages() * kPageTokens;
+  const int64_t pages = plan.pages(head.b);
+  for (int64_t run = first; run < last; run += kRunPages) {
+    const auto add = [&]<int kRows>(int64_t page, int64_t row, int part,
+                                    const F32(&s)[kRows][kGroups]) {
+      if (row == 0 && part == 0 && page + kAhead < pages) {
+        const uint8_t* next = plan.lines(head.b, head.h, page + kAhead);
+        for (int i = 0; i < head.lead.bands; ++i) {
+          const LeadBand& band = head.lead.band[i];
+          Prefetcher{next + band.offset, next + band.offset + band.bytes}.fetch(kMaxHeadDim);
+        }
       }
-    }
-    for_each_score(plan, head, page,
-                   [&]<int kRows>(int64_t row, int part, const F32(&s)[kRows][kGroups]) {
-                     for (int g = 0; g < kGroups; ++g) {
-                       float* at = weights + g * kLanes + part * kVecLanes;
-                       F32 sum = row ? load<F32>(at) : F32{};
-                       for (int r = 0; r < kRows; ++r)
-                         sum += rough_exp2(min(s[r][g] - norms[row + r], splat(kMost)));
-                       store(at, row + kRows < plan.rows
-                                     ? sum
-                                     : select_lanes(mask_lanes(mask, g, part), sum, splat(-1)));
-                     }
-                   });
+      const uint64_t mask = select_mask(plan, head.b, page);
+      for (int g = 0; g < kGroups; ++g) {
+        float* at = weights + page * kPageTokens + g * kLanes + part * kVecLanes;
+        F32 sum = row ? load<F32>(at) : F32{};
+        for (int r = 0; r < kRows; ++r)
+          sum += rough_exp2(min(s[r][g] - norms[row + r], splat(kMost)));
+        const bool done = row + kRows == plan.rows && mask != ~uint64_t{0};
+        store(at, done ? select_lanes(mask_lanes(mask, g, part), sum, splat(-1)) : sum);
+      }
+    };
+    for_each_score(plan, head, run, std::min(run + kRunPages, last), add);
   }
 }
 

@@ -179,6 +179,25 @@ inline float reduce_add(F32 v) {
 
 #endif
 
+// Rows of v become columns: every pass deals the first half of the vectors and the second like two
+// hands of cards.
+inline void transpose(F32 (&v)[kVecLanes]) {
+  constexpr int kHalf = kVecLanes / 2;
+  I32 low, high;
+  for (int i = 0; i < kVecLanes; ++i) {
+    low[i] = i / 2 + i % 2 * kVecLanes;
+    high[i] = low[i] + kHalf;
+  }
+  for (int pass = 1; pass < kVecLanes; pass *= 2) {
+    F32 dealt[kVecLanes];
+    for (int i = 0; i < kHalf; ++i) {
+      dealt[2 * i] = __builtin_shuffle(v[i], v[i + kHalf], low);
+      dealt[2 * i + 1] = __builtin_shuffle(v[i], v[i + kHalf], high);
+    }
+    for (int i = 0; i < kVecLanes; ++i) v[i] = dealt[i];
+  }
+}
+
 // 2^v for v <= 0 or small; relative error below 3e-7; below 2^-126 the result stays 2^-126.
 inline F32 exp2(F32 v) {
   v = max(v, splat(-126.0f));

@@ -27,6 +27,8 @@ void unpack_keys(const UnpackParams& params, const Rope& rope, int64_t position,
                  const GpuContext& context);
 void unpack_values(const UnpackParams& params, DataType dtype, float* values,
                    const GpuContext& context);
+void select(const SelectParams& params, const GpuContext& context);
+void gather(const GatherParams& params, const GpuContext& context);
 void attend(const AttendParams& params, const GpuContext& context);
 void merge(const MergeParams& params, const GpuContext& context);
 

@@ -267,6 +267,14 @@ void Block::access(const void* data, size_t bytes, size_t alignment, Access acce
                 {site, address, static_cast<int>(bytes), lane(), shared, access == Access::kWrite});
 }
 
+void Block::add_shared(const void* count, size_t bytes, Site site) {
+  if (!in_shared(count)) fail("adds to what is not shared memory", site);
+  check_shared_range(count, bytes, bytes, site);
+  if (!launch_.options.check_shared) return;
+  const std::string wrong = shadow_.add(offset(count), bytes, agent(current_));
+  if (!wrong.empty()) fail(wrong, site);
+}
+
 void Block::read_row(const void* row, size_t bytes, int lane, Site site) {
   const int thread = warp_first() + lane;
   if (!in_shared(row)) fail_at(thread, "reads a matrix row that is not in shared memory", site);

@@ -60,6 +60,8 @@ class Block {
   void meet(const WarpOperation& operation, void* operand, Site site);
   // Checks and counts an access to global or shared memory.
   void access(const void* data, size_t bytes, size_t alignment, Access access, Site site);
+  // An addition to a count in shared memory that no other thread's comes between.
+  void add_shared(const void* count, size_t bytes, Site site);
   // A row of a matrix that the whole warp loads.
   void read_row(const void* row, size_t bytes, int lane, Site site);
   void copy_async(void* shared, const void* global, int bytes, Site site);

@@ -32,6 +32,8 @@ std::string SharedShadow::read(size_t offset, size_t bytes, const Agent& agent) 
     Byte& byte = bytes_[i];
     if (byte.copied_by >= 0) return in_flight(i, byte.copied_by);
     if (byte.write_thread < 0) return join("reads byte ", i, " of shared memory, unwritten");
+    if (byte.add_epoch == agent.epoch)
+      return race("reads what was added to by", i, byte.write_thread, agent);
     if (!ordered(agent, byte.write_thread, byte.write_epoch, byte.write_stamp))
       return race("reads what was written by", i, byte.write_thread, agent);
     if (byte.read_epoch != agent.epoch) {
@@ -67,6 +69,8 @@ std::string SharedShadow::write(size_t offset, size_t bytes, const Agent& agent)
   for (size_t i = offset; i < offset + bytes; ++i) {
     Byte& byte = bytes_[i];
     if (byte.copied_by >= 0) return in_flight(i, byte.copied_by);
+    if (byte.add_epoch == agent.epoch)
+      return race("writes what was added to by", i, byte.write_thread, agent);
     if (byte.write_thread >= 0 &&
         !ordered(agent, byte.write_thread, byte.write_epoch, byte.write_stamp))
       return race("writes what was written by", i, byte.write_thread, agent);
@@ -81,6 +85,17 @@ std::string SharedShadow::write(size_t offset, size_t bytes, const Agent& agent)
       }
     }
     note_write(byte, agent);
+  }
+  return {};
+}
+
+std::string SharedShadow::add(size_t offset, size_t bytes, const Agent& agent) {
+  for (size_t i = offset; i < offset + bytes; ++i) {
+    if (bytes_[i].add_epoch == agent.epoch) continue;
+    std::string wrong = read(i, 1, agent);
+    if (wrong.empty()) wrong = write(i, 1, agent);
+    if (!wrong.empty()) return wrong;
+    bytes_[i].add_epoch = agent.epoch;
   }
   return {};
 }

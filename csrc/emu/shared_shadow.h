@@ -33,6 +33,8 @@ class SharedShadow {
   // Each returns what is wrong, or an empty string.
   std::string read(size_t offset, size_t bytes, const Agent& agent);
   std::string write(size_t offset, size_t bytes, const Agent& agent);
+  // An atomic addition: ordered with others of the same epoch, and with nothing else in it.
+  std::string add(size_t offset, size_t bytes, const Agent& agent);
   std::string begin_copy(size_t offset, size_t bytes, const Agent& agent);
 
   // The bytes of a copy have arrived: a write by the thread that waited.
@@ -46,6 +48,7 @@ class SharedShadow {
     uint32_t read_warps = 0;  // in read_epoch
     uint32_t read_lanes = 0;  // of read_warp, since read_stamp
     int32_t read_warp = -1;
+    uint32_t add_epoch = 0;  // of the latest addition
     int32_t copied_by = -1;  // a copy in flight
   };
 

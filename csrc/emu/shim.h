@@ -60,6 +60,12 @@ Plan& shared_memory(Site site = Site::current()) {
   return *reinterpret_cast<Plan*>(block.shared());
 }
 
+// Threads may add to the same count between two barriers, and nobody reads it there.
+inline void add_shared(int* count, int by, Site site = Site::current()) {
+  Block::current().add_shared(count, sizeof(int), site);
+  *count += by;
+}
+
 inline void copy_async(void* shared, const void* global, int bytes = 16,
                        Site site = Site::current()) {
   Block::current().copy_async(shared, global, bytes, site);
@@ -211,6 +217,14 @@ inline uint32_t half2_max(uint32_t a, uint32_t b) {
   };
   return part(0) | part(16);
 }
+
+inline int dot4(uint32_t codes, uint32_t weights, int sum) {
+  for (int i = 0; i < 4; ++i) {
+    sum += static_cast<int>(codes >> (8 * i) & 0xff) * static_cast<int8_t>(weights >> (8 * i));
+  }
+  return sum;
+}
+inline void sine_cosine_fast(float x, float& sine, float& cosine) { sine_cosine(x, sine, cosine); }
 
 // Bytes of {high, low} picked by the nibbles of `selector` (prmt).
 inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {

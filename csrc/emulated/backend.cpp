@@ -6,8 +6,10 @@
 #include "csrc/gpu/attend.h"
 #include "csrc/gpu/basis.h"
 #include "csrc/gpu/check.h"
+#include "csrc/gpu/gather.h"
 #include "csrc/gpu/pack.h"
 #include "csrc/gpu/quantizer.h"
+#include "csrc/gpu/select.h"
 
 namespace svdq::emulated {
 namespace {
@@ -48,6 +50,16 @@ void pack_values(const PackValuesParams& params, const Executor& executor) {
   gpu::pack_values(params, queue);
 }
 
+void select(const SelectParams& params, const Executor& executor) {
+  Queue queue = make_queue(executor);
+  gpu::select(params, queue);
+}
+
+void gather(const GatherParams& params, const Executor& executor) {
+  Queue queue = make_queue(executor);
+  gpu::gather(params, queue);
+}
+
 void attend(const AttendParams& params, const Executor& executor) {
   Queue queue = make_queue(executor);
   gpu::attend(params, queue);
@@ -62,7 +74,7 @@ void merge(const MergeParams& params, const Executor& executor) {
 
 extern const Backend kBackend;
 const Backend kBackend = {"emulated", [] { return true; }, all_within, covariance, fit_quantizer,
-                          pack_keys,  pack_values,         nullptr,    nullptr,    attend,
+                          pack_keys,  pack_values,         select,     gather,     attend,
                           merge};
 
 }  // namespace svdq::emulated

@@ -88,8 +88,10 @@ inline bool decodes(const AttendParams& p, int page_tiles) {
   return page_tiles == 1 && p.layout.value.packed() && fits_warp(p.layout);
 }
 
-// Tiles of a block that asks for `tiles`: what attend_decode cannot serve, two tiles can.
+// Tiles of a block that asks for `tiles`: what attend_decode cannot serve, two tiles can. Gathered
+// pages are few and decoded from by few rows, so more tiles are not compiled for them.
 inline int page_tiles_for(const AttendParams& p, int tiles) {
+  if (p.token_slots) tiles = 1;
   return tiles == 1 && p.layout.value.packed() && !fits_warp(p.layout) ? 2 : tiles;
 }
 
@@ -104,13 +106,16 @@ struct Scorers {
 template <int kDim>
 using AbsorbedScorers = Scorers<device::AbsorbedDecode<kDim>, device::AbsorbedScores<kDim>,
                                 device::AbsorbedTiles<kDim>>;
-template <int kDim>  // see fits_warp
+// kOwnSlots: for gathered pages. Tail channels alone do not ask where a token came from.
+template <int kDim, bool kOwnSlots>  // see fits_warp
 using ReconstructedScorers =
-    Scorers<std::conditional_t<kDim <= 256, device::ReconstructedDecode<kDim>, void>,
-            device::ReconstructedScores<kDim>, device::ReconstructedTiles<kDim>>;
-template <int kDim>
-using HybridScorers = Scorers<std::conditional_t<kDim <= 256, device::HybridDecode<kDim>, void>,
-                              device::HybridScores<kDim>, device::HybridTiles<kDim>>;
+    Scorers<std::conditional_t<kDim <= 256, device::ReconstructedDecode<kDim, 4, kOwnSlots>, void>,
+            device::ReconstructedScores<kDim, kOwnSlots>,
+            device::ReconstructedTiles<kDim, kDim == 128 ? 4 : 2, kOwnSlots>>;
+template <int kDim, bool kOwnSlots>
+using HybridScorers =
+    Scorers<std::conditional_t<kDim <= 256, device::HybridDecode<kDim, kOwnSlots>, void>,
+            device::HybridScores<kDim, kOwnSlots>, device::HybridTiles<kDim, kOwnSlots>>;
 
 // Shared memory of a block of the kernel over pages, but for its stages, and what each page in
 // flight takes there.
@@ -231,7 +236,13 @@ void attend_page_tiles(const AttendParams& p, const device::AttendWork& work,
     queue.launch("attend_page_tiles", device::attend_page_tiles_launch<Use>(p, work),
                  device::attend_page_tiles_kernel<Use, Values>, p, work, heads);
   };
-  if (p.layout.value.bits == 4) {
+  if constexpr (Scores::kGathered) {  // see page_tiles_for
+    if constexpr (kDim > 256) {
+      p.layout.value.bits == 4
+          ? run.template operator()<Scores, device::PackedTileValues<kDim, 4>>()
+          : run.template operator()<Scores, device::PackedTileValues<kDim, 2>>();
+    }
+  } else if (p.layout.value.bits == 4) {
     run.template operator()<Scores, device::PackedTileValues<kDim, 4>>();
   } else if (p.layout.value.bits == 2) {
     run.template operator()<Scores, device::PackedTileValues<kDim, 2>>();
@@ -280,9 +291,15 @@ void attend_exact(const AttendParams& p, const device::AttendWork& work, Queue& 
 // Prepares what multiplies the codes of core channels.
 template <int kDim, typename Queue>
 void prepare_core(const AttendParams& p, device::AttendWork& work, Queue& queue) {
-  const auto turns = rotations(p.rope, 0, p.first_position, p.batch, work.max_pages, queue);
-  work.offset_rotation = turns.slots;
-  work.page_rotation = turns.pages;
+  if (p.token_slots && p.rope.half > 0) {
+    work.pair_turns = queue.template allocate<uint64_t>(p.rope.half);
+    queue.launch("pair_turns", device::pair_turns_launch(p.rope), device::pair_turns_kernel, p.rope,
+                 work.pair_turns);
+  } else {
+    const auto turns = rotations(p.rope, 0, p.first_position, p.batch, work.max_pages, queue);
+    work.offset_rotation = turns.slots;
+    work.page_rotation = turns.pages;
+  }
   queue.launch("columns", device::columns_launch<kDim>(p, work), device::columns_kernel<kDim>, p,
                work, head_table(p.layout));
 }
@@ -316,12 +333,21 @@ void attend_keys(const AttendParams& p, const AttendCut* cut, Queue& queue) {
 
 template <int kDim, typename Queue>
 void attend_class(const AttendParams& p, const AttendCut* cut, Queue& queue) {
-  if (p.layout.rope == RopeMode::kPre) {
-    attend_keys<kDim, ReconstructedScorers<kDim>>(p, cut, queue);
-  } else if (p.layout.rope == RopeMode::kPost) {
+  SVDQ_CHECK(!p.token_slots || p.sink_tokens == 0,
+             "attend over gathered pages takes no sink_tokens, got ", p.sink_tokens);
+  const auto attend = [&]<bool kOwnSlots>() {
+    if (p.layout.rope == RopeMode::kPre) {
+      attend_keys<kDim, ReconstructedScorers<kDim, kOwnSlots>>(p, cut, queue);
+    } else {
+      attend_keys<kDim, HybridScorers<kDim, kOwnSlots>>(p, cut, queue);
+    }
+  };
+  if (p.layout.rope == RopeMode::kPost) {
     attend_keys<kDim, AbsorbedScorers<kDim>>(p, cut, queue);
+  } else if (p.token_slots) {
+    attend.template operator()<true>();
   } else {
-    attend_keys<kDim, HybridScorers<kDim>>(p, cut, queue);
+    attend.template operator()<false>();
   }
 }
 

@@ -52,35 +52,9 @@ AttendProblem::AttendProblem(const AttendCase& c, uint64_t stream)
     }
   }
   make_basis(random);
+  if (c_.gathered) make_token_slots(random);
   make_pages(random);
   if (c_.outliers) make_outliers(random);
-}
-
-// Lists differ in length, and name sinks and slots past the end too. Keys behind a list are NaN.
-void AttendProblem::make_outliers(Random& random) {
-  outlier_room_ = c_.outliers + 2;
-  const int64_t rows = int64_t{batch()} * num_heads() * outlier_room_;
-  outlier_slots_.assign(rows, std::numeric_limits<int32_t>::max());
-  outlier_keys_.assign(rows * c_.head_dim * size_of(c_.exact_dtype), 0xff);
-  for (int64_t list = 0; list < int64_t{batch()} * num_heads(); ++list) {
-    const int reach = cache_seqlens_[list / num_heads()] + 5;
-    std::vector<int32_t> slots(reach);
-    std::iota(slots.begin(), slots.end(), 0);
-    for (int i = 0; i < reach; ++i) std::swap(slots[i], slots[random.integer(i, reach - 1)]);
-    slots.resize(std::min<int64_t>(reach, c_.outliers - list % 2));
-    std::sort(slots.begin(), slots.end());
-    std::copy(slots.begin(), slots.end(), outlier_slots_.begin() + list * outlier_room_);
-    uint8_t* key = &outlier_keys_[list * outlier_room_ * c_.head_dim * size_of(c_.exact_dtype)];
-    for (size_t i = 0; i < slots.size() * c_.head_dim; ++i, key += size_of(c_.exact_dtype))
-      write_number(key, c_.exact_dtype, random.normal());
-  }
-}
-
-int64_t AttendProblem::outlier_at(int b, int h, int slot) const {
-  const int64_t list = (int64_t{b} * num_heads() + h) * outlier_room_;
-  for (int64_t i = list; i < list + outlier_room_; ++i)
-    if (outlier_slots_[i] == slot) return i * c_.head_dim;
-  return -1;
 }
 
 void AttendProblem::make_basis(Random& random) {
@@ -104,52 +78,6 @@ void AttendProblem::make_basis(Random& random) {
           const double factor = c_.exact_weights ? 1.0 : 0.5 + 0.1 * random.integer(0, 10);
           scale_[b * layout_.rank() + channel.row] =
               static_cast<float>(4 * factor / (1 << channel.width));
-        }
-      }
-    }
-  }
-}
-
-void AttendProblem::make_pages(Random& random) {
-  // Pages lie scattered in a pool; entries after a sequence's last page point nowhere.
-  table_stride_ = *std::max_element(cache_seqlens_.begin(), cache_seqlens_.end()) / kPageTokens + 3;
-  table_.assign(batch() * table_stride_, std::numeric_limits<int32_t>::max());
-  int32_t pages = 0;
-  for (int b = 0; b < batch(); ++b) {
-    for (int64_t n = 0; n * kPageTokens < cache_seqlens_[b]; ++n)
-      table_[b * table_stride_ + n] = pages++;
-  }
-  for (int32_t& page : table_) {
-    if (page < pages) page = 2 * (pages - 1 - page) + 1;
-  }
-  // Any byte is a code. Scales, zero points and exact values must be numbers where they are read
-  // and may be anything, NaN included, elsewhere: in slots that hold no token, and in those of the
-  // sinks.
-  k_pages_.resize((2 * pages + 1) * layout_.k_page_bytes());
-  v_pages_.resize((2 * pages + 1) * layout_.v_page_bytes(), 0xff);
-  random.fill(k_pages_);
-  const ValueLayout& value = layout_.value();
-  for (int b = 0; b < batch(); ++b) {
-    for (int slot = c_.sink_tokens; slot < cache_seqlens_[b]; ++slot) {
-      for (int h = 0; h < num_heads(); ++h) {
-        uint8_t* page =
-            &v_pages_[table_[b * table_stride_ + slot / kPageTokens] * layout_.v_page_bytes() +
-                      h * value.page_bytes()];
-        const int at = slot % kPageTokens;
-        for (int g = 0; g < value.groups(); ++g) {
-          write_number(page + value.scale_offset() + (g * kPageTokens + at) * 2, DataType::kFloat16,
-                       random.integer(0, 20) * 0.02);
-          write_number(page + value.zero_offset() + (g * kPageTokens + at) * 2, DataType::kFloat16,
-                       random.normal());
-        }
-        for (int d = 0; d < c_.head_dim; ++d) {
-          if (value.packed()) {
-            put_code(page + value.code_offset(), value_code_place(value.bits, d, at), value.bits,
-                     random.integer(0, (1 << value.bits) - 1));
-          } else {
-            write_number(page + (at * c_.head_dim + d) * value.bits / 8, c_.exact_dtype,
-                         random.normal());
-          }
         }
       }
     }
@@ -193,6 +121,7 @@ void AttendProblem::run(const Backend& backend, const Executor& executor) {
     p.outlier_dtype = c_.exact_dtype;
     p.outliers = outlier_room_;
   }
+  p.token_slots = c_.gathered ? token_slots_.data() : nullptr;
   p.sink_tokens = c_.sink_tokens;
   p.sm_scale = sm_scale_;
   p.causal = c_.causal;
@@ -266,9 +195,9 @@ AttendProblem::Seen AttendProblem::packed(int b, int h, int slot, const Row& que
     Row part =
         reference::decode_key(channels, key_page(b, slot), at, basis, scale, mean, c_.head_dim);
     if (turn) {
-      reference::rotate(
-          part, rope_,
-          (first_positions_.empty() ? 0 : first_positions_[b]) + static_cast<double>(slot));
+      reference::rotate(part, rope_,
+                        (first_positions_.empty() ? 0 : first_positions_[b]) +
+                            static_cast<double>(slot_of(b, h, slot)));
     }
     double norm = 0;
     for (int d = 0; d < c_.head_dim; ++d) {
@@ -343,7 +272,8 @@ Attended AttendProblem::expected(int b, int query_head, int i) const {
     query[d] = read_number(&query_[(query_at(b, query_head, i) + d) * size_of(c_.dtype)], c_.dtype);
   }
   std::vector<Seen> seen;
-  for (int s = c_.sink_tokens; s < cache_seqlens_[b]; ++s) seen.push_back(packed(b, h, s, query));
+  for (int s = c_.sink_tokens; s < cache_seqlens_[b]; ++s)
+    if (slot_of(b, h, s) >= 0) seen.push_back(packed(b, h, s, query));
   const int visible = c_.causal ? exact_lens_[b] - (c_.q_len - 1 - i) : exact_lens_[b];
   for (int e = 0; e < visible; ++e) seen.push_back(exact(b, h, e, query));
 

@@ -29,6 +29,8 @@ struct AttendCase {
   int sink_tokens = 0;
   bool causal = true;
   int outliers = 0;  // keys of each head and sequence that are held exact too
+  // Pages are gathered: each head's tokens come from slots of their own, or from none.
+  bool gathered = false;
   // Weights that int8 holds exactly, so that scores are exact up to float rounding.
   bool exact_weights = false;
 };
@@ -98,8 +100,12 @@ class AttendProblem {
   }
   void make_pages(Random& random);
   void make_outliers(Random& random);
+  void make_token_slots(Random& random);
+  // Slot of token `token` of the pages, which says its position; -1 if it has none.
+  int64_t slot_of(int b, int h, int token) const;
   // Place of a slot's exact key in outlier_keys_, -1 if it has none.
   int64_t outlier_at(int b, int h, int slot) const;
+  void write_zeros(uint8_t* page, int at) const;
   void make_basis(Random& random);
   Seen packed(int b, int h, int slot, const reference::Row& query) const;
   Seen exact(int b, int h, int e, const reference::Row& query) const;
@@ -125,7 +131,8 @@ class AttendProblem {
   std::vector<std::vector<reference::Channel>> core_, tail_;  // channels per head
   std::vector<uint8_t> query_, exact_keys_, exact_values_, outlier_keys_, k_pages_, v_pages_, out_;
   int outlier_room_ = 0;
-  std::vector<int32_t> outlier_slots_, table_, cache_seqlens_, exact_lens_, first_positions_;
+  std::vector<int32_t> outlier_slots_, token_slots_, table_, cache_seqlens_, exact_lens_,
+      first_positions_;
   int64_t table_stride_ = 0, exact_batch_stride_ = 0, exact_head_stride_ = 0;
   std::vector<uint16_t> basis_;
   std::vector<float> scale_, mean_, tail_mean_, lse_;

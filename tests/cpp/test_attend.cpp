@@ -211,6 +211,23 @@ TEST_P(Attend, OutliersHaveTheScoresOfTheirKeys) {
   check_all("long", c, stream += 10);
 }
 
+// Each token of gathered pages has a position of its own, or does not count.
+TEST_P(Attend, GatheredPages) {
+  uint64_t stream = 9800;
+  for (int v_bits : {2, 4, 16}) {
+    for (int outliers : {0, 9}) {
+      AttendCase c;
+      c.gathered = true;
+      c.v_bits = v_bits;
+      c.exact_dtype = v_bits == 16 ? DataType::kBFloat16 : DataType::kFloat32;
+      c.outliers = outliers;
+      c.group = 4;
+      c.first_positions = {7, 200000};
+      check_all("gathered", c, stream += 10);
+    }
+  }
+}
+
 TEST_P(Attend, EverySeed) {
   for (uint64_t stream = 10000; stream < 10005; ++stream)
     check_all("seed", AttendCase(), stream * 4);

@@ -49,6 +49,8 @@ AttendAnswer attend_on_device(const AttendParams& host, const gpu::AttendCut* cu
   const auto mean = upload(host.mean, heads * dim),
              inv_freq = upload(host.rope.inv_freq, host.rope.half);
   const auto first = upload(host.first_position, host.first_position ? host.batch : 0);
+  const auto token_slots =
+      upload(host.token_slots, host.token_slots ? heads * host.table_stride * kPageTokens : 0);
   const auto exact_keys = upload(static_cast<const uint8_t*>(host.exact_keys),
                                  host.batch * host.exact_batch_stride, exact_size);
   const auto exact_values = upload(static_cast<const uint8_t*>(host.exact_values),
@@ -75,6 +77,7 @@ AttendAnswer attend_on_device(const AttendParams& host, const gpu::AttendCut* cu
   p.first_position = host.first_position ? as(host.first_position, first) : nullptr;
   p.outlier_slots = host.outliers ? as(host.outlier_slots, outlier_slots) : nullptr;
   p.outlier_keys = host.outliers ? outlier_keys.data() : nullptr;
+  p.token_slots = host.token_slots ? as(host.token_slots, token_slots) : nullptr;
   p.exact_keys = exact_keys.data();
   p.exact_values = exact_values.data();
   p.exact_lens = as(host.exact_lens, exact_lens);

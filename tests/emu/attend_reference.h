@@ -37,7 +37,7 @@ class AttendReference {
     for (int d = 0; d < dim; ++d) query[d] = number(p_.query, p_.query_dtype, at * dim + d);
     std::vector<SeenKey> seen;
     for (int slot = p_.sink_tokens; slot < p_.cache_seqlens[b]; ++slot)
-      seen.push_back(packed(b, h, slot, query));
+      if (slot_of(b, h, slot) != device::kNoSlot) seen.push_back(packed(b, h, slot, query));
     const int64_t hidden = p_.causal ? p_.q_len - 1 - r % p_.q_len : 0;
     for (int64_t e = 0; e < p_.exact_lens[b] - hidden; ++e) seen.push_back(exact(b, h, e, query));
     return combine(seen);
@@ -46,6 +46,13 @@ class AttendReference {
  private:
   static double number(const void* data, DataType dtype, int64_t index) {
     return read_number(static_cast<const uint8_t*>(data) + index * size_of(dtype), dtype);
+  }
+
+  // Slot of token `token` of the pages, which says its position.
+  int slot_of(int b, int h, int token) const {
+    if (!p_.token_slots) return token;
+    const int64_t list = int64_t{b} * p_.layout.num_heads + h;
+    return p_.token_slots[list * p_.table_stride * kPageTokens + token];
   }
 
   SeenKey packed(int b, int h, int slot, const reference::Row& query) const {
@@ -145,12 +152,12 @@ class AttendReference {
           distance * largest * 0x1p-33 + magnitude * (dim * 2 * kFloatRounding + sum_rounding(dim));
     }
     const double position =
-        (p_.first_position ? p_.first_position[b] : 0) + static_cast<double>(slot);
+        (p_.first_position ? p_.first_position[b] : 0) + static_cast<double>(slot_of(b, h, slot));
     reference::rotate(key, p_.rope, position);
     for (int d = 0; d < dim; ++d) seen.score += query[d] * key[d];
     const auto add = [&](double q, double k, double error) {
       // Key and turned query are rounded to halves (2^-25 below their normal range), and products
-      // summed.
+      // summed. Cosine and sine are off by less than 2^-20 where tokens have slots of their own.
       seen.error += q * error +
                     q * k * (2 * 0x1p-11 + 32 * kFloatRounding + dim * 2 * kFloatRounding) +
                     0x1p-25 * (q + k);
@@ -233,7 +240,7 @@ class AttendReference {
 
   // Whether attend_decode serves the rows.
   static bool decodes(const AttendParams& p) {
-    return p.layout.value.packed() && device::query_rows(p) <= device::kRowTile;
+    return p.layout.value.packed() && (p.token_slots || device::query_rows(p) <= device::kRowTile);
   }
 
   const AttendParams& p_;

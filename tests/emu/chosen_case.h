@@ -86,6 +86,7 @@ class ChosenCase {
     }
     c.sink_tokens = number("sinks", 0);
     c.causal = number("causal", 1) != 0;
+    c.gathered = number("gathered", 0) != 0;
     return c;
   }
 
@@ -105,7 +106,8 @@ class ChosenCase {
   static std::string names() {
     return " head_dim kv_heads group q_len kv_len exact bands core v_bits v_group_size dtype "
            "exact_dtype"
-           " rope rotary_dim first_position sinks causal split_pages split_exact stages tiles slot"
+           " rope rotary_dim first_position sinks causal gathered split_pages split_exact stages "
+           "tiles slot"
            " tokens position seed ";
   }
 

@@ -2,7 +2,9 @@
 // has no way to wait for the device.
 #include "tests/emu/attend_test.h"
 
+#include "csrc/gpu/gather.h"
 #include "csrc/gpu/pack.h"
+#include "csrc/gpu/select.h"
 
 namespace svdq {
 namespace {
@@ -52,6 +54,26 @@ TEST_P(Capture, MergeAndPackNeverWait) {
   PackValuesParams values{};
   values.layout = layout.view();
   gpu::pack_values(values, blind);
+}
+
+TEST_P(Capture, SelectAndGatherNeverWait) {
+  Blind blind(queue());
+  GatherParams gather{};
+  gather.layout.num_heads = 0;
+  gpu::gather(gather, blind);
+  SelectParams select{};  // of an empty cache: nothing is selected
+  const Layout layout(testing::layout_ints(RopeMode::kPost, 64, {{{4, 8, 4, 8}}}));
+  const testing::DeviceArray<int32_t> length(std::vector<int32_t>{0}), slots(3);
+  select.layout = layout.view();
+  select.batch = 1;
+  select.num_qo_heads = 1;
+  select.q_len = 1;
+  select.cache_seqlens = length.data();
+  select.channels = 8;
+  select.budget = 3;
+  select.slots = slots.data();
+  gpu::select(select, blind);
+  EXPECT_EQ(slots.read(), std::vector<int32_t>(3, device::kNoSlot));
 }
 
 SVDQ_KERNEL_TESTS(Capture);

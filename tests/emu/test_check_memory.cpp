@@ -160,6 +160,32 @@ TEST_P(MemoryChecks, TwoWritersRace) {
       0);
 }
 
+// Additions come in any order, and nobody may look at a count before a barrier.
+TEST_P(MemoryChecks, AdditionsToSharedMemory) {
+  const auto kernel = +[](int reader, int writer) {
+    int* count = reinterpret_cast<int*>(shared_memory<Plan>().words);
+    if (thread_index() == 0) store(count, 0);
+    sync_threads();
+    if (second() && thread_index() == writer) {
+      store(count, 7);
+    } else {
+      add_shared(count, 2);
+    }
+    if (second() && thread_index() == reader) load(count);
+    sync_threads();
+    SVDQ_DEVICE_CHECK(load(count) == 128);
+  };
+  launch("right", shape_of(64), kernel, -1, -1);
+  expect_error("race on byte 0", shape_of(64), kernel, 40, -1);
+  expect_error("race on byte 0", shape_of(64), kernel, -1, 40);
+  expect_error(
+      "unwritten", shape_of(64),
+      +[](int) {
+        if (second()) add_shared(reinterpret_cast<int*>(shared_memory<Plan>().words), 1);
+      },
+      0);
+}
+
 TEST_P(MemoryChecks, RaceInsideAWarp) {
   const auto kernel = +[](bool sync, uint32_t half) {
     Plan& s = shared_memory<Plan>();

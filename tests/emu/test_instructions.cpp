@@ -260,6 +260,44 @@ SVDQ_KERNEL(128) numbers_kernel(const float* x, float* out, uint32_t* bits) {
         permute_bytes(0x33221100u + static_cast<uint32_t>(round_to_int(v)), 0x77665544u, 0x6241));
 }
 
+SVDQ_KERNEL(128)
+bytes_kernel(const uint32_t* codes, const uint32_t* weights, int* sums, const float* angles,
+             Floats2* turns) {
+  const int i = block_x() * 128 + thread_index();
+  store(&sums[i], dot4(load(&codes[i]), load(&weights[i]), i - 100));
+  Floats2 turn;
+  sine_cosine_fast(load(&angles[i]), turn.y, turn.x);
+  store(&turns[i], turn);
+}
+
+TEST_P(Instructions, DotProductsOfBytesAndFastSines) {
+  constexpr int kCount = 1024;
+  std::vector<uint32_t> a(kCount), b(kCount);
+  std::vector<float> x(kCount);
+  for (uint32_t i = 0; i < kCount; ++i) {
+    a[i] = i * 2654435761u;
+    b[i] = i * 2246822519u + 12345;
+    x[i] = static_cast<float>(3.14159 * (2.0 * i / kCount - 1));
+  }
+  const DeviceArray<uint32_t> codes(a), weights(b);
+  const DeviceArray<float> angles(x);
+  const DeviceArray<int> sums(kCount);
+  const DeviceArray<Floats2> turns(kCount);
+  launch("bytes", {kCount / 128, 1, 1, 128, 0}, bytes_kernel, codes.data(), weights.data(),
+         sums.data(), angles.data(), turns.data());
+  const auto got = sums.read();
+  const auto turned = turns.read();
+  for (int i = 0; i < kCount; ++i) {
+    int sum = i - 100;
+    for (int e = 0; e < 4; ++e)
+      sum += static_cast<int>(a[i] >> (8 * e) & 255) * static_cast<int8_t>(b[i] >> (8 * e));
+    ASSERT_EQ(got[i], sum);
+    // sin.approx and cos.approx: 2^-20.9 from -pi to pi (PTX ISA).
+    ASSERT_NEAR(turned[i].x, std::cos(double{x[i]}), 0x1p-20);
+    ASSERT_NEAR(turned[i].y, std::sin(double{x[i]}), 0x1p-20);
+  }
+}
+
 TEST_P(Instructions, Numbers) {
   constexpr int kCount = 1024;
   std::vector<float> x(kCount);

@@ -41,6 +41,10 @@ def _budget(value: int | float) -> str:
     return budget_text(value)
 
 
+def _points(value: float) -> str:
+    return f"{100 * value:+.1f}"
+
+
 def _times(value: float) -> str:
     return f"{value:.2f}x"
 
@@ -188,6 +192,8 @@ def _retrieval_columns(rows: Sequence[dict]) -> tuple[list[dict], list]:
         if kind == "task":  # in words, so that a heading can wrap
             columns.append((key, name.replace("_", " "), _percent))
     columns.append(("able", "all that the model can do", _percent))
+    columns.append(("able_difference", "points to the full cache", _points))
+    columns.append(("able_stderr", "standard error", lambda value: f"{100 * value:.1f}"))
     for key in keys:
         kind, _, name = key.partition(": ")
         if kind == "tokens":
@@ -247,15 +253,20 @@ def _terminal(
     return table
 
 
-def markdown_table(rows: Sequence[dict]) -> str:
-    """Rows as a Markdown table, no line twice, with the machine they were taken on below it."""
-    headings, body = cells(rows)
+def markdown_table(rows: Sequence[dict], by_layer: bool = False) -> str:
+    """Rows as a Markdown table, no line twice, with the machines they were taken on below it.
+
+    Parameters
+    ----------
+    by_layer : the table of :func:`layer_cells` instead of that of :func:`cells`.
+    """
+    headings, body = layer_cells(rows) if by_layer else cells(rows)
     rule = ["---"] + ["---:"] * (len(headings) - 1)
     lines = [f"| {' | '.join(row)} |" for row in (headings, rule, *body)]
     lines = list(dict.fromkeys(lines))
-    machine = rows[0].get("machine")
-    if machine:
-        lines += ["", machine_line(machine)]
+    machines = dict.fromkeys(machine_line(row["machine"]) for row in rows if row.get("machine"))
+    if machines:
+        lines += ["", *machines]
     return "\n".join(lines)
 
 
@@ -291,7 +302,7 @@ def fill_tables(text: str, results: dict[str, list[dict]]) -> str:
     ----------
     text : Markdown with blocks ``<!-- table: NAME ... -->``, old table, ``<!-- end -->``. A block
         of several names shows the rows of all of them, leaving out what would be written twice (the
-        full cache).
+        full cache). Blocks ``<!-- layers: NAME -->`` take errors of keys layer by layer.
     results : rows by name. Blocks that need others stay as they are.
 
     Raises
@@ -306,10 +317,12 @@ def fill_tables(text: str, results: dict[str, list[dict]]) -> str:
         if not set(names) <= set(results):
             return found[0]
         unused.difference_update(names)
-        table = markdown_table([row for name in names for row in results[name]])
+        rows = [row for name in names for row in results[name]]
+        table = markdown_table(rows, by_layer=found["kind"] == "layers")
         return f"{found['begin']}\n{table}\n{found['end']}"
 
-    pattern = r"(?P<begin><!-- table:(?P<names>[^>]*)-->)\n.*?(?P<end><!-- end -->)"
+    begin = r"(?P<begin><!-- (?P<kind>table|layers):(?P<names>[^>]*)-->)"
+    pattern = begin + r"\n.*?(?P<end><!-- end -->)"
     text = re.sub(pattern, fill, text, flags=re.DOTALL)
     if unused:
         raise ValueError(f"no block '<!-- table: {min(unused)} -->' ... '<!-- end -->' to fill")
@@ -327,14 +340,25 @@ def table(
             show_default=False,
         ),
     ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="Draw the files' rows of one kind, the first row's, to this SVG file.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Print results as Markdown tables, or bring a document's tables up to date."""
+    """Print results as Markdown tables, bring a document's tables up to date, or draw them."""
     results = {file.stem: read_json(file) for file in files}
-    if into is None:
+    if plot is not None:
+        from svdq.evaluation.report import write_plot
+
+        write_plot(plot, [row for rows in results.values() for row in rows])
+    elif into is None:
         typer.echo("\n\n".join(markdown_table(rows) for rows in results.values()))
-        return
-    text = into.read_text(encoding="utf-8")
-    into.write_text(fill_tables(text, results), encoding="utf-8")
+    if into is not None:
+        text = into.read_text(encoding="utf-8")
+        into.write_text(fill_tables(text, results), encoding="utf-8")
 
 
 def report(

@@ -311,18 +311,19 @@ def key_error(rows: Sequence[dict]) -> Figure:
     ----------
     rows : of ``"key_error"``: layer, method, relative_error, bits.
     """
-    figure = _figure(8, 4.8)
+    figure = _figure(10, 4.8)
     axes = figure.subplots()
     methods = list(dict.fromkeys(method_of(row) for row in rows))
     for index, method in enumerate(methods):
         group = sorted((r for r in rows if method_of(r) == method), key=lambda row: row["layer"])
         layers, errors = ([row[key] for row in group] for key in ("layer", "relative_error"))
         marker = MARKERS[index % len(MARKERS)]
-        axes.plot(layers, errors, f"{marker}-", label=method, ms=4, lw=1)
+        color = matplotlib.colormaps["tab20"](index % 20)
+        axes.plot(layers, errors, f"{marker}-", color=color, label=method, ms=4, lw=1)
     axes.set(xlabel="layer", ylabel="relative error of the keys")
     _log_scale(axes)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     return figure
 
 

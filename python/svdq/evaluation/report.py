@@ -103,10 +103,31 @@ def write_html(path: Path, rows: Sequence[dict], title: str) -> None:
     path.write_text(page, encoding="utf-8")
 
 
+def write_plot(path: Path, rows: Sequence[dict]) -> None:
+    """Write the plot of the first row's benchmark as an SVG file.
+
+    Raises
+    ------
+    ValueError
+        If there is nothing to draw.
+    """
+    benchmark = rows[0].get("benchmark") if rows else None
+    own = [row for row in rows if row.get("benchmark") == benchmark]
+    if not _drawable(benchmark, own):
+        raise ValueError(f"rows of {benchmark!r} are not drawn; expected one of {', '.join(PLOTS)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(to_svg(benchmark, own), encoding="utf-8")
+
+
+def _drawable(benchmark: str | None, rows: Sequence[dict]) -> bool:
+    if benchmark == "retrieval" and all(row.get("depth") is None for row in rows):
+        return False  # no task with a depth was asked
+    return bool(rows) and benchmark in PLOTS
+
+
 def _section(benchmark: str, rows: list[dict]) -> str:
     """Heading, plot and table of the rows of one benchmark."""
     heading, _ = PLOTS.get(benchmark, (benchmark, None))
-    drawn = benchmark in PLOTS
     parts = [f"<h2>{html.escape(heading)}</h2>"]
     if benchmark in SUMMARIES:
         parts.append(html_table(SUMMARIES[benchmark](rows)))
@@ -114,9 +135,7 @@ def _section(benchmark: str, rows: list[dict]) -> str:
         able = ", ".join(sorted(able_tasks(rows))) or "none"
         note = f"Tasks that the model itself can do: {able}."
         parts.append(f'<p class="note">{html.escape(note)}</p>')
-        if all(row.get("depth") is None for row in rows):
-            drawn = False  # no task with a depth was asked
-    if drawn:
+    if _drawable(benchmark, rows):
         parts.append(to_svg(benchmark, rows))
     if benchmark not in DRAWN_ONLY:
         table = html_table(rows)

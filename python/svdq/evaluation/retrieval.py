@@ -132,7 +132,8 @@ def evaluate_retrieval(
     A row for each task, length, depth and method, the full cache first: task, context_tokens, depth
     (None where the sample has its own places), the method's ``columns`` and mean
     ``memory_columns``, accuracy (mean share of the expected strings found), full_accuracy (the
-    same of the full cache), samples, dtype.
+    same of the full cache), squared_difference (mean square of what a sample's score lacks or
+    exceeds the full cache's by), samples, dtype.
     """
     for _, length, _ in samples:
         check_length(model, length + max(ANSWER_TOKENS.values()))
@@ -166,11 +167,17 @@ def evaluate_retrieval(
                     **mean_columns(memory[index]),
                     "accuracy": accuracy,
                     "full_accuracy": accuracies[0],
+                    "squared_difference": _squared_difference(scores[index], scores[0]),
                     "samples": len(group),
                     "dtype": str(model.dtype).removeprefix("torch."),
                 }
             )
     return rows
+
+
+def _squared_difference(scores: list[float], full: list[float]) -> float:
+    """Mean square of the differences between two caches' scores of the same samples."""
+    return statistics.fmean((a - b) ** 2 for a, b in zip(scores, full, strict=True))
 
 
 def _ask(

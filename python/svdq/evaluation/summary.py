@@ -3,6 +3,7 @@ layers; recall by budget."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -36,7 +37,9 @@ def summarize(rows: Sequence[dict]) -> list[dict]:
     -------
     Rows with method, the means of k_bits, all_in_bits and cache_ratio, of sparse ones the budget
     and what was read, ``task: NAME`` and ``tokens: LENGTH`` (accuracies; the latter over the tasks
-    that the model itself can do, if there are any), and ``able``, the mean over these tasks.
+    that the model itself can do, if there are any), ``able``, the mean over these tasks,
+    ``able_difference`` to the full cache's, and ``able_stderr``, the standard error of that
+    difference.
     """
     able = able_tasks(rows)
     found: dict[str, list[dict]] = {}
@@ -60,7 +63,9 @@ def summarize(rows: Sequence[dict]) -> list[dict]:
                 part = [row for row in doable if row["context_tokens"] == length]
                 if part:
                     line[f"tokens: {length}"] = pooled(part)
-            line["able"] = statistics.fmean(pooled(by_task[task]) for task in able if by_task[task])
+            tasks = [by_task[task] for task in sorted(able) if by_task[task]]
+            line["able"] = statistics.fmean(map(pooled, tasks))
+            line |= _difference(tasks)
         summary.append(line)
     return summary
 
@@ -76,6 +81,26 @@ def summarize_recall(rows: Sequence[dict]) -> list[dict]:
         line |= {f"budget: {budget_text(row['budget'])}": row["recall"] for row in group}
         summary.append(line)
     return summary
+
+
+def _difference(tasks: Sequence[Sequence[dict]]) -> dict[str, float]:
+    """A method's accuracy, a mean over tasks, less the full cache's, and how sure that is.
+
+    Both answer the same samples, so that differences of single samples are what varies. Empty where
+    rows do not say their squares, or a task has one sample alone.
+    """
+    counts = [sum(row["samples"] for row in rows) for rows in tasks]
+    if min(counts) < 2 or not all("squared_difference" in row for rows in tasks for row in rows):
+        return {}
+    means = [pooled(rows) - pooled(rows, "full_accuracy") for rows in tasks]
+    variances = [
+        max(pooled(rows, "squared_difference") - mean**2, 0) / (count - 1)
+        for rows, mean, count in zip(tasks, means, counts, strict=True)
+    ]
+    return {
+        "able_difference": statistics.fmean(means),
+        "able_stderr": math.sqrt(sum(variances)) / len(tasks),
+    }
 
 
 def summarize_key_errors(rows: Sequence[dict]) -> list[dict]:

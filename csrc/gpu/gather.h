@@ -1,0 +1,23 @@
+// The gather stage on a GPU: one launch.
+#pragma once
+
+#include "csrc/gpu/queue.h"
+#include "kernels/gather.cuh"
+
+namespace svdq::gpu {
+
+template <typename Queue>
+void gather(const GatherParams& p, Queue& queue) {
+  check_aligned(p.k_pages, "k_pages");
+  check_aligned(p.v_pages, "v_pages");
+  check_aligned(p.k_out, "k_out");
+  check_aligned(p.v_out, "v_out");
+  if (p.num_slots == 0) return;
+  const ValueLayout& value = p.layout.value;
+  const auto kernel = value.bits == 4   ? device::gather_kernel<4>
+                      : value.bits == 2 ? device::gather_kernel<2>
+                                        : device::gather_kernel<0>;
+  queue.launch("gather", device::gather_launch(p), kernel, p, head_table(p.layout));
+}
+
+}  // namespace svdq::gpu
