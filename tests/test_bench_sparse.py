@@ -18,6 +18,7 @@ from svdq.benchmark.sparse import (
     step_case,
 )
 from svdq.cli import app
+from svdq.evaluation.plots import to_svg
 from svdq.sparsity import Sparsity, select
 
 SCHEDULE = (4, 4, 2, 0, 0, 0, 0, 0)
@@ -135,7 +136,7 @@ def test_command_writes_rows(tmp_path):
     arguments = [
         "bench", "sparse", "--rope", "post", "--kv-len", 300, "--kv-len", 500, "--num-qo-heads", 4,
         "--num-kv-heads", 2, "--head-dim", 64, "--repeats", 1, "--working-set", 1, "--budget",
-        "1/16", "--json", tmp_path / "rows.json", "--svg", tmp_path / "plot.svg", "--markdown",
+        "1/16", "--json", tmp_path / "rows.json", "--markdown",
     ]  # fmt: skip
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
@@ -144,7 +145,7 @@ def test_command_writes_rows(tmp_path):
     assert [row["kv_len"] for row in rows] == [300] * 4 + [500] * 4
     table = [line for line in result.output.splitlines() if line.startswith("|")]
     assert "| select | gather | attend |" in table[0]
-    assert ">svdq post, 1/16<" in (tmp_path / "plot.svg").read_text()
+    assert ">svdq post, 1/16<" in to_svg("sparse", rows)
     assert table[-1].startswith("| svdq post, 1/16 | 500 | 26 |")
 
 

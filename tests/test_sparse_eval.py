@@ -179,7 +179,7 @@ def test_perplexity_against_budget(folder, tmp_path):
         "eval", "perplexity", "--model", folder / "tiny", "--text-file", folder / "text.txt",
         "--prefill-tokens", 400, "--predict-tokens", 20, "--window-start", 100, "--residual-length",
         64, "--sparse-budget", "1/8", "--sparse-budget", 16, "--sparse-channels", 12,
-        "--dense-layers", 1, "--json", tmp_path / "rows.json", "--svg", tmp_path / "plot.svg",
+        "--dense-layers", 1, "--json", tmp_path / "rows.json",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "rows.json").read_text())
@@ -189,7 +189,7 @@ def test_perplexity_against_budget(folder, tmp_path):
     headings, body = cells(rows)
     at = headings.index("budget")
     assert [line[at] for line in body] == ["", "", "1/8", "16 tokens"]
-    plot = (tmp_path / "plot.svg").read_text()
+    plot = to_svg("perplexity", rows)
     assert "by 12 channels" in plot
     assert ">1/8<" in plot
 

@@ -35,7 +35,6 @@ from svdq.cli.options import (
     SparseBudgets,
     SparseChannels,
     SparseScorers,
-    SvgFile,
     TextFile,
     ValueBits,
     Weighted,
@@ -101,7 +100,6 @@ def perplexity(
     json_file: JsonFile = None,
     csv_file: CsvFile = None,
     html_file: HtmlFile = None,
-    svg_file: SvgFile = None,
     markdown: Markdown = False,
 ) -> None:
     """Perplexity and KL divergence of text whose past is compressed, against the full cache.
@@ -132,7 +130,7 @@ def perplexity(
     for row in rows:
         row["model"] = str(source)
     title = f"{source}, {dtype.value}"
-    report(rows, json_file, markdown, title, csv_file, html_file, svg_file)
+    report(rows, json_file, markdown, title, csv_file, html_file)
 
 
 app.command()(keys.keys)

@@ -244,15 +244,6 @@ HtmlFile = Annotated[
         show_default=False,
     ),
 ]
-SvgFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--svg",
-        help="Write the plot to this file.",
-        rich_help_panel=OUTPUT_PANEL,
-        show_default=False,
-    ),
-]
 Markdown = Annotated[
     bool,
     typer.Option("--markdown", help="Print a Markdown table.", rich_help_panel=OUTPUT_PANEL),

@@ -17,7 +17,6 @@ from svdq.cli.options import (
     Rope,
     SinkTokens,
     SparseChannels,
-    SvgFile,
     WorkingSet,
 )
 from svdq.cli.progress import step_progress
@@ -62,7 +61,6 @@ def sparse(
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds of all cases.")] = 15,
     working_set: WorkingSet = None,
     json_file: JsonFile = None,
-    svg_file: SvgFile = None,
     markdown: Markdown = False,
 ) -> None:
     """Time one decode step with a budget of packed tokens, beside all of them and beside torch.
@@ -106,4 +104,4 @@ def sparse(
                 begin,
             )
     title = f"one decode step, {num_qo_heads} query / {num_kv_heads} KV heads of {head_dim}"
-    report(rows, json_file, markdown, title, svg_file=svg_file)
+    report(rows, json_file, markdown, title)

@@ -23,7 +23,6 @@ from svdq.cli.options import (
     Rope,
     ScorerName,
     SinkTokens,
-    SvgFile,
     TextFile,
 )
 from svdq.cli.progress import quiet_transformers, step_progress
@@ -99,7 +98,6 @@ def sparsity(
     json_file: JsonFile = None,
     csv_file: CsvFile = None,
     html_file: HtmlFile = None,
-    svg_file: SvgFile = None,
     markdown: Markdown = False,
 ) -> None:
     """Share of the true attention mass that scorers find, beside what is possible.
@@ -134,4 +132,4 @@ def sparsity(
     for row in rows:
         row["model"] = str(source)
     title = f"{source}, {dtype.value}, {context_tokens:,} tokens: attention mass that is read"
-    report(rows, json_file, markdown, title, csv_file, html_file, svg_file)
+    report(rows, json_file, markdown, title, csv_file, html_file)

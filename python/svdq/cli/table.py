@@ -368,7 +368,6 @@ def report(
     title: str | None = None,
     csv_file: Path | None = None,
     html_file: Path | None = None,
-    svg_file: Path | None = None,
 ) -> list[dict]:
     """Print rows and write them to files if asked; the rows with the machine in each."""
     from svdq.benchmark import machine
@@ -394,8 +393,4 @@ def report(
         from svdq.evaluation.report import write_html
 
         write_html(html_file, rows, title or rows[0]["benchmark"])
-    if svg_file is not None:
-        from svdq.evaluation.report import write_svg
-
-        write_svg(svg_file, rows)
     return rows

@@ -62,14 +62,6 @@ def _flatten(row: dict) -> dict[str, Any]:
     return flat
 
 
-def write_svg(path: Path, rows: Sequence[dict]) -> None:
-    """Write the plot of the first benchmark that has one."""
-    benchmark = next(row["benchmark"] for row in rows if row["benchmark"] in PLOTS)
-    text = to_svg(benchmark, [row for row in rows if row["benchmark"] == benchmark])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-
-
 def write_html(path: Path, rows: Sequence[dict], title: str) -> None:
     """Write a page with the plots and tables that the rows are enough for.
 
