@@ -228,6 +228,28 @@ def test_retrieval_with_a_budget(folder, tmp_path):
     assert body[2][headings.index("budget")] == "1/4"
 
 
+def test_questions_may_see_all_tokens(tmp_path, monkeypatch):
+    make_model("llama", "sdpa").save_pretrained(tmp_path / "model")
+    make_char_tokenizer().save_pretrained(tmp_path / "model")
+    fed = []
+
+    def reply(model, cache, question, max_tokens, stop, one_by_one):
+        fed.append((one_by_one, getattr(cache, "svdq_layers", [])[:1]))
+        return []
+
+    monkeypatch.setattr("svdq.evaluation.retrieval.answer", reply)
+    arguments = (
+        "eval", "retrieval", "--model", tmp_path / "model", "--haystack", "noise", "--task",
+        "niah_single", "--context-tokens", 700, "--depth", 0.5, "--samples", 1, "--sparse-budget",
+        "1/4", "--dense-question", "--json", tmp_path / "rows.json",
+    )  # fmt: skip
+    assert invoke(*arguments).exit_code == 0
+    assert [one_by_one for one_by_one, _ in fed] == [False] * 3
+    assert [layer.sparsity is None for _, layers in fed for layer in layers] == [True, False]
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["sparse_question"] for row in rows] == [False] * 3
+
+
 def test_caches_under_test_are_asked_one_by_one(monkeypatch):
     fed = []
 
