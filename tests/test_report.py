@@ -48,6 +48,14 @@ def make_rows():
             rows.append({"benchmark": "bits"} | place | {"bits": 1.5 + layer})
             variances = [2.0 ** -(i + layer) for i in range(16)] + [0.0]
             rows.append({"benchmark": "spectrum"} | place | {"variances": variances})
+    for method, low in (("best possible tokens", 0.9), ("landmarks", 0.7)):
+        for budget in (1 / 4, 64):
+            row = {"benchmark": "sparsity", "method": method, "budget": budget, "tokens": 64}
+            rows.append(row | {"recall": low + (budget < 1) / 20})
+    for case, ms in (("torch enable_gqa", 20.0), ("svdq post, 1/32", 0.5)):
+        for length in (4096, 8192):
+            row = {"benchmark": "sparse", "case": case, "kv_len": length}
+            rows.append(row | {"ms": ms * length / 4096})
     rows.append({"benchmark": "other", "case": "a thing", "ms": 1.23456})
     return [row | {"machine": MACHINE} for row in rows]
 
@@ -83,10 +91,16 @@ def test_page_has_every_plot_once(page):
 
 
 def test_plots_show_what_rows_say(page):
-    error, heat, bits, spectrum, keys = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
+    error, recall, times, heat, bits, spectrum, keys = re.findall(
+        r"<svg.*?</svg>", page, flags=re.DOTALL
+    )
     for label in ("svdq 1.25", "KIVI &amp; $x_2$", "kivi", "bits a key number"):
         assert label in error
     assert ">full" not in error  # the full cache has no error to show
+    for label in ("best possible tokens", "landmarks", ">1/4<", ">64 tokens<"):
+        assert label in recall
+    for label in ("torch enable_gqa", "svdq post, 1/32", ">4,096<", ">20<"):
+        assert label in times
     assert heat.count(">88<") + heat.count(">87<") == 2 * 2 * 2  # methods, lengths, depths
     assert all(label in heat for label in ("full cache", "1,024", "50 %"))
     assert [bits.count(f">{value}<") >= 2 for value in ("1.5", "2.5", "3.5")] == [True] * 3

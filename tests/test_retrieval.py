@@ -203,7 +203,7 @@ def test_every_method_answers_on_one_prefill(monkeypatch, maker, tokenizer):
         prefills.append(context)
         return read_prefix(model, context)
 
-    def reply(model, cache, question, max_tokens, stop):
+    def reply(model, cache, question, max_tokens, stop, one_by_one):
         """All right from the full cache; the first variable from two bits; nothing from one."""
         expected = by_question[tuple(question[0].tolist())].expected
         bits = getattr(cache, "peer_columns", {"k_bits": 32})["k_bits"]

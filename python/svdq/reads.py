@@ -103,13 +103,14 @@ def _add_layer(report: ReadReport, layer: SVDqLayer) -> None:
     for store, attended in zip(tokens.stores, layer.attended, strict=True):
         report.attended += attended
         report.packed += max(max(store.slots) - sinks, 0)
-        _add_store(report, store, attended, sinks, layer.sparsity)
+        add_store(report, store, attended, sinks, layer.sparsity)
         sinks = 0
 
 
-def _add_store(
+def add_store(
     report: ReadReport, store: PackedStore, attended: int, sinks: int, sparsity: Sparsity | None
 ) -> None:
+    """Add what a step read of a store when a KV head attended to so many of its tokens."""
     layout = store.layout
     for slots in store.slots:
         packed = max(slots - sinks, 0)

@@ -131,7 +131,7 @@ def packed_case(
     exact = torch.randn(2, 1, shape.num_kv_heads, exact_tokens, dim).to(dtype)
     query = torch.randn(1, shape.num_qo_heads, 1, dim).to(dtype)
     tensors = (store.k_pages, store.v_pages, store.basis, store.scale, store.mean, *exact)
-    layers = _copies(tensors, working_set_bytes)
+    layers = copies_of(tensors, working_set_bytes)
 
     def call(index: int) -> Tensor:
         k_pages, v_pages, basis, scale, mean, exact_keys, exact_values = layers[index % len(layers)]
@@ -155,7 +155,7 @@ def packed_case(
         )
         return out
 
-    return Case(call, _num_bytes(tensors), len(layers), store.layout.k_bits, v_bits)
+    return Case(call, num_bytes(tensors), len(layers), store.layout.k_bits, v_bits)
 
 
 def torch_case(
@@ -175,16 +175,17 @@ def torch_case(
         return scaled_dot_product_attention(query, keys, values, enable_gqa=not folded)
 
     number_bits = 8 * dtype.itemsize
-    return Case(call, _num_bytes(layers[0]), len(layers), number_bits, number_bits)
+    return Case(call, num_bytes(layers[0]), len(layers), number_bits, number_bits)
 
 
-def _num_bytes(tensors: Sequence[Tensor]) -> int:
+def num_bytes(tensors: Sequence[Tensor]) -> int:
+    """Bytes of some tensors together."""
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def _copies(tensors: Sequence[Tensor], working_set_bytes: int) -> list[tuple[Tensor, ...]]:
+def copies_of(tensors: Sequence[Tensor], working_set_bytes: int) -> list[tuple[Tensor, ...]]:
     """As many copies as take ``working_set_bytes`` together, at least one."""
-    count = max(1, -(-working_set_bytes // _num_bytes(tensors)))
+    count = max(1, -(-working_set_bytes // num_bytes(tensors)))
     return [tuple(tensor.clone() for tensor in tensors) for _ in range(count)]
 
 
@@ -238,7 +239,7 @@ def _build_cases(
     for dtype in TORCH_DTYPES:
         name = str(dtype).removeprefix("torch.")
         size = (2, 1, shape.num_kv_heads, shape.kv_len, shape.head_dim)
-        layers = _copies(torch.randn(size).to(dtype).unbind(), working_set)
+        layers = copies_of(torch.randn(size).to(dtype).unbind(), working_set)
         cases[f"torch enable_gqa {name}"] = torch_case(shape, dtype, False, layers)
         cases[f"torch folded {name}"] = torch_case(shape, dtype, True, layers)
         for rope in ropes:

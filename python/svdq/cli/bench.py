@@ -6,10 +6,12 @@ from typing import Annotated
 
 import typer
 
+from svdq.cli import sparse
 from svdq.cli.errors import reports_errors
 from svdq.cli.options import (
     CACHE_PANEL,
     MODEL_PANEL,
+    SHAPE_PANEL,
     Clip,
     Dtype,
     GgufFile,
@@ -20,11 +22,10 @@ from svdq.cli.options import (
     Rope,
     SinkTokens,
     TextFile,
+    WorkingSet,
 )
 from svdq.cli.progress import quiet_transformers, step_progress
 from svdq.cli.table import report
-
-SHAPE_PANEL = "Shape"
 
 app = typer.Typer(
     help="Measure speed beside torch and the model, in one run.", no_args_is_help=True
@@ -60,15 +61,7 @@ def attend(
         int, typer.Option(min=16, help="Numbers of a head.", rich_help_panel=SHAPE_PANEL)
     ] = 128,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds of all cases.")] = 30,
-    working_set: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="MB that each case's copies take together at least. Default: 300, or twice the "
-            "last-level cache.",
-            show_default=False,
-        ),
-    ] = None,
+    working_set: WorkingSet = None,
     json_file: JsonFile = None,
     markdown: Markdown = False,
 ) -> None:
@@ -143,3 +136,6 @@ def prefill(
     for row in rows:
         row["model"] = str(source)
     report(rows, json_file, markdown, title=f"{source}, {dtype.value}")
+
+
+app.command()(sparse.sparse)

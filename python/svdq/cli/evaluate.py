@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from svdq.cli import harness, keys, retrieval
+from svdq.cli import harness, keys, retrieval, sparsity
 from svdq.cli.errors import reports_errors
-from svdq.cli.methods import make_methods
+from svdq.cli.methods import make_methods, with_budgets
 from svdq.cli.options import (
     CACHE_PANEL,
     MODEL_PANEL,
@@ -17,6 +17,7 @@ from svdq.cli.options import (
     Averages,
     Clip,
     CsvFile,
+    DenseLayers,
     Dtype,
     GgufFile,
     HtmlFile,
@@ -29,7 +30,11 @@ from svdq.cli.options import (
     Prices,
     ProfileFile,
     Rope,
+    ScorerName,
     SinkTokens,
+    SparseBudgets,
+    SparseChannels,
+    SparseScorers,
     TextFile,
     ValueBits,
     Weighted,
@@ -64,6 +69,14 @@ def perplexity(
     ] = Rope.pre,
     v_bits: ValueBits = "exact",
     sink_tokens: SinkTokens = 8,
+    residual_length: Annotated[
+        int,
+        typer.Option(min=0, help="Last tokens that svdq keeps exact.", rich_help_panel=CACHE_PANEL),
+    ] = 0,
+    sparse_budget: SparseBudgets = None,
+    sparse_scorer: SparseScorers = [ScorerName.latent],  # noqa: B006
+    sparse_channels: SparseChannels = 8,
+    dense_layers: DenseLayers = 0,
     model: Model = None,
     gguf_file: GgufFile = None,
     text_file: TextFile = None,
@@ -93,13 +106,17 @@ def perplexity(
 
     Of every window the first tokens are prefilled exactly and their keys compressed; the next ones
     are predicted in one forward pass that sees the former through the cache and one another
-    exactly.
+    exactly. With --sparse-budget all svdq caches are fed one token at a time instead, since only
+    such steps are sparse, and pack what leaves their window.
     """
     from svdq.evaluation import models
     from svdq.evaluation.perplexity import Task, evaluate_perplexity
 
     allocated = (k_bits, price, allocate_across, weighted, profile, outlier_fraction)
-    methods = make_methods(preset, peer, v_bits, rope, clip, sink_tokens, 0, *allocated)
+    methods = make_methods(
+        preset, peer, v_bits, rope, clip, sink_tokens, residual_length, *allocated
+    )
+    methods = with_budgets(methods, sparse_budget, sparse_scorer, sparse_channels, dense_layers)
     task = Task(tuple(window_start), prefill_tokens, predict_tokens)
     text = models.load_text(text_file)
     source = models.find_model(model, gguf_file)
@@ -118,4 +135,5 @@ def perplexity(
 
 app.command()(keys.keys)
 app.command()(retrieval.retrieval)
+app.command()(sparsity.sparsity)
 app.command()(harness.harness)

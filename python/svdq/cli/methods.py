@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from svdq.cli.options import Across, Rope
+from svdq.cli.options import Across, Rope, ScorerName
 
 if TYPE_CHECKING:
     from svdq.evaluation.matching import Matched
@@ -80,3 +81,49 @@ def make_methods(
             )
         )
     return [*settings, *(parse_peer(peer, settings[0], sink_tokens) for peer in peers)]
+
+
+def with_budgets(
+    methods: Sequence[Method | Matched],
+    budgets: Sequence[str] | None,
+    scorers: Sequence[ScorerName],
+    channels: int,
+    dense_layers: int,
+) -> list[Method | Matched]:
+    """Each svdq cache alone, then with every scorer and budget; all fed token by token.
+
+    Parameters
+    ----------
+    budgets, scorers, channels, dense_layers : of ``--sparse-budget`` and its companions; without
+        budgets the methods stay as they are.
+
+    Raises
+    ------
+    ValueError
+        For words that are no budgets, or options that only budgets give a meaning.
+    """
+    from svdq.evaluation.budgets import parse_budget
+    from svdq.evaluation.methods import CacheSettings
+
+    if not budgets:
+        if dense_layers:
+            raise ValueError("--dense-layers leaves layers out of a budget, see --sparse-budget")
+        return list(methods)
+    found = []
+    for method in methods:
+        if not isinstance(method, CacheSettings):
+            found.append(method)
+            continue
+        found.append(replace(method, one_by_one=True))
+        found += [
+            replace(
+                found[-1],
+                sparse_budget=budget,
+                sparse_scorer=scorer.value,
+                sparse_channels=channels,
+                dense_layers=dense_layers,
+            )
+            for scorer in dict.fromkeys(scorers)
+            for budget in map(parse_budget, budgets)
+        ]
+    return found

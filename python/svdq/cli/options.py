@@ -34,8 +34,17 @@ class Across(str, enum.Enum):
     head = "head"
 
 
+class ScorerName(str, enum.Enum):
+    """What chooses the tokens that a step attends to."""
+
+    latent = "latent"
+    landmarks = "landmarks"
+
+
 MODEL_PANEL = "Model and text"
 CACHE_PANEL = "Cache"
+SHAPE_PANEL = "Shape"
+SPARSE_PANEL = "Key sparsity"
 OUTPUT_PANEL = "Output"
 
 Model = Annotated[
@@ -159,6 +168,53 @@ Clip = Annotated[
         "--clip/--no-clip",
         help="Fit each channel's range by least fourth-power error, or take it from min to max.",
         rich_help_panel=CACHE_PANEL,
+    ),
+]
+SparseBudgets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sparse-budget",
+        help="Packed tokens that a step of one token attends to in each KV head: a number (2048) "
+        "or a share (1/32); repeatable. Each is tested beside the same cache without a budget; "
+        "all of these are fed token by token.",
+        rich_help_panel=SPARSE_PANEL,
+        show_default=False,
+    ),
+]
+SparseScorers = Annotated[
+    list[ScorerName],
+    typer.Option(
+        "--sparse-scorer",
+        help="What chooses them: the leading channels of the codes, or mean keys of chunks; "
+        "repeatable.",
+        rich_help_panel=SPARSE_PANEL,
+    ),
+]
+SparseChannels = Annotated[
+    int,
+    typer.Option(
+        "--sparse-channels",
+        min=4,
+        help="Leading channels that score, a multiple of 4 up to 32.",
+        rich_help_panel=SPARSE_PANEL,
+    ),
+]
+DenseLayers = Annotated[
+    int,
+    typer.Option(
+        "--dense-layers",
+        min=0,
+        help="First layers of the model that attend to all tokens whatever the budget.",
+        rich_help_panel=SPARSE_PANEL,
+    ),
+]
+WorkingSet = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="MB that each case's copies take together at least. Default: 300, or twice the "
+        "last-level cache.",
+        show_default=False,
     ),
 ]
 JsonFile = Annotated[

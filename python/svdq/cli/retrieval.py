@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import enum
+from dataclasses import replace
 from typing import Annotated
 
 import typer
 
 from svdq.cli.errors import reports_errors
-from svdq.cli.methods import make_methods
+from svdq.cli.methods import make_methods, with_budgets
 from svdq.cli.options import (
     CACHE_PANEL,
     MODEL_PANEL,
+    SPARSE_PANEL,
     Across,
     AllocateAcross,
     Averages,
     Clip,
     CsvFile,
+    DenseLayers,
     Dtype,
     GgufFile,
     HtmlFile,
@@ -27,7 +30,11 @@ from svdq.cli.options import (
     Presets,
     Prices,
     Rope,
+    ScorerName,
     SinkTokens,
+    SparseBudgets,
+    SparseChannels,
+    SparseScorers,
     TextFile,
     ValueBits,
     Weighted,
@@ -63,6 +70,19 @@ def retrieval(
         int,
         typer.Option(min=0, help="Last tokens that svdq keeps exact.", rich_help_panel=CACHE_PANEL),
     ] = 0,
+    sparse_budget: SparseBudgets = None,
+    sparse_scorer: SparseScorers = [ScorerName.latent],  # noqa: B006
+    sparse_channels: SparseChannels = 8,
+    dense_layers: DenseLayers = 0,
+    sparse_question: Annotated[
+        bool,
+        typer.Option(
+            "--sparse-question/--dense-question",
+            help="With a budget, feed the question one token at a time, or at once as generate() "
+            "does, so that it sees all tokens.",
+            rich_help_panel=SPARSE_PANEL,
+        ),
+    ] = True,
     task: Annotated[
         list[str] | None,
         typer.Option(
@@ -114,9 +134,12 @@ def retrieval(
     """Questions about a long context that was compressed before they came, against the full cache.
 
     Every context is prefilled exactly, once for all methods, and compressed; then come the question
-    and a greedy answer. A score is the share of the expected strings that the answer holds.
+    and a greedy answer. A score is the share of the expected strings that the answer holds. With
+    --sparse-budget svdq caches take the question one token at a time, too, since only such steps
+    are sparse, unless --dense-question is given.
     """
     from svdq.evaluation import models
+    from svdq.evaluation.methods import CacheSettings
     from svdq.evaluation.retrieval import Sweep, evaluate_retrieval
     from svdq.evaluation.tasks import NOISE, TASKS, SampleMaker
 
@@ -124,6 +147,12 @@ def retrieval(
     methods = make_methods(
         preset, peer, v_bits, rope, clip, sink_tokens, residual_length, *allocated
     )
+    methods = with_budgets(methods, sparse_budget, sparse_scorer, sparse_channels, dense_layers)
+    if not sparse_question:
+        methods = [
+            replace(one, one_by_one=False) if isinstance(one, CacheSettings) else one
+            for one in methods
+        ]
     tasks = tuple(task or TASKS)
     sweep = Sweep(tasks, tuple(context_tokens), tuple(depth), samples, seed)
     text = NOISE if haystack is Haystack.noise else models.load_text(text_file)
@@ -136,5 +165,7 @@ def retrieval(
         rows = evaluate_retrieval(loaded, tokenizer, methods, questions, begin)
     for row in rows:
         row |= {"model": str(source), "haystack": haystack.value, "seed": seed}
+        if sparse_budget:
+            row["sparse_question"] = sparse_question
     title = f"{source}, {dtype.value}, retrieval"
     report(rows, json_file, markdown, title, csv_file, html_file)

@@ -35,6 +35,12 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
+def _budget(value: int | float) -> str:
+    from svdq.evaluation.budgets import budget_text
+
+    return budget_text(value)
+
+
 def _points(value: float) -> str:
     return f"{100 * value:+.1f}"
 
@@ -51,6 +57,9 @@ COLUMNS: dict[str, list[tuple[str, str, Callable[[Any], str]]]] = {
         ("all_in_bits", "bits, all in", _bits),
         ("v_bits", "value bits", str),
         ("sink_tokens", "sinks", str),
+        ("budget", "budget", _budget),
+        ("code_read_ratio", "key codes read, times fewer", _number(1)),
+        ("read_ratio", "all in", _number(1)),
         ("perplexity", "perplexity", _number(3)),
         ("kl", "KL", _number(4)),
         ("top1_agreement", "same top token", _percent),
@@ -59,6 +68,13 @@ COLUMNS: dict[str, list[tuple[str, str, Callable[[Any], str]]]] = {
         ("method", "keys", str),
         ("k_bits", "bits", _bits),
         ("all_in_bits", "bits, all in", _bits),
+        ("budget", "budget", _budget),
+        ("code_read_ratio", "key codes read, times fewer", _number(1)),
+        ("read_ratio", "all in", _number(1)),
+    ],
+    "sparsity": [
+        ("method", "tokens chosen by", str),
+        ("scan_bytes", "bytes to score a token", _number(1)),
     ],
     "harness": [
         ("method", "keys", str),
@@ -94,6 +110,20 @@ COLUMNS: dict[str, list[tuple[str, str, Callable[[Any], str]]]] = {
         ("gbytes_per_s", "GB/s", _number(1)),
         ("bandwidth_fraction", "of memory bandwidth", _percent),
         ("bandwidth_fraction_same_size", "of a cached buffer's", _percent),
+    ],
+    "sparse": [
+        ("case", "case", str),
+        ("kv_len", "tokens", "{:,}".format),
+        ("attended", "attended", "{:,}".format),
+        ("ms", "ms (median)", _number(2)),
+        ("select_ms", "select", _number(2)),
+        ("gather_ms", "gather", _number(2)),
+        ("attend_ms", "attend", _number(2)),
+        ("speedup_vs_dense", "against all tokens", _times),
+        ("speedup_vs_torch_best", "against torch's best", _times),
+        ("speedup_vs_enable_gqa", "against enable_gqa", _times),
+        ("code_read_ratio", "key codes read, times fewer", _number(1)),
+        ("read_ratio", "all in", _number(1)),
     ],
     "prefill": [
         ("case", "step", str),
@@ -134,6 +164,9 @@ def cells(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
     if benchmark == "retrieval":
         rows, pooled = _retrieval_columns(rows)
         columns = columns + pooled
+    elif benchmark == "sparsity":
+        rows, budgets = _recall_columns(rows)
+        columns = columns + budgets
     elif benchmark == "key_error":
         rows = summarize_key_errors(rows)
     columns = [c for c in columns if any(c[0] in row for row in rows)]
@@ -166,6 +199,16 @@ def _retrieval_columns(rows: Sequence[dict]) -> tuple[list[dict], list]:
         if kind == "tokens":
             columns.append((key, f"these at {int(name):,}", _percent))
     return summary, columns
+
+
+def _recall_columns(rows: Sequence[dict]) -> tuple[list[dict], list]:
+    """A row a method, and the columns of its recall by budget."""
+    from svdq.evaluation.summary import summarize_recall
+
+    summary = summarize_recall(rows)
+    keys = list(dict.fromkeys(key for row in summary for key in row))
+    budgets = [key for key in keys if key.startswith("budget: ")]
+    return summary, [(key, key.removeprefix("budget: "), _number(3)) for key in budgets]
 
 
 def layer_cells(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:

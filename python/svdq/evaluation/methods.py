@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 
 from svdq.cache import SVDqCache
+from svdq.evaluation.budgets import budget_text
 from svdq.layout import PAGE_TOKENS
 from svdq.presets import PRESETS, Schedule, resolve_keys
+from svdq.sparsity import Sparsity
 
 if TYPE_CHECKING:
-    from svdq.evaluation.prefix import Prefix
+    from svdq.evaluation.prefix import Method, Prefix
 
 
 def parse_schedule(keys: str) -> Schedule | None:
@@ -68,6 +71,10 @@ class CacheSettings:
     keys : what the user asked for, see :func:`key_argument`.
     allocate_across, query_weighted, profile, outlier_fraction : as for the cache.
     v_bits, rope, clip, sink_tokens, residual_length : as for the cache.
+    sparse_budget, sparse_scorer, sparse_channels : as for the cache; one budget for all layers.
+    dense_layers : first layers of the model that have no budget.
+    one_by_one : feed what follows the context in steps of one token, which alone are sparse, so
+        that caches with and without a budget are compared under the same conditions.
     """
 
     keys: str
@@ -80,6 +87,11 @@ class CacheSettings:
     query_weighted: bool | None = None
     profile: str | None = None
     outlier_fraction: float = 0.0
+    sparse_budget: int | float | None = None
+    sparse_scorer: str = "latent"
+    sparse_channels: int = 8
+    dense_layers: int = 0
+    one_by_one: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "v_bits", _parse_value_bits(self.v_bits))
@@ -92,6 +104,10 @@ class CacheSettings:
             )
         if self.query_weighted and not self.packs:
             raise ValueError(f"keys {self.keys!r} are not packed, so they cannot be weighted")
+        if self.sparse_budget is not None:
+            Sparsity(self.sparse_budget, self.sparse_scorer, self.sparse_channels)
+            if not self.packs:
+                raise ValueError(f"keys {self.keys!r} are not packed, so none can be left out")
 
     @property
     def packs(self) -> bool:
@@ -112,6 +128,12 @@ class CacheSettings:
             words.append("by profile")
         if self.outlier_fraction:
             words.append(f"{100 * self.outlier_fraction:g} % outliers")
+        if self.sparse_budget is not None:
+            latent = self.sparse_scorer == "latent"
+            scorer = f"{self.sparse_channels} channels" if latent else self.sparse_scorer
+            words.append(f"{budget_text(self.sparse_budget)} by {scorer}")
+            if self.dense_layers:
+                words.append(f"{self.dense_layers} dense layers")
         return ", ".join(words)
 
     def make_cache(self, config: PretrainedConfig) -> SVDqCache:
@@ -129,7 +151,24 @@ class CacheSettings:
             query_weighted=self.query_weighted,
             profile=self.profile,
             outlier_fraction=self.outlier_fraction,
+            sparse_budget=self._layer_budgets(config),
+            sparse_scorer=self.sparse_scorer,
+            sparse_channels=self.sparse_channels,
         )
+
+    def _layer_budgets(
+        self, config: PretrainedConfig
+    ) -> int | float | None | list[int | float | None]:
+        if self.sparse_budget is None or not self.dense_layers:
+            return self.sparse_budget
+        num_layers = config.get_text_config(decoder=True).num_hidden_layers
+        if self.dense_layers >= num_layers:
+            raise ValueError(
+                f"dense_layers must be below the model's {num_layers} layers, got "
+                f"{self.dense_layers}"
+            )
+        sparse = [self.sparse_budget] * (num_layers - self.dense_layers)
+        return [None] * self.dense_layers + sparse
 
     @property
     def implementation(self) -> str:
@@ -144,7 +183,13 @@ class CacheSettings:
 
     def columns(self) -> dict:
         """What a row of results says about the settings."""
-        return {
+        sparse = {}
+        if self.sparse_budget is not None:
+            sparse = {"budget": self.sparse_budget, "scorer": self.sparse_scorer}
+            if self.sparse_scorer == "latent":
+                sparse["channels"] = self.sparse_channels
+            sparse["dense_layers"] = self.dense_layers
+        return sparse | {
             "method": self.label,
             "preset": self.keys,
             "rope": self.rope,
@@ -182,6 +227,29 @@ class CacheSettings:
             "cache_ratio": report.ratio,
             "cache_parts": report.parts,
         }
+
+    def read_columns(self, cache: SVDqCache) -> dict[str, float]:
+        """How many times fewer bytes than a full cache's the last step read of the keys.
+
+        Returns
+        -------
+        code_read_ratio, read_ratio : codes alone and everything, see
+            :class:`svdq.reads.ReadReport`; nothing where no step of one token was fed.
+        """
+        if not self.one_by_one or all(layer.attended is None for layer in cache.svdq_layers):
+            return {}
+        report = cache.read_report()
+        return {"code_read_ratio": report.code_ratio, "read_ratio": report.ratio}
+
+
+def feeds_one_by_one(method: Method) -> bool:
+    """Whether what follows the context is fed in steps of one token."""
+    return isinstance(method, CacheSettings) and method.one_by_one
+
+
+def read_columns(method: Method, cache: Cache) -> dict[str, float]:
+    """Columns of :meth:`CacheSettings.read_columns`; peers have none."""
+    return method.read_columns(cache) if isinstance(method, CacheSettings) else {}
 
 
 @contextmanager

@@ -3,8 +3,9 @@
 Of every window of text the first ``prefill_tokens`` tokens are prefilled with exact attention, once
 for all methods, and each method compresses their keys; the next ``predict_tokens`` tokens are
 predicted in one forward pass, in which they see one another exactly and the prefilled tokens
-through the cache. The prediction of the first of them comes out of the prefill and is exact for
-every method; it counts like the others.
+through the cache. Key sparsity is for steps of one token, so caches that are tested with it are fed
+these tokens one by one, and pack them as they leave the window. The prediction of the first of them
+comes out of the prefill and is exact for every method; it counts like the others.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from svdq.evaluation.matching import Matched, choose, describe
-from svdq.evaluation.methods import attention
+from svdq.evaluation.methods import attention, feeds_one_by_one, read_columns
 from svdq.evaluation.metrics import Scores, compare_logits
 from svdq.evaluation.models import check_length
 from svdq.evaluation.peers import FullCache
@@ -68,18 +69,23 @@ def prefill(model: PreTrainedModel, context: Tensor, cache: Cache) -> Tensor:
 
 
 @torch.inference_mode()
-def predict(model: PreTrainedModel, tokens: Tensor, cache: Cache, first: Tensor) -> Tensor:
-    """Logits that predict the tokens after a prefill: [N, vocabulary], in one forward pass.
+def predict(
+    model: PreTrainedModel, tokens: Tensor, cache: Cache, first: Tensor, one_by_one: bool = False
+) -> Tensor:
+    """Logits that predict the tokens after a prefill: [N, vocabulary].
 
     Parameters
     ----------
     tokens : [1, N] int64; the last one is predicted, never fed.
     cache : a prefilled cache, which grows by N - 1 tokens.
     first : what :func:`prefill` returned, the prediction of the first of them.
+    one_by_one : feed single tokens instead of all in one forward pass.
     """
     if tokens.shape[1] == 1:
         return first
-    return torch.cat([first, model(tokens[:, :-1], past_key_values=cache).logits[0]])
+    fed = tokens[:, :-1]
+    steps = fed.split(1, dim=1) if one_by_one else [fed]
+    return torch.cat([first, *(model(step, past_key_values=cache).logits[0] for step in steps)])
 
 
 def evaluate_perplexity(
@@ -104,7 +110,8 @@ def evaluate_perplexity(
     -------
     One row for the full cache, then one for each method: what its ``columns`` and
     ``memory_columns`` give (the latter right after the prefill, means over the windows),
-    perplexity, kl, top1_agreement, and what else describes the run.
+    perplexity, kl, top1_agreement, and what else describes the run. Methods that are fed one by one
+    also tell what their last step read, see :meth:`CacheSettings.read_columns`.
     """
     check_length(model, task.window_tokens)
     methods = [FullCache(), *methods]
@@ -120,9 +127,10 @@ def evaluate_perplexity(
             chosen = choose(method, prefix)
             cache = chosen.compress(prefix)
             columns[index] = describe(method, chosen)
-            memory[index].append(chosen.memory_columns(cache))
+            columns_now = chosen.memory_columns(cache)
             with attention(model, chosen.implementation):
-                logits = predict(model, tokens, cache, prefix.first)
+                logits = predict(model, tokens, cache, prefix.first, feeds_one_by_one(chosen))
+            memory[index].append(columns_now | read_columns(chosen, cache))
             if index == 0:
                 reference = logits
             scores[index] += compare_logits(reference, logits, tokens[0])

@@ -13,6 +13,8 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from svdq.evaluation.budgets import budget_text
+
 # A page must not depend on the day or on what is installed where it is read: no date, no outlines
 # of letters whose names would clash between plots.
 SVG_STYLE = {"svg.fonttype": "none", "font.family": "sans-serif", "text.parse_math": False}
@@ -86,6 +88,100 @@ def error_against_bits(rows: Sequence[dict]) -> Figure:
         axes.legend()
     axes.grid(alpha=0.3)
     return figure
+
+
+def perplexity_plot(rows: Sequence[dict]) -> Figure:
+    """Error against budget where some rows have one, else against bits."""
+    budgets = any("budget" in row for row in rows)
+    return error_against_budget(rows) if budgets else error_against_bits(rows)
+
+
+def error_against_budget(rows: Sequence[dict]) -> Figure:
+    """KL divergence against the budget, a line for each scorer, and without a budget.
+
+    Parameters
+    ----------
+    rows : of ``"perplexity"``; those of other caches than svdq are left out.
+    """
+    figure = _figure(8, 4.8)
+    axes = figure.subplots()
+    lines: dict[str, list[dict]] = {}
+    for row in rows:
+        if "budget" in row:
+            lines.setdefault(scorer_of(row), []).append(row)
+        elif "preset" in row and row["kl"] > 0:
+            axes.axhline(row["kl"], ls="--", color="gray", label=row["method"])
+    for index, (scorer, group) in enumerate(lines.items()):
+        _budget_line(axes, index, scorer, group, "kl")
+    _budget_scale(axes, [row for group in lines.values() for row in group])
+    axes.set(ylabel="KL to the full cache, nats")
+    _log_scale(axes)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def scorer_of(row: dict) -> str:
+    """What chose the tokens of a row with a budget."""
+    return row["method"].replace(f"{budget_text(row['budget'])} ", "")
+
+
+def recall(rows: Sequence[dict]) -> Figure:
+    """Attention mass that is read against the budget, a line for each choice.
+
+    Parameters
+    ----------
+    rows : of ``"sparsity"``: method, budget, recall.
+    """
+    figure = _figure(8, 4.8)
+    axes = figure.subplots()
+    for index, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+        group = [row for row in rows if row["method"] == method]
+        _budget_line(axes, index, method, group, "recall")
+    _budget_scale(axes, rows)
+    axes.set(ylabel="attention mass that is read")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def decode_time(rows: Sequence[dict]) -> Figure:
+    """Time of a decode step against the length of the context, a line for each case.
+
+    Parameters
+    ----------
+    rows : of ``"sparse"``: case, kv_len, ms.
+    """
+    figure = _figure(8, 4.8)
+    axes = figure.subplots()
+    for index, case in enumerate(dict.fromkeys(row["case"] for row in rows)):
+        group = sorted((r for r in rows if r["case"] == case), key=lambda row: row["kv_len"])
+        lengths, times = ([row[key] for row in group] for key in ("kv_len", "ms"))
+        marker, color = MARKERS[index % len(MARKERS)], f"C{index % 10}"
+        axes.plot(lengths, times, f"{marker}-", label=case, color=color, ms=4, lw=1)
+    lengths = sorted({row["kv_len"] for row in rows})
+    axes.set_xscale("log")
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.minorticks_off()
+    axes.set(xlabel="tokens in the cache", ylabel="attention of one step, ms")
+    _log_scale(axes)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _budget_line(axes: Axes, index: int, label: str, group: Sequence[dict], key: str) -> None:
+    group = sorted(group, key=lambda row: row["budget"])
+    budgets, values = ([row[name] for row in group] for name in ("budget", key))
+    marker, color = MARKERS[index % len(MARKERS)], f"C{index % 10}"
+    axes.plot(budgets, values, f"{marker}-", label=label, color=color, ms=4, lw=1)
+
+
+def _budget_scale(axes: Axes, rows: Sequence[dict]) -> None:
+    budgets = sorted({row["budget"] for row in rows})
+    axes.set_xscale("log")
+    axes.set_xticks(budgets, [budget_text(budget) for budget in budgets])
+    axes.minorticks_off()
+    axes.set_xlabel("budget")
+    axes.grid(alpha=0.3)
 
 
 def family_of(row: dict) -> str:
@@ -233,7 +329,9 @@ def key_error(rows: Sequence[dict]) -> Figure:
 
 # Benchmark of rows -> what its plots are called, and how they are drawn; in the order of a page.
 PLOTS: dict[str, tuple[str, Callable[[Sequence[dict]], Figure]]] = {
-    "perplexity": ("Error against true bits", error_against_bits),
+    "perplexity": ("Error of predictions", perplexity_plot),
+    "sparsity": ("Attention mass that is read", recall),
+    "sparse": ("Time of a decode step", decode_time),
     "retrieval": ("Retrieval by length and depth", retrieval_heat),
     "bits": ("Bits by layer and head", bits_heat),
     "spectrum": ("Decay of the keys' latent channels", spectrum),

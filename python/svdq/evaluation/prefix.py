@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +21,17 @@ from svdq.evaluation.models import check_length
 
 RECORDING = "svdq-recording"
 
-_energies: ContextVar[dict[int, Tensor] | None] = ContextVar("query energies", default=None)
+
+@dataclass
+class _Recording:
+    """What is noted of queries, by layer; see :class:`Prefix`."""
+
+    positions: list[int]
+    energies: dict[int, Tensor] = field(default_factory=dict)
+    queries: dict[int, Tensor] = field(default_factory=dict)
+
+
+_recording: ContextVar[_Recording | None] = ContextVar("recording of queries", default=None)
 
 
 @dataclass(frozen=True)
@@ -36,12 +46,15 @@ class Prefix:
         softmax scale, over the tokens and over the query heads of a KV head; None for layers that
         are not full attention.
     first : [1, vocabulary] logits of the token after the context.
+    queries : by layer, [Hq, N, D], queries of the positions that were asked for, rotated and times
+        the softmax scale.
     """
 
     config: PretrainedConfig
     cache: DynamicCache
     query_energy: list[Tensor | None]
     first: Tensor
+    queries: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -99,12 +112,15 @@ class Method(Protocol):
 
 
 @torch.inference_mode()
-def read_prefix(model: PreTrainedModel, context: Tensor) -> Prefix:
+def read_prefix(
+    model: PreTrainedModel, context: Tensor, query_positions: Sequence[int] = ()
+) -> Prefix:
     """Prefill a context exactly, in one forward pass.
 
     Parameters
     ----------
     context : [1, T] int64.
+    query_positions : tokens of it whose queries are kept.
 
     Raises
     ------
@@ -116,15 +132,15 @@ def read_prefix(model: PreTrainedModel, context: Tensor) -> Prefix:
         raise ValueError(f"expected a context [1, T] of at least 1 token, got {[*context.shape]}")
     check_length(model, context.shape[1])
     cache = DynamicCache(config=model.config)
-    with _record_energies() as energies, attention(model, RECORDING):
+    with _record(query_positions) as record, attention(model, RECORDING):
         first = model(context, past_key_values=cache, logits_to_keep=1).logits[0, -1:]
     query_energy = [
-        None if getattr(layer, "is_sliding", False) else energies.get(index)
+        None if getattr(layer, "is_sliding", False) else record.energies.get(index)
         for index, layer in enumerate(cache.layers)
     ]
     if all(energy is None for energy in query_energy):
         raise ValueError(f"{model.config.model_type!r} has no full-attention layer to compress")
-    return Prefix(model.config, cache, query_energy, first)
+    return Prefix(model.config, cache, query_energy, first, record.queries)
 
 
 def fork(cache: DynamicCache, keys: dict[int, Tensor] | None = None) -> DynamicCache:
@@ -149,27 +165,29 @@ def fork(cache: DynamicCache, keys: dict[int, Tensor] | None = None) -> DynamicC
 
 
 @contextmanager
-def _record_energies() -> Iterator[dict[int, Tensor]]:
-    """Collect query energies by layer while a model runs under ``RECORDING``."""
-    energies: dict[int, Tensor] = {}
-    token = _energies.set(energies)
+def _record(positions: Sequence[int]) -> Iterator[_Recording]:
+    """Note queries by layer while a model runs under ``RECORDING``."""
+    record = _Recording(list(positions))
+    token = _recording.set(record)
     try:
-        yield energies
+        yield record
     finally:
-        _energies.reset(token)
+        _recording.reset(token)
 
 
 def _recording_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """transformers' ``sdpa`` that notes the energy of the queries [1, Hq, T, D] it is given."""
-    energies = _energies.get()
-    if energies is None:
+    """transformers' ``sdpa`` that notes what is asked of the queries [1, Hq, T, D] it is given."""
+    record = _recording.get()
+    if record is None:
         raise RuntimeError(f"{RECORDING!r} attention is for read_prefix alone")
     heads, dim = key.shape[1], query.shape[-1]
     scaling = kwargs.get("scaling") or dim**-0.5
     energy = (query[0].float() * scaling).square().mean(dim=1)
-    energies[module.layer_idx] = energy.view(heads, -1, dim).mean(dim=1)
+    if record.positions:
+        record.queries[module.layer_idx] = query[0, :, record.positions] * scaling
+    record.energies[module.layer_idx] = energy.view(heads, -1, dim).mean(dim=1)
     return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
 
 

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from svdq.evaluation.plots import PLOTS, to_svg
-from svdq.evaluation.summary import DRAWN_ONLY, able_tasks, summarize, summarize_key_errors
+from svdq.evaluation.summary import (
+    DRAWN_ONLY,
+    able_tasks,
+    summarize,
+    summarize_key_errors,
+    summarize_recall,
+)
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; }
@@ -24,7 +30,11 @@ p.note { color: #555; }
 # Columns that a table of a page leaves out: the same in all rows, said once or long.
 HIDDEN = ("benchmark", "machine", "cache_parts", "variances", "window_starts")
 # Benchmarks of many rows, summarized, and how.
-SUMMARIES = {"retrieval": summarize, "key_error": summarize_key_errors}
+SUMMARIES = {
+    "retrieval": summarize,
+    "key_error": summarize_key_errors,
+    "sparsity": summarize_recall,
+}
 
 
 def write_csv(path: Path, rows: Sequence[dict]) -> None:

@@ -1,8 +1,10 @@
 """Retrieval from a compressed context: greedy answers to questions that come after it.
 
 Every sample's context is prefilled exactly, once for all methods; each method compresses it, and
-the model goes on with the question, in one forward pass, and its answer, token by token. The full
-cache is a method like the others: what it cannot answer says nothing about a cache.
+the model goes on with the question, in one forward pass, and its answer, token by token. Caches
+that are tested with key sparsity are fed the question token by token, too, so that none of it sees
+more than the budget. The full cache is a method like the others: what it cannot answer says nothing
+about a cache.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from transformers.cache_utils import Cache
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from svdq.evaluation.matching import Matched, choose, describe
-from svdq.evaluation.methods import attention
+from svdq.evaluation.methods import attention, feeds_one_by_one, read_columns
 from svdq.evaluation.models import check_length
 from svdq.evaluation.peers import FullCache
 from svdq.evaluation.perplexity import mean_columns
@@ -83,6 +85,7 @@ def answer(
     question: Tensor,
     max_tokens: int,
     stop: Callable[[list[int]], bool] = lambda tokens: False,
+    one_by_one: bool = False,
 ) -> list[int]:
     """Feed a question into a filled cache and decode greedily.
 
@@ -91,9 +94,11 @@ def answer(
     question : [1, L] int64.
     max_tokens : length of the answer at most.
     stop : asked after every token whether the answer is complete.
+    one_by_one : feed the question in steps of one token.
     """
     ends = _end_tokens(model)
-    logits = model(question, past_key_values=cache, logits_to_keep=1).logits
+    for part in question.split(1, dim=1) if one_by_one else [question]:
+        logits = model(part, past_key_values=cache, logits_to_keep=1).logits
     tokens: list[int] = []
     while True:
         token = int(logits[0, -1].argmax())
@@ -145,9 +150,11 @@ def evaluate_retrieval(
                 chosen = choose(method, prefix)
                 cache = chosen.compress(prefix)
                 columns[index] = describe(method, chosen)
-                memory[index].append(chosen.memory_columns(cache))
+                columns_now = chosen.memory_columns(cache)
+                one_by_one = feeds_one_by_one(chosen)
                 with attention(model, chosen.implementation):
-                    scores[index].append(_ask(model, tokenizer, cache, sample))
+                    scores[index].append(_ask(model, tokenizer, cache, sample, one_by_one))
+                memory[index].append(columns_now | read_columns(chosen, cache))
         accuracies = [statistics.fmean(score) for score in scores]
         for index, accuracy in enumerate(accuracies):
             rows.append(
@@ -174,7 +181,11 @@ def _squared_difference(scores: list[float], full: list[float]) -> float:
 
 
 def _ask(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache: Cache, sample: Sample
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: Cache,
+    sample: Sample,
+    one_by_one: bool,
 ) -> float:
     """Score of the model's answer to a sample."""
 
@@ -188,6 +199,7 @@ def _ask(
         sample.question.to(model.device),
         ANSWER_TOKENS[sample.task],
         lambda tokens: score(tokens) == 1,
+        one_by_one,
     )
     return score(tokens)
 

@@ -1,11 +1,13 @@
 """Rows pooled: of retrieval by task, length, and what the model itself can do; errors of keys over
-layers."""
+layers; recall by budget."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Callable, Sequence
+
+from svdq.evaluation.budgets import budget_text
 
 # Benchmarks whose rows, one for every head, are only drawn.
 DRAWN_ONLY = ("bits", "spectrum")
@@ -33,10 +35,11 @@ def summarize(rows: Sequence[dict]) -> list[dict]:
 
     Returns
     -------
-    Rows with method, the means of k_bits, all_in_bits and cache_ratio, ``task: NAME`` and ``tokens:
-    LENGTH`` (accuracies; the latter over the tasks that the model itself can do, if there are any),
-    ``able``, the mean over these tasks, ``able_difference`` to the full cache's, and
-    ``able_stderr``, the standard error of that difference.
+    Rows with method, the means of k_bits, all_in_bits and cache_ratio, of sparse ones the budget
+    and what was read, ``task: NAME`` and ``tokens: LENGTH`` (accuracies; the latter over the tasks
+    that the model itself can do, if there are any), ``able``, the mean over these tasks,
+    ``able_difference`` to the full cache's, and ``able_stderr``, the standard error of that
+    difference.
     """
     able = able_tasks(rows)
     found: dict[str, list[dict]] = {}
@@ -48,6 +51,10 @@ def summarize(rows: Sequence[dict]) -> list[dict]:
         line = {"benchmark": "retrieval-summary", "method": method}
         for key in ("k_bits", "all_in_bits", "cache_ratio"):
             line[key] = pooled(group, key)
+        if "budget" in group[0]:
+            line["budget"] = group[0]["budget"]
+        if all("read_ratio" in row for row in group):
+            line |= {key: pooled(group, key) for key in ("code_read_ratio", "read_ratio")}
         by_task = {task: [r for r in group if r["task"] == task] for task in _order(rows, "task")}
         line |= {f"task: {task}": pooled(part) for task, part in by_task.items() if part}
         doable = [row for row in group if row["task"] in able]
@@ -59,6 +66,19 @@ def summarize(rows: Sequence[dict]) -> list[dict]:
             tasks = [by_task[task] for task in sorted(able) if by_task[task]]
             line["able"] = statistics.fmean(map(pooled, tasks))
             line |= _difference(tasks)
+        summary.append(line)
+    return summary
+
+
+def summarize_recall(rows: Sequence[dict]) -> list[dict]:
+    """One row a method: scan_bytes where it has any, and ``budget: BUDGET``, what it recalls."""
+    summary = []
+    for method in _order(rows, "method"):
+        group = [row for row in rows if row["method"] == method]
+        line = {"benchmark": "sparsity-summary", "method": method}
+        if "scan_bytes" in group[0]:
+            line["scan_bytes"] = group[0]["scan_bytes"]
+        line |= {f"budget: {budget_text(row['budget'])}": row["recall"] for row in group}
         summary.append(line)
     return summary
 
