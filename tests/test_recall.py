@@ -150,6 +150,7 @@ def test_selection_is_that_of_the_formula(prefix, rope):
             store.first_position,
             8,
             store.tail_mean,
+            channels=8,
         )
         for h in range(2):
             # One token of 30 may differ, where two have nearly the same weight.
