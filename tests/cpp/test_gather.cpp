@@ -8,8 +8,7 @@ using testing::GatherCase;
 
 class Gather : public testing::BackendTest {
  protected:
-  void SetUp() override {
-  }
+  void SetUp() override {}
 
   void check(const GatherCase& c, uint64_t stream) {
     testing::GatherProblem problem(c, stream);

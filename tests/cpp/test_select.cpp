@@ -9,8 +9,7 @@ using testing::SelectProblem;
 
 class Select : public testing::BackendTest {
  protected:
-  void SetUp() override {
-  }
+  void SetUp() override {}
 
   void check(const char* what, const SelectCase& given, uint64_t stream) {
     for (const SelectCase& c : testing::in_every_mode(given)) {
