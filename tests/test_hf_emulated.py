@@ -27,13 +27,13 @@ def prompt():
     return model, tokens
 
 
-def decode(backend, prompt, rope):
+def decode(backend, prompt, **settings):
     """Tokens and logits of a greedy answer that is long enough to pack a page on the way."""
     model, tokens = prompt
     before = _C.backend()
     _C.set_backend(backend)
     try:
-        cache = SVDqCache(model.config, rope=rope, min_fit_tokens=128)
+        cache = SVDqCache(model.config, min_fit_tokens=128, **settings)
         with torch.inference_mode():
             answer = model.generate(
                 tokens,
@@ -52,14 +52,19 @@ def decode(backend, prompt, rope):
     return answer.sequences[0, PROMPT:].tolist(), torch.stack(answer.logits), slots
 
 
-@pytest.mark.parametrize("rope", ["pre", "post"])
-def test_smollm2_decodes_the_same_tokens(prompt, rope):
-    expected, expected_logits, expected_slots = decode(_C.backends()[0], prompt, rope)
-    got, logits, slots = decode("emulated", prompt, rope)
+@pytest.mark.parametrize(
+    "settings",
+    [{"rope": "pre"}, {"rope": "post"}, {"rope": "pre", "sparse_budget": 0.25}],
+    ids=["pre", "post", "sparse"],
+)
+def test_smollm2_decodes_the_same_tokens(prompt, settings):
+    expected, expected_logits, expected_slots = decode(_C.backends()[0], prompt, **settings)
+    got, logits, slots = decode("emulated", prompt, **settings)
     assert got == expected
     assert slots == expected_slots == {192}
     divergence = torch.nn.functional.kl_div(
         logits.log_softmax(-1), expected_logits.log_softmax(-1), log_target=True, reduction="sum"
     )
-    # Codes at rounding ties and the two kinds of arithmetic: far below what quantizing costs.
+    # Codes at rounding ties, tokens at the edge of being selected and the two kinds of arithmetic:
+    # far below what quantizing costs.
     assert divergence / NEW < 1e-3
