@@ -222,7 +222,7 @@ def test_generation(scorer):
     with torch.inference_mode():
         out = model.generate(tokens, past_key_values=cache, max_new_tokens=8, do_sample=False)
     assert out.shape == (2, 508)
-    assert [layer.sparsity for layer in cache.svdq_layers] == [None, Sparsity(0.2, scorer, 12)]
+    assert [layer.sparsity for layer in cache.svdq_layers] == [None, Sparsity(0.2, scorer, 16)]
     packed = 384 - 8
     assert [layer.attended for layer in cache.svdq_layers] == [[packed], [packed // 5]]
 
@@ -242,7 +242,7 @@ def test_what_a_step_reads():
     assert report.attended == packed // 32 and report.packed == packed
     assert report.codes == packed // 32 * numbers * 1.25 / 8
     assert report.code_ratio >= 410
-    assert report.scan == slots * 2 * 12 * 4 // 8  # 12 channels of 4 bits a head
+    assert report.scan == slots * 2 * 16 * 4 // 8  # 16 channels of 4 bits a head
     assert report.exact == (8 + tokens - slots) * numbers * 4
     store = driver.layer.tokens.packed
     assert report.coding == sum(x.nbytes for x in (store.basis, store.scale, store.mean))

@@ -230,7 +230,7 @@ def test_rows_say_what_was_run(rows):
 def test_scan_bytes_are_those_of_reads(prefix):
     settings = CacheSettings("paper-1.25", residual_length=0, sparse_budget=1)
     store = settings.compress(prefix).layers[0].tokens.packed
-    assert Scorer(settings).scan_bytes(store) == lead_bytes(store.layout, 12) / 2
+    assert Scorer(settings).scan_bytes(store) == lead_bytes(store.layout, 16) / 2
 
 
 def test_table_has_a_column_a_budget(rows):

@@ -86,7 +86,7 @@ def test_rows_tell_budgets_and_what_was_read(rows):
     dense, everything, half, least, _, landmarks, half_dense = rows
     assert "budget" not in dense
     assert everything["budget"] == 4096
-    assert (half["budget"], half["scorer"], half["channels"]) == (0.5, "latent", 12)
+    assert (half["budget"], half["scorer"], half["channels"]) == (0.5, "latent", 16)
     assert landmarks["scorer"] == "landmarks"
     assert "channels" not in landmarks
     assert half_dense["dense_layers"] == 1
@@ -115,7 +115,7 @@ def test_steps_alone_tell_what_was_read():
 
 def test_labels_and_layers():
     one = settings(sparse_budget=1 / 32, dense_layers=1)
-    assert one.label == ("svdq paper-1.25, pre-RoPE, clipped, 1/32 by 12 channels, 1 dense layers")
+    assert one.label == ("svdq paper-1.25, pre-RoPE, clipped, 1/32 by 16 channels, 1 dense layers")
     other = settings(sparse_budget=2048, sparse_scorer="landmarks")
     assert other.label.endswith("clipped, 2,048 tokens by landmarks")
     config = make_model("llama", "sdpa").config

@@ -14,18 +14,21 @@ struct LeadBand {
   int64_t offset;  // of the lines in the head's part of a key page
 };
 
-// Bands of leading channels of one head, and the lane of what multiplies no code.
+// Bands of leading channels of one head. The weights of a tile of kMaxRows query rows lie side by
+// side: `lanes` a row, then the rows' constants, which multiply no code.
 struct LeadBands {
   static constexpr int kMost = 2 * kNumWidths;
-  // Channels, each band rounded up to whole lines, and the constant.
-  static constexpr int kMostLanes = kMaxSelectChannels + 8 + kLanes;
+  // Channels, each band rounded up to whole lines, in whole lines of floats.
+  static constexpr int kMostLanes = kMaxSelectChannels + kLanes;
+  static constexpr int kMostTile = kMaxRows * kMostLanes + kLanes;
 
   LeadBand band[kMost];
   int bands = 0;
-  int constant_lane = 0;
+  int used_lanes = 0;
 
-  // Lanes in use, as whole lines of floats.
-  int lanes() const { return static_cast<int>(round_up(constant_lane + 1, kLanes)); }
+  int lanes() const { return static_cast<int>(round_up(used_lanes, kLanes)); }
+  int tile() const { return kMaxRows * lanes() + kLanes; }
+  int constants() const { return kMaxRows * lanes(); }
 };
 
 inline LeadBands lead_bands(const HeadPlan& head, int channels) {
@@ -41,12 +44,12 @@ inline LeadBands lead_bands(const HeadPlan& head, int channels) {
         lead.band[lead.bands++] = {kWidths[w],
                                    count,
                                    used,
-                                   lead.constant_lane,
+                                   lead.used_lanes,
                                    channel,
                                    core,
                                    int64_t{count} * kPageTokens * kWidths[w] / 8,
                                    offset};
-        lead.constant_lane += count;
+        lead.used_lanes += count;
         channel += used;
       }
       offset += int64_t{bands.count[w]} * kPageTokens * kWidths[w] / 8;
@@ -55,15 +58,15 @@ inline LeadBands lead_bands(const HeadPlan& head, int channels) {
   return lead;
 }
 
-// Numbers of the queries of one head from which a page's weights follow: for row r and lane l,
-//   weight = fixed[r][l] + sum over slow pairs i of cos_i turn[r][i][0][l] + sin_i turn[r][i][1][l],
-// with the angle by which the middle of the page turns pair i. [rows, lanes] and [rows, slow pairs,
-// 2, lanes]. Weights are in units of their band's step, so that rounding makes them int8; the
-// constant lane is in units of log2.
+// Numbers of the queries of one head from which a page's weights follow, tile by tile:
+//   weight = fixed[tile][.] + sum over slow pairs i of cos_i turn[tile][i][0][.]
+//                                                  + sin_i turn[tile][i][1][.],
+// with the angle by which the middle of the page turns pair i. Weights are in units of their band's
+// step, so that rounding makes them int8; constants are in units of log2.
 struct LeadQuery {
-  float* fixed;
-  float* turn;
-  float* step;  // [rows, LeadBands::kMost]
+  float* fixed;  // [tiles, tile]
+  float* turn;   // [tiles, slow pairs, 2, tile]
+  float* step;   // [rows, LeadBands::kMost]
 };
 
 // RoPE pairs slow enough to count, the faster ones first.
@@ -102,51 +105,66 @@ struct NodeWeights {
 };
 inline constexpr NodeWeights kNodeWeights;
 
-// Adds a row vector x [D] (a basis row times its scale, or the mean) that meets query q [D].
-inline void add_fixed(const LeadQuery& lead, int lanes, int row, int lane, const float* q,
-                      const float* x, int begin, int end) {
-  float sum = 0;
-  for (int d = begin; d < end; ++d) sum += q[d] * x[d];
-  lead.fixed[row * lanes + lane] += sum;
+// One row's numbers of a LeadQuery.
+struct LeadRow {
+  float* fixed;  // of lane 0
+  float* turn;
+  float* fixed_constant;
+  float* turn_constant;
+  int64_t stride;  // from one of the 2 * pairs vectors of `turn` to the next
+};
+
+inline LeadRow lead_row(const LeadBands& lead, const LeadQuery& query, int row, int pairs) {
+  const int tile = row / kMaxRows, r = row % kMaxRows, size = lead.tile();
+  float* fixed = query.fixed + int64_t{tile} * size;
+  float* turn = query.turn + int64_t{tile} * pairs * 2 * size;
+  const int lane = r * lead.lanes(), constant = lead.constants() + r;
+  return {fixed + lane, turn + lane, fixed + constant, turn + constant, size};
 }
-inline void add_turned(const LeadQuery& lead, const SlowPairs& slow, int half, int lanes, int row,
-                       int lane, const float* q, const float* x) {
+
+// Sets the numbers at `fixed` and `turn` to what a row vector x [D] (a basis row times its scale, or
+// the mean) makes of query q [D]; only channels begin .. end - 1 do not turn.
+inline void absorb_fixed(float* fixed, const float* q, const float* x, int begin, int end) {
+  float sum = *fixed;
+  for (int d = begin; d < end; ++d) sum += q[d] * x[d];
+  *fixed = sum;
+}
+inline void absorb_turned(float* turn, int64_t stride, const SlowPairs& slow, int half,
+                          const float* q, const float* x) {
   for (int i = 0; i < slow.count; ++i) {
     const int a = slow.pair[i], b = a + half;
-    float* turn = lead.turn + (int64_t{row} * slow.count + i) * 2 * lanes + lane;
-    turn[0] = q[a] * x[a] + q[b] * x[b];
-    turn[lanes] = q[b] * x[a] - q[a] * x[b];
+    turn[2 * i * stride] = q[a] * x[a] + q[b] * x[b];
+    turn[(2 * i + 1) * stride] = q[b] * x[a] - q[a] * x[b];
   }
 }
 
 // Turns the numbers of one row, which are in units of log2, into units of steps that no page's
 // weights can exceed 127 of, and takes from the constant what the mid codes would add.
 inline void scale_lead(const LeadBands& lead, const LeadQuery& query, int row, int pairs) {
-  const int lanes = lead.lanes();
-  float* fixed = query.fixed + row * lanes;
-  float* turn = query.turn + int64_t{row} * pairs * 2 * lanes;
-  const auto for_each_vector = [&](const auto& fn) {
-    fn(fixed);
-    for (int i = 0; i < 2 * pairs; ++i) fn(turn + i * lanes);
-  };
+  const LeadRow own = lead_row(lead, query, row, pairs);
   for (int i = 0; i < lead.bands; ++i) {
     const LeadBand& band = lead.band[i];
     float largest = 0;
     for (int l = band.lane; l < band.lane + band.used; ++l) {
-      float bound = std::fabs(fixed[l]);
-      for (int k = 0; k < pairs; ++k)
-        bound += std::hypot(turn[2 * k * lanes + l], turn[(2 * k + 1) * lanes + l]);
+      float bound = std::fabs(own.fixed[l]);
+      for (int k = 0; k < pairs; ++k) {
+        const float* pair = own.turn + 2 * k * own.stride + l;
+        bound += std::sqrt(pair[0] * pair[0] + pair[own.stride] * pair[own.stride]);
+      }
       largest = std::max(largest, bound);
     }
     const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
     const float mid = static_cast<float>((1 << band.width) - 1) / 2;
     query.step[row * LeadBands::kMost + i] = largest / 127.0f;
-    for_each_vector([&](float* x) {
+    const auto scale = [&](float* x, float* constant) {
       for (int l = band.lane; l < band.lane + band.used; ++l) {
-        x[lead.constant_lane] -= mid * x[l];
+        *constant -= mid * x[l];
         x[l] *= inverse;
       }
-    });
+    };
+    scale(own.fixed, own.fixed_constant);
+    for (int k = 0; k < 2 * pairs; ++k)
+      scale(own.turn + k * own.stride, own.turn_constant + k * own.stride);
   }
 }
 
@@ -156,60 +174,52 @@ struct LeadWeights {
   float constant[kMaxRows];
 };
 
-// Weights of kRows rows before they are rounded.
-template <int kRows>
+// Weights of a tile before they are rounded.
 struct RawWeights {
-  alignas(kLineBytes) float of[kRows][LeadBands::kMostLanes];
+  alignas(kLineBytes) float of[LeadBands::kMostTile];
 };
 
-template <int kRows>
-inline void start_weights(const LeadQuery& query, int lanes, int row, RawWeights<kRows>& weights) {
-  for (int r = 0; r < kRows; ++r)
-    std::memcpy(weights.of[r], query.fixed + (row + r) * lanes, sizeof(float) * lanes);
-}
-
-// Adds the pairs begin .. end - 1 for the page whose middle turns all pairs by `angles` [2, pairs].
-template <int kRows>
-inline void absorb_pairs(const LeadQuery& query, int lanes, int row, int pairs, int begin, int end,
-                         const float* angles, RawWeights<kRows>& weights) {
-  for (int l = 0; l < lanes; l += kVecLanes) {
-    F32 sum[kRows];
-    for (int r = 0; r < kRows; ++r) sum[r] = load<F32>(weights.of[r] + l);
-    for (int i = begin; i < end; ++i) {
-      const F32 c = splat(angles[i]), s = splat(angles[pairs + i]);
-      for (int r = 0; r < kRows; ++r) {
-        const float* turn = query.turn + (int64_t{row + r} * pairs + i) * 2 * lanes + l;
-        sum[r] += c * load<F32>(turn);
-        sum[r] += s * load<F32>(turn + lanes);
+// to = from + the pairs begin .. end - 1, for the page whose middle turns all pairs by `angles` [2,
+// pairs]; `turn` is the tile's.
+inline void absorb_pairs(const float* from, const float* turn, int tile, int pairs, int begin,
+                         int end, const float* angles, RawWeights& to) {
+  constexpr int kMostVecs = 6;
+  for (int l = 0; l < tile; l += kMostVecs * kVecLanes) {
+    with_count<kMostVecs>((tile - l) / kVecLanes, [&]<int kVecs>() {
+      F32 sum[kVecs];
+      for (int v = 0; v < kVecs; ++v) sum[v] = load<F32>(from + l + v * kVecLanes);
+      for (int i = begin; i < end; ++i) {
+        const F32 c = splat(angles[i]), s = splat(angles[pairs + i]);
+        const float* pair = turn + int64_t{2} * i * tile + l;
+        for (int v = 0; v < kVecs; ++v) {
+          sum[v] += c * load<F32>(pair + v * kVecLanes);
+          sum[v] += s * load<F32>(pair + tile + v * kVecLanes);
+        }
       }
-    }
-    for (int r = 0; r < kRows; ++r) store(weights.of[r] + l, sum[r]);
+      for (int v = 0; v < kVecs; ++v) store(to.of + l + v * kVecLanes, sum[v]);
+    });
   }
 }
 
 // Weights at page `page` of a run from those at its nodes.
-template <int kRows>
-inline void interpolate(const RawWeights<kRows> (&nodes)[kNodes], int lanes, int page,
-                        RawWeights<kRows>& weights) {
+inline void interpolate(const RawWeights (&nodes)[kNodes], int tile, int page, RawWeights& to) {
   const float* of = kNodeWeights.of[page];
-  for (int r = 0; r < kRows; ++r) {
-    for (int l = 0; l < lanes; l += kVecLanes) {
-      F32 sum{};
-      for (int k = 0; k < kNodes; ++k) sum += load<F32>(nodes[k].of[r] + l) * of[k];
-      store(weights.of[r] + l, sum);
-    }
+  for (int l = 0; l < tile; l += kVecLanes) {
+    F32 sum{};
+    for (int k = 0; k < kNodes; ++k) sum += load<F32>(nodes[k].of + l) * of[k];
+    store(to.of + l, sum);
   }
 }
 
 template <int kRows>
-inline void round_weights(const LeadBands& lead, const RawWeights<kRows>& weights,
-                          LeadWeights& out) {
+inline void round_weights(const LeadBands& lead, const RawWeights& weights, LeadWeights& out) {
+  const int lanes = lead.lanes();
   for (int r = 0; r < kRows; ++r) {
-    for (int l = 0; l < lead.lanes(); l += kVecLanes) {
-      const I32 codes = round_to_int(load<F32>(weights.of[r] + l));
+    for (int l = 0; l < lanes; l += kVecLanes) {
+      const I32 codes = round_to_int(load<F32>(weights.of + r * lanes + l));
       store_low_bytes(reinterpret_cast<uint8_t*>(out.codes[r]) + l, codes);
     }
-    out.constant[r] = weights.of[r][lead.constant_lane];
+    out.constant[r] = weights.of[lead.constants() + r];
   }
 }
 

@@ -2,20 +2,24 @@
 // and keeps the best. Work is cut by shapes alone and every step has one order, so the choice does
 // not depend on the number of threads.
 //
-// Per page of 64 tokens and KV head, D = 128, 4 query heads, 8 channels of 4 bits: 256 bytes read; 47
-// slow pairs, 30 of them interpolated, take 210 vector operations to absorb, the 64 tokens 100 to
+// Per page of 64 tokens and KV head, D = 128, 4 query heads, 16 channels of 4 bits: 512 bytes read;
+// 47 slow pairs, 30 of them interpolated, take 270 vector operations to absorb, the 64 tokens 140 to
 // score and 130 to exponentiate.
 
-inline constexpr int64_t kSelectChunkPages = 64;
+// Pages of a task, which weighs them for all heads: those of one row of the pool lie on few pages of
+// the machine's memory, whose translations are then found.
+inline constexpr int64_t kSelectChunkPages = kRunPages;
+// Pages whose angles are a task.
+inline constexpr int64_t kAngleChunkPages = 4 * kRunPages;
 
 struct SelectPlan {
   const SelectParams& p;
   int64_t rows;  // query rows of a KV head
   SlowPairs slow;
-  int lanes = 0;                  // of the head that has most
+  int tile = 0;                   // numbers of a tile, of the head that has most
   float* angles = nullptr;        // [B, max_pages, 2, pairs] of the middles of pages
-  float* fixed = nullptr;         // [B, H, rows, lanes]
-  float* turn = nullptr;          // [B, H, rows, pairs, 2, lanes]
+  float* fixed = nullptr;         // [B, H, tiles, tile]
+  float* turn = nullptr;          // [B, H, tiles, pairs, 2, tile]
   float* steps = nullptr;         // [B, H, rows, LeadBands::kMost]
   float* norms = nullptr;         // [B, H, rows], log2 units
   float* sums = nullptr;          // [B, H, rows], of which norms are made
@@ -28,11 +32,12 @@ struct SelectPlan {
   int64_t max_pages() const { return p.table_stride; }
   int64_t angle_pages() const { return round_up(max_pages(), kRunPages); }
   int num_pairs() const { return slow.count; }
+  int64_t tiles() const { return (rows + kMaxRows - 1) / kMaxRows; }
   const float* page_angles(int64_t b, int64_t page) const {
     return angles + (b * angle_pages() + page) * 2 * num_pairs();
   }
   LeadQuery lead_query(int64_t sequence_head) const {
-    const int64_t size = rows * lanes;
+    const int64_t size = tiles() * tile;
     return {fixed + sequence_head * size, turn + sequence_head * size * 2 * num_pairs(),
             steps + sequence_head * rows * LeadBands::kMost};
   }
@@ -44,8 +49,8 @@ struct SelectPlan {
 
 inline int64_t carve_select(SelectPlan& plan, uint8_t* base) {
   const SelectParams& p = plan.p;
-  const int64_t heads = int64_t{p.batch} * p.layout.num_heads,
-                size = heads * plan.rows * plan.lanes;
+  const int64_t heads = int64_t{p.batch} * p.layout.num_heads;
+  const int64_t size = heads * plan.tiles() * plan.tile;
   int64_t bytes = 0;
   carve(plan.angles, base, bytes, p.batch * plan.angle_pages() * 2 * plan.num_pairs());
   carve(plan.fixed, base, bytes, size);
@@ -70,15 +75,15 @@ inline SelectPlan make_select_plan(const SelectParams& p) {
     if (p.rope.inv_freq[i] <= kSmoothFrequency) plan.slow.pair[plan.slow.count++] = i;
   }
   for (int h = 0; h < p.layout.num_heads; ++h)
-    plan.lanes = std::max(plan.lanes, lead_bands(p.layout.heads[h], p.channels).lanes());
+    plan.tile = std::max(plan.tile, lead_bands(p.layout.heads[h], p.channels).tile());
   return plan;
 }
 
-// Angles of the middles of up to kSelectChunkPages pages of sequence b.
+// Angles of the middles of up to kAngleChunkPages pages of sequence b.
 inline void prepare_angles(const SelectPlan& plan, int64_t b, int64_t chunk) {
   const SelectParams& p = plan.p;
-  const int64_t first = chunk * kSelectChunkPages;
-  const int64_t last = std::min(first + kSelectChunkPages, round_up(plan.pages(b), kRunPages));
+  const int64_t first = chunk * kAngleChunkPages;
+  const int64_t last = std::min(first + kAngleChunkPages, round_up(plan.pages(b), kRunPages));
   const int count = plan.num_pairs();
   if (first >= last || count == 0) return;
   float frequencies[kMaxHeadDim / 2];
@@ -102,19 +107,19 @@ inline void prepare_lead(const SelectPlan& plan, int64_t sequence_head) {
   const int dim = p.layout.head_dim, half = p.rope.half;
   const HeadPlan& head = p.layout.heads[h];
   const LeadBands lead = lead_bands(head, p.channels);
-  const int lanes = lead.lanes();
   const LeadQuery query = plan.lead_query(sequence_head);
-  std::memset(query.fixed, 0, sizeof(float) * plan.rows * lanes);
-  std::memset(query.turn, 0, sizeof(float) * plan.rows * plan.num_pairs() * 2 * lanes);
+  const int64_t size = plan.tiles() * lead.tile();
+  std::memset(query.fixed, 0, sizeof(float) * size);
+  std::memset(query.turn, 0, sizeof(float) * size * 2 * plan.num_pairs());
   float q[kMaxHeadDim], x[kMaxHeadDim];
   const float factor = p.sm_scale * kLog2E;
   for (int row = 0; row < plan.rows; ++row) {
+    const LeadRow own = lead_row(lead, query, row, plan.num_pairs());
     const int64_t at = (sequence_head * plan.rows + row) * dim;
     for (int d = 0; d < dim; ++d) q[d] = load_scalar(p.query, p.query_dtype, at + d) * factor;
-    const auto add = [&](int lane, bool core) {
-      if (!core) return add_fixed(query, lanes, row, lane, q, x, 0, dim);
-      add_fixed(query, lanes, row, lane, q, x, 2 * half, dim);
-      add_turned(query, plan.slow, half, lanes, row, lane, q, x);
+    const auto absorb = [&](float* fixed, float* turn, bool core) {
+      absorb_fixed(fixed, q, x, core ? 2 * half : 0, dim);
+      if (core) absorb_turned(turn, own.stride, plan.slow, half, q, x);
     };
     for (int i = 0; i < lead.bands; ++i) {
       const LeadBand& band = lead.band[i];
@@ -122,15 +127,13 @@ inline void prepare_lead(const SelectPlan& plan, int64_t sequence_head) {
         const int64_t channel = b * p.layout.rank + head.first_channel + band.channel + j;
         for (int d = 0; d < dim; ++d)
           x[d] = bfloat16_to_float(p.basis[channel * dim + d]) * p.scale[channel];
-        add(band.lane + j, band.core);
+        absorb(own.fixed + band.lane + j, own.turn + band.lane + j, band.core);
       }
     }
-    const bool core = p.layout.rope != RopeMode::kPost;
     std::memcpy(x, p.mean + sequence_head * dim, sizeof(float) * dim);
-    add(lead.constant_lane, core);
+    absorb(own.fixed_constant, own.turn_constant, p.layout.rope != RopeMode::kPost);
     if (p.layout.rope == RopeMode::kHybrid)
-      add_fixed(query, lanes, row, lead.constant_lane, q, p.tail_mean + sequence_head * dim, 0,
-                dim);
+      absorb_fixed(own.fixed_constant, q, p.tail_mean + sequence_head * dim, 0, dim);
     scale_lead(lead, query, row, plan.num_pairs());
   }
 }
@@ -156,36 +159,33 @@ template <typename Fn>
 inline void for_each_score(const SelectPlan& plan, const SelectHead& head, int64_t first,
                            int64_t last, const Fn& fn) {
   const LeadQuery query = plan.lead_query(head.sequence_head);
-  const int pairs = plan.num_pairs(), lanes = head.lead.lanes(), quick = plan.slow.quick;
+  const int pairs = plan.num_pairs(), size = head.lead.tile(), quick = plan.slow.quick;
   const int64_t run = first / kRunPages * kRunPages;
   const bool smooth = last - first > kNodes && quick < pairs;
   for (int row = 0; row < plan.rows; row += kMaxRows) {
-    with_count<kMaxRows>(static_cast<int>(plan.rows - row), [&]<int kRows>() {
-      const float* step = query.step + row * LeadBands::kMost;
-      RawWeights<kRows> nodes[kNodes], raw;
-      for (int k = 0; k < kNodes && smooth; ++k) {
-        start_weights(query, lanes, row, nodes[k]);
-        absorb_pairs(query, lanes, row, pairs, quick, pairs,
-                     plan.page_angles(head.b, run + k * kNodeStep), nodes[k]);
-      }
-      for (int64_t page = first; page < last; ++page) {
-        if (smooth) {
-          interpolate(nodes, lanes, static_cast<int>(page - run), raw);
-        } else {
-          start_weights(query, lanes, row, raw);
-        }
-        absorb_pairs(query, lanes, row, pairs, 0, smooth ? quick : pairs,
-                     plan.page_angles(head.b, page), raw);
+    const float* fixed = query.fixed + int64_t{row / kMaxRows} * size;
+    const float* turn = query.turn + int64_t{row / kMaxRows} * pairs * 2 * size;
+    const float* step = query.step + row * LeadBands::kMost;
+    RawWeights nodes[kNodes], raw;
+    for (int k = 0; k < kNodes && smooth; ++k) {
+      absorb_pairs(fixed, turn, size, pairs, quick, pairs,
+                   plan.page_angles(head.b, run + k * kNodeStep), nodes[k]);
+    }
+    for (int64_t page = first; page < last; ++page) {
+      if (smooth) interpolate(nodes, size, static_cast<int>(page - run), raw);
+      absorb_pairs(smooth ? raw.of : fixed, turn, size, pairs, 0, smooth ? quick : pairs,
+                   plan.page_angles(head.b, page), raw);
+      const uint8_t* lines = plan.lines(head.b, head.h, page);
+      with_count<kMaxRows>(static_cast<int>(plan.rows - row), [&]<int kRows>() {
         LeadWeights weights;
-        round_weights(head.lead, raw, weights);
-        const uint8_t* lines = plan.lines(head.b, head.h, page);
+        round_weights<kRows>(head.lead, raw, weights);
         for (int part = 0; part < kParts; ++part) {
           F32 s[kRows][kGroups];
           lead_scores<kRows>(lines, head.lead, weights, step, part, s);
           fn.template operator()<kRows>(page, row, part, s);
         }
-      }
-    });
+      });
+    }
   }
 }
 
@@ -313,20 +313,23 @@ inline void select(const SelectParams& p, const Executor& executor) {
   carve_select(plan, memory.as());
   const int64_t heads = int64_t{p.batch} * p.layout.num_heads;
   const int64_t chunks = (plan.max_pages() + kSelectChunkPages - 1) / kSelectChunkPages;
+  const int64_t angle_chunks = (plan.max_pages() + kAngleChunkPages - 1) / kAngleChunkPages;
   const auto select_head = [&](int64_t sequence_head) {
     const int64_t b = sequence_head / p.layout.num_heads, h = sequence_head % p.layout.num_heads;
     return SelectHead{b, h, sequence_head, lead_bands(p.layout.heads[h], p.channels)};
   };
-  for_each_task(executor, p.batch * chunks,
-                [&](int64_t task, int) { prepare_angles(plan, task / chunks, task % chunks); });
+  for_each_task(executor, p.batch * angle_chunks, [&](int64_t task, int) {
+    prepare_angles(plan, task / angle_chunks, task % angle_chunks);
+  });
   for_each_task(executor, heads, [&](int64_t sequence_head, int) {
     prepare_lead(plan, sequence_head);
     prepare_norms(plan, select_head(sequence_head));
   });
-  for_each_task(executor, heads * chunks, [&](int64_t task, int) {
-    const SelectHead head = select_head(task / chunks);
-    const int64_t first = task % chunks * kSelectChunkPages;
-    weigh_pages(plan, head, first, std::min(first + kSelectChunkPages, plan.pages(head.b)));
+  for_each_task(executor, p.batch * chunks, [&](int64_t task, int) {
+    const int64_t b = task / chunks, first = task % chunks * kSelectChunkPages;
+    const int64_t last = std::min(first + kSelectChunkPages, plan.pages(b));
+    for (int64_t h = 0; h < p.layout.num_heads; ++h)
+      weigh_pages(plan, select_head(b * p.layout.num_heads + h), first, last);
   });
   for_each_task(executor, heads, [&](int64_t sequence_head, int) {
     write_selected(plan, select_head(sequence_head));

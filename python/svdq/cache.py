@@ -119,7 +119,7 @@ class SVDqCache(Cache):
         profile: Profile | str | os.PathLike | None = None,
         sparse_budget: int | float | Sequence[int | float | None] | None = None,
         sparse_scorer: str = "latent",
-        sparse_channels: int = 12,
+        sparse_channels: int = 16,
     ) -> None:
         resolved, k_bits = resolve_keys(preset, schedule, k_bits, lambda_)
         allocates = k_bits is not None or lambda_ is not None

@@ -43,7 +43,7 @@ class Settings:
     refit_drift: float | None
     sparse_budget: int | float | None | tuple[int | float | None, ...] = None
     sparse_scorer: str = "latent"
-    sparse_channels: int = 12
+    sparse_channels: int = 16
 
     def sparsity(self, layer: int) -> Sparsity | None:
         """How layer ``layer`` chooses what it attends to; None where that is everything."""

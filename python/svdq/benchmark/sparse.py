@@ -145,7 +145,7 @@ def bench_sparse(
     budgets: Sequence[int | float] = (1 / 32, 2048),
     ropes: Sequence[str] = ("post", "pre"),
     v_bits: int = 4,
-    channels: int = 12,
+    channels: int = 16,
     repeats: int = 30,
     working_set_bytes: int | None = None,
     begin: Callable[[str], None] = lambda step: None,

@@ -72,7 +72,7 @@ def retrieval(
     ] = 0,
     sparse_budget: SparseBudgets = None,
     sparse_scorer: SparseScorers = [ScorerName.latent],  # noqa: B006
-    sparse_channels: SparseChannels = 12,
+    sparse_channels: SparseChannels = 16,
     dense_layers: DenseLayers = 0,
     sparse_question: Annotated[
         bool,

@@ -32,7 +32,7 @@ def sparse(
             rich_help_panel=SPARSE_PANEL,
         ),
     ] = ["1/32", "2048"],  # noqa: B006  (typer reads it, nothing mutates it)
-    sparse_channels: SparseChannels = 12,
+    sparse_channels: SparseChannels = 16,
     rope: Annotated[
         list[Rope],
         typer.Option(help="Where keys are coded; repeatable.", rich_help_panel=CACHE_PANEL),

@@ -89,7 +89,7 @@ class CacheSettings:
     outlier_fraction: float = 0.0
     sparse_budget: int | float | None = None
     sparse_scorer: str = "latent"
-    sparse_channels: int = 12
+    sparse_channels: int = 16
     dense_layers: int = 0
     one_by_one: bool = False
 

@@ -24,7 +24,7 @@ def select(
     sink_tokens: int = 0,
     tail_mean: Tensor | None = None,
     outlier_slots: Tensor | None = None,
-    channels: int = 12,
+    channels: int = 16,
 ) -> tuple[Tensor, Tensor]:
     """Choose the packed tokens that matter to a query, from a few channels of their codes.
 

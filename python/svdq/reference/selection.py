@@ -81,7 +81,7 @@ def select(
     sink_tokens: int = 0,
     tail_mean: Tensor | None = None,
     outlier_slots: Tensor | None = None,
-    channels: int = 12,
+    channels: int = 16,
 ) -> tuple[Tensor, Tensor]:
     """Slots of the largest weights, and outliers' places; see :func:`svdq.ops.select`."""
     batch, heads = query.shape[0], layout.num_kv_heads
