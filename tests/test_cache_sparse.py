@@ -147,10 +147,11 @@ def test_outliers_are_always_attended(scorer):
     assert (out[0].double() - expected).abs().max() <= COARSE_TOLERANCE * expected.abs().max()
 
 
+@pytest.mark.parametrize("budget", [0.25, 100])
 @pytest.mark.parametrize("scorer", SCORERS)
-def test_stores_of_different_bases_are_merged(scorer):
+def test_stores_of_different_bases_are_merged(scorer, budget):
     driver = driver_of(
-        sparse_budget=0.25, sparse_scorer=scorer, refit_drift=1.5, rope="post", min_fit_tokens=256
+        sparse_budget=budget, sparse_scorer=scorer, refit_drift=1.5, rope="post", min_fit_tokens=256
     )
     driver.feed(400)
     for _ in range(12):  # other keys, so that another basis is fitted
@@ -161,8 +162,9 @@ def test_stores_of_different_bases_are_merged(scorer):
     out = driver.feed(1)
     assert out.isfinite().all()
     assert len(driver.layer.attended) == len(stores)
-    for n, (store, count) in enumerate(zip(stores, driver.layer.attended, strict=True)):
-        assert count == int(0.25 * (store.slots[0] - (8 if n == 0 else 0)))
+    packed = [store.slots[0] - (8 if n == 0 else 0) for n, store in enumerate(stores)]
+    share = budget if budget < 1 else budget / sum(packed)
+    assert driver.layer.attended == [int(share * n) for n in packed]
     assert driver.cache.memory_report().total_bytes == driver.cache.allocated_bytes()
 
 

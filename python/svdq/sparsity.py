@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class Sparsity:
 
     Parameters
     ----------
-    budget : packed tokens of each KV head, or their share if below 1.
+    budget : packed tokens of each KV head, of all stores together, or their share if below 1.
     scorer : ``"latent"``, the leading channels of the codes; ``"landmarks"``, the mean keys of
         chunks.
     channels : leading channels of ``"latent"``.
@@ -50,6 +50,12 @@ class Sparsity:
         """Tokens to select of so many packed ones, at least one."""
         count = math.floor(self.budget * packed) if self.budget < 1 else int(self.budget)
         return max(count, 1)
+
+    def part(self, packed: int, total: int) -> Sparsity:
+        """The same for a store that holds so many of all packed tokens: its part of a number."""
+        if self.budget < 1 or packed == total:
+            return self
+        return replace(self, budget=max(int(self.budget) * packed // max(total, 1), 1))
 
 
 def select(

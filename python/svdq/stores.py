@@ -40,12 +40,15 @@ def attend_stores(
     """
     nothing = rows.none() if len(stores) > 1 else rows
     result, attended = None, []
-    for store in stores:
+    skipped = [sink_tokens if store is stores[0] else 0 for store in stores]
+    packed_tokens = [
+        max(max(store.slots) - sinks, 0) for store, sinks in zip(stores, skipped, strict=True)
+    ]
+    for store, sinks, packed in zip(stores, skipped, packed_tokens, strict=True):
         own_rows = rows if store is stores[-1] else nothing
-        sinks = sink_tokens if store is stores[0] else 0
-        packed = max(max(store.slots) - sinks, 0)
-        if sparsity is not None and sparsity.tokens(packed) < packed:
-            *part, count = attend_selected(query, store, own_rows, sparsity, scaling, sinks)
+        own = sparsity.part(packed, sum(packed_tokens)) if sparsity is not None else None
+        if own is not None and own.tokens(packed) < packed:
+            *part, count = attend_selected(query, store, own_rows, own, scaling, sinks)
         else:
             part, count = _attend_all(query, store, own_rows, scaling, sinks, causal), packed
         attended.append(count)
