@@ -163,25 +163,27 @@ inline void gather(const GatherParams& p, const Executor& executor) {
                    slots[i] % kPageTokens};
     }
   };
-  // A head's pages follow one another, so that each can ask for what the next one needs.
-  constexpr int64_t kRun = 8;
-  const int64_t runs = (pages + kRun - 1) / kRun;
-  for_each_task(executor, p.batch * layout.num_heads * runs, [&](int64_t task, int) {
-    const int64_t sequence_head = task / runs, first = task % runs * kRun;
-    const int64_t b = sequence_head / layout.num_heads, h = sequence_head % layout.num_heads;
-    const int64_t last = std::min(first + kRun, pages);
-    const HeadPlan& head = layout.heads[h];
+  // All heads of a page in turn, since their codes lie on the same pages of the machine's memory; each
+  // asks for what the next one needs.
+  constexpr int64_t kRun = 4;
+  const int64_t runs = (pages + kRun - 1) / kRun, heads = layout.num_heads;
+  for_each_task(executor, p.batch * runs, [&](int64_t task, int) {
+    const int64_t b = task / runs, first = task % runs * kRun;
+    const int64_t steps = (std::min(first + kRun, pages) - first) * heads;
     TokenPlace places[2][kPageTokens];
-    find(b, h, first, places[first % 2]);
-    for (int64_t page = first; page < last; ++page) {
-      if (page + 1 < last) {
-        TokenPlace* next = places[(page + 1) % 2];
-        find(b, h, page + 1, next);
-        for (int t = 0; t < kPageTokens; ++t) prefetch_token(head, layout.value, next[t]);
+    find(b, 0, first, places[0]);
+    for (int64_t step = 0; step < steps; ++step) {
+      const int64_t page = first + step / heads, h = step % heads, next = step + 1;
+      if (next < steps) {
+        TokenPlace* ahead = places[next % 2];
+        find(b, next % heads, first + next / heads, ahead);
+        for (int t = 0; t < kPageTokens; ++t)
+          prefetch_token(layout.heads[next % heads], layout.value, ahead[t]);
       }
       const int64_t row = b * pages + page;
-      gather_keys(head, places[page % 2], p.k_out + row * layout.k_page_bytes + head.k_offset);
-      gather_values(layout.value, places[page % 2],
+      gather_keys(layout.heads[h], places[step % 2],
+                  p.k_out + row * layout.k_page_bytes + layout.heads[h].k_offset);
+      gather_values(layout.value, places[step % 2],
                     p.v_out + row * layout.v_page_bytes + h * layout.value.page_bytes());
     }
   });
