@@ -181,6 +181,9 @@ struct Prefetcher {
   }
 };
 
+// Asks for a line in the second cache: what is asked for far ahead would fill the first.
+inline void prefetch_line(const uint8_t* at) { __builtin_prefetch(at, 0, 2); }
+
 // out[r] += probabilities . packed values; weights are [kRows, v_groups].
 template <int kWidth, int kRows>
 inline void accumulate_packed(const ValueLayout& value, const uint8_t* page,

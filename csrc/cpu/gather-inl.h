@@ -117,9 +117,7 @@ inline void gather_values(const ValueLayout& value, const TokenPlace* places, ui
   if (value.bits == 2) gather_value_codes<2>(value, places, to);
 }
 
-// Asks for the lines that hold a token, in the second cache: those of 64 tokens fill the first.
-inline void prefetch_line(const uint8_t* at) { __builtin_prefetch(at, 0, 2); }
-
+// Asks for the lines that hold a token.
 inline void prefetch_token(const HeadPlan& head, const ValueLayout& value, const TokenPlace& from) {
   if (from.token < 0) return;
   const uint32_t token = static_cast<uint32_t>(from.token);

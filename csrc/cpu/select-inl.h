@@ -249,7 +249,8 @@ inline void weigh_pages(const SelectPlan& plan, const SelectHead& head, int64_t 
         const uint8_t* next = plan.lines(head.b, head.h, page + kAhead);
         for (int i = 0; i < head.lead.bands; ++i) {
           const LeadBand& band = head.lead.band[i];
-          Prefetcher{next + band.offset, next + band.offset + band.bytes}.fetch(kMaxHeadDim);
+          for (int64_t at = 0; at < band.bytes; at += kLineBytes)
+            prefetch_line(next + band.offset + at);
         }
       }
       const uint64_t mask = select_mask(plan, head.b, page);
