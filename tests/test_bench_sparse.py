@@ -86,9 +86,8 @@ def test_rows_compare_with_torch_and_with_all_tokens():
         SHAPE, SCHEDULE, (1 / 32, 100, 864, 2048), ("post", "hybrid"), 4, 12, 2, 400_000,
         steps.append,
     )  # fmt: skip
-    names = [
-        f"svdq {r}, {w}" for r in ("post", "hybrid") for w in ("all tokens", "1/32", "100 tokens")
-    ]
+    cases = ("all tokens", "1/32", "100 tokens", "1/32, pairs", "100 tokens, pairs")
+    names = [f"svdq {rope}, {case}" for rope in ("post", "hybrid") for case in cases]
     assert [row["case"] for row in rows] == ["torch enable_gqa", "torch folded", *names]
     assert len(steps) == 1 + timing.WARMUP + 2
     gqa, folded, *packed = rows
@@ -99,10 +98,11 @@ def test_rows_compare_with_torch_and_with_all_tokens():
         assert row["kv_len"] == 900
     assert gqa["key_bytes"] == 900 * 2 * 64 * 2
     assert gqa["read_ratio"] == 1
-    for dense, *sparse in (packed[:3], packed[3:]):
+    for dense, *sparse in (packed[:5], packed[5:]):
         assert dense["attended"] == 864
         assert not dense.keys() & {"budget", "select_ms", "speedup_vs_dense"}
-        assert [row["attended"] for row in sparse] == [27, 100]
+        assert [row["attended"] for row in sparse] == [27, 100] * 2
+        assert [row["alike"] for row in sparse] == [1, 1, 2, 2]
         for row in sparse:
             assert row["channels"] == 12
             assert row["speedup_vs_dense"] == pytest.approx(dense["ms"] / row["ms"])
@@ -141,12 +141,12 @@ def test_command_writes_rows(tmp_path):
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert len(rows) == 2 * 4
-    assert [row["kv_len"] for row in rows] == [300] * 4 + [500] * 4
+    assert len(rows) == 2 * 5
+    assert [row["kv_len"] for row in rows] == [300] * 5 + [500] * 5
     table = [line for line in result.output.splitlines() if line.startswith("|")]
     assert "| select | gather | attend |" in table[0]
     assert ">svdq post, 1/16<" in to_svg("sparse", rows)
-    assert table[-1].startswith("| svdq post, 1/16 | 500 | 26 |")
+    assert table[-1].startswith("| svdq post, 1/16, pairs | 500 | 26 |")
 
 
 @pytest.mark.parametrize(
