@@ -186,7 +186,7 @@ struct SelectParams {
   const int32_t* first_position;  // [B], may be null: zeros
   const int32_t* outlier_slots;   // [B, H, N] ascending, then INT32_MAX; may be null
   int outliers;                   // N
-  int sink_tokens;                // leading slots that are never selected
+  int sink_tokens;                // leading slots whose weight is never looked at
   float sm_scale;
   int channels;             // a multiple of 4, at most kMaxSelectChannels
   int budget;               // tokens to select beside the outliers, at least 1
