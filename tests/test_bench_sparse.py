@@ -123,7 +123,7 @@ def test_stages_are_those_of_the_operators(monkeypatch):
         return select(*arguments)
 
     monkeypatch.setattr("svdq.benchmark.sparse.time.perf_counter", read)
-    monkeypatch.setattr("svdq.sparsity.select", choose)
+    monkeypatch.setattr("svdq.stores.select", choose)
     store, query = random_store(SHAPE, SCHEDULE, "post", 4), torch.randn(1, 4, 1, 64)
     step = step_case(SHAPE, [store], exact_rows(SHAPE), query.bfloat16(), Sparsity(8, "latent", 8))
     stages = stage_times(step.call, 3)

@@ -254,6 +254,21 @@ def test_what_a_step_reads():
     assert f"{report.code_ratio:.1f}x codes alone" in str(report)
 
 
+def test_reports_outlive_a_new_store_but_not_a_crop():
+    driver = driver_of(sparse_budget=0.1)
+    driver.feed(700)
+    driver.feed(1)
+    before = driver.cache.read_report()
+    tokens = driver.layer.tokens
+    # What a step does whose keys have drifted too far.
+    tokens.past, tokens.packed = [tokens.packed], tokens.packed.successor([0])
+    assert driver.cache.read_report() == before
+    tokens.packed, tokens.past = tokens.past[0], []
+    driver.cache.crop(-100)
+    with pytest.raises(RuntimeError, match="no step of one token"):
+        driver.cache.read_report()
+
+
 def test_what_a_dense_step_reads():
     driver = driver_of(2)
     driver.feed(700)

@@ -26,10 +26,13 @@ from svdq.evaluation.recall import (
     best_tokens,
     evaluate_recall,
     first_slots,
+    groups_per_token,
     make_scorers,
     selected_mass,
+    selected_slots,
 )
 from svdq.evaluation.summary import summarize_recall
+from svdq.outliers import NO_SLOT
 from svdq.reads import lead_bytes
 from svdq.sparsity import Sparsity, select
 
@@ -115,12 +118,13 @@ def test_scorers_choose_among_tokens_before_the_window(prefix, scorer, rope):
     assert layer.tokens.packed.slots == [576]  # all whole pages
     place, ends = torch.arange(600), torch.tensor(TASK.positions)[:, None] + 1 - 64
     free = ((place >= 8) & (place < ends)).double()[:, None].expand(-1, 2, -1)
-    found = selected_mass(free, prefix.queries[1], layer, one, 40, TASK)
+    chosen = selected_slots(prefix.queries[1], layer, one, 40, TASK)
+    found = selected_mass(free, chosen)
     if scorer == "latent":
         assert torch.equal(found, torch.full((3, 2), 40.0, dtype=torch.float64))
     else:  # a last chunk may be part full
         assert (found > 40 - 8).all()
-    other = selected_mass(1 - free, prefix.queries[1], layer, one, 40, TASK)
+    other = selected_mass(1 - free, chosen)
     assert not other.any()
 
 
@@ -132,7 +136,7 @@ def test_selection_is_that_of_the_formula(prefix, rope):
     store = layer.tokens.packed
     generator = torch.Generator().manual_seed(3)
     mass = torch.rand((3, 2, 600), generator=generator, dtype=torch.float64)
-    found = selected_mass(mass, prefix.queries[0], layer, one, 30, TASK)
+    found = selected_mass(mass, selected_slots(prefix.queries[0], layer, one, 30, TASK))
     for n, position in enumerate(TASK.positions):
         query = prefix.queries[0][:, n].unflatten(0, (2, 2)) / layer.tokens.weight[0][:, None]
         slots, _ = reference.select(
@@ -156,6 +160,12 @@ def test_selection_is_that_of_the_formula(prefix, rope):
             # One token of 30 may differ, where two have nearly the same weight.
             expected = mass[n, h, slots[0, h].long()].sum().item()
             assert found[n, h].item() == pytest.approx(expected, abs=1.01)
+
+
+def test_groups_that_chosen_tokens_lie_in():
+    apart, together = [0, 8, 16, 24], [8, 9, 14, 15]
+    slots = torch.tensor([apart, together, [7, 8, NO_SLOT, NO_SLOT]], dtype=torch.int32)
+    assert groups_per_token([slots]) == (4 + 1 + 2) / (4 + 4 + 2)
 
 
 def test_views_leave_the_store_alone(prefix):

@@ -122,8 +122,8 @@ inline LeadRow lead_row(const LeadBands& lead, const LeadQuery& query, int row, 
   return {fixed + lane, turn + lane, fixed + constant, turn + constant, size};
 }
 
-// Sets the numbers at `fixed` and `turn` to what a row vector x [D] (a basis row times its scale, or
-// the mean) makes of query q [D]; only channels begin .. end - 1 do not turn.
+// What a row vector x [D] (a basis row times its scale, or the mean) makes of query q [D]: its
+// channels begin .. end - 1, which do not turn, are added at `fixed`; its slow pairs are set at `turn`.
 inline void absorb_fixed(float* fixed, const float* q, const float* x, int begin, int end) {
   float sum = *fixed;
   for (int d = begin; d < end; ++d) sum += q[d] * x[d];

@@ -60,6 +60,8 @@ PYBIND11_MODULE(_C, m) {
   format.attr("MAX_HEAD_DIM") = kMaxHeadDim;
   format.attr("WIDTHS") = std::vector<int>(std::begin(kWidths), std::end(kWidths));
 
+  m.attr("MAX_SELECT_CHANNELS") = kMaxSelectChannels;
+
   m.def(
       "check_layout", [](const std::vector<int64_t>& ints) { Layout{ints}; }, py::arg("layout"),
       "Raises ValueError unless the integers are a valid layout.");

@@ -3,10 +3,9 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cmath>
 
+#include "csrc/torch/packed_query.h"
 #include "csrc/torch/target.h"
-#include "csrc/torch/tensor_checks.h"
 
 namespace svdq::torch_binding {
 namespace {
@@ -66,34 +65,18 @@ std::tuple<at::Tensor, at::Tensor> attend(
     const std::optional<at::Tensor>& token_slots) {
   const Checker check("svdq::attend", query);
   const Layout layout = check.layout(layout_ints);
-  const int64_t heads = layout.num_heads(), dim = layout.head_dim(), rank = layout.rank();
-  check.on_device(query, "query");
-  check.shape(query, "query", {-1, -1, -1, dim});
-  const DataType query_dtype = check.float_type(query, "query");
-  const int64_t batch = query.size(0), num_qo_heads = query.size(1), q_len = query.size(2);
-  check.require(num_qo_heads > 0 && num_qo_heads % heads == 0,
-                "query must have a multiple of " + std::to_string(heads) + " heads, got " +
-                    std::to_string(num_qo_heads));
-  check.tensor(k_pages, "k_pages", at::kByte, {-1, layout.k_page_bytes()});
+  const int64_t heads = layout.num_heads(), dim = layout.head_dim();
+  check.shape(k_pages, "k_pages", {-1, layout.k_page_bytes()});
   const DataType v_dtype = check.value_pool(v_pages, layout);
-  check.tensor(page_table, "page_table", at::kInt, {batch, -1});
-  check.lengths(cache_seqlens, "cache_seqlens", batch, page_table.size(1) * kPageTokens);
   const int64_t num_pages = std::min(k_pages.size(0), v_pages.size(0));
-  check.used_pages(page_table, cache_seqlens, num_pages);
-  check.tensor(basis, "basis", at::kBFloat16, {batch, rank, dim});
-  check.tensor(scale, "scale", at::kFloat, {batch, rank});
-  check.tensor(mean, "mean", at::kFloat, {batch, heads, dim});
-  const float* tail_mean_data = check.tail_mean(tail_mean, layout.rope(), {batch, heads, dim});
+  const PackedQuery given =
+      check_packed_query(check, layout, query, k_pages, page_table, cache_seqlens, num_pages, basis,
+                         scale, mean, tail_mean, inv_freq, first_position, sink_tokens, sm_scale);
+  const int64_t batch = given.batch;
   check_exact_rows(check, exact_keys, exact_values, batch, heads, dim);
   check.require(exact_keys.size(2) <= INT32_MAX, "exact_keys must have fewer than 2^31 rows, got " +
                                                      std::to_string(exact_keys.size(2)));
   check.lengths(exact_lens, "exact_lens", batch, exact_keys.size(2));
-  if (first_position) check.tensor(*first_position, "first_position", at::kInt, {batch});
-  check.require(sink_tokens >= 0 && sink_tokens <= INT32_MAX,
-                "sink_tokens must not be negative, got " + std::to_string(sink_tokens));
-  check.require(std::isfinite(sm_scale),
-                "sm_scale must be finite, got " + std::to_string(sm_scale));
-  const Rope rope = check.rope(inv_freq, layout.rope(), dim);
   if (token_slots) {
     const int64_t slots = page_table.size(1) * kPageTokens;
     check.tensor(*token_slots, "token_slots", at::kInt, {batch, heads, slots});
@@ -105,17 +88,18 @@ std::tuple<at::Tensor, at::Tensor> attend(
 
   const at::Tensor rows = query.contiguous();
   at::Tensor out = at::empty(rows.sizes(), rows.options());
-  at::Tensor lse = at::empty({batch, num_qo_heads, q_len}, rows.options().dtype(at::kFloat));
+  at::Tensor lse =
+      at::empty({batch, given.num_qo_heads, given.q_len}, rows.options().dtype(at::kFloat));
   if (rows.numel() == 0) return {out, lse};
   Target(query.device())
       .attend({
           .layout = layout.view(),
-          .rope = rope,
+          .rope = given.rope,
           .batch = static_cast<int>(batch),
-          .num_qo_heads = static_cast<int>(num_qo_heads),
-          .q_len = q_len,
+          .num_qo_heads = static_cast<int>(given.num_qo_heads),
+          .q_len = given.q_len,
           .query = rows.const_data_ptr(),
-          .query_dtype = query_dtype,
+          .query_dtype = given.dtype,
           .k_pages = k_pages.const_data_ptr<uint8_t>(),
           .v_pages = static_cast<const uint8_t*>(v_pages.const_data_ptr()),
           .num_pages = num_pages,
@@ -126,8 +110,8 @@ std::tuple<at::Tensor, at::Tensor> attend(
           .basis = static_cast<const uint16_t*>(basis.const_data_ptr()),
           .scale = scale.const_data_ptr<float>(),
           .mean = mean.const_data_ptr<float>(),
-          .tail_mean = tail_mean_data,
-          .first_position = first_position ? first_position->const_data_ptr<int32_t>() : nullptr,
+          .tail_mean = given.tail_mean,
+          .first_position = given.first_position,
           .exact_keys = exact_keys.const_data_ptr(),
           .exact_values = exact_values.const_data_ptr(),
           .exact_dtype = check.float_type(exact_keys, "exact_keys"),

@@ -2,10 +2,8 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
-#include <cmath>
-
+#include "csrc/torch/packed_query.h"
 #include "csrc/torch/target.h"
-#include "csrc/torch/tensor_checks.h"
 
 namespace svdq::torch_binding {
 namespace {
@@ -19,32 +17,15 @@ std::tuple<at::Tensor, at::Tensor> select(
     const std::optional<at::Tensor>& outlier_slots) {
   const Checker check("svdq::select", query);
   const Layout layout = check.layout(layout_ints);
-  const int64_t heads = layout.num_heads(), dim = layout.head_dim(), rank = layout.rank();
-  check.on_device(query, "query");
-  check.shape(query, "query", {-1, -1, -1, dim});
-  const DataType query_dtype = check.float_type(query, "query");
-  const int64_t batch = query.size(0), num_qo_heads = query.size(1), q_len = query.size(2);
-  check.require(num_qo_heads > 0 && num_qo_heads % heads == 0 && q_len > 0,
-                "query must have tokens and a multiple of " + std::to_string(heads) +
-                    " heads, got " + std::to_string(q_len) + " and " +
-                    std::to_string(num_qo_heads));
-  check.tensor(k_pages, "k_pages", at::kByte, {-1, layout.k_page_bytes()});
-  check.tensor(page_table, "page_table", at::kInt, {batch, -1});
-  check.lengths(cache_seqlens, "cache_seqlens", batch, page_table.size(1) * kPageTokens);
-  check.used_pages(page_table, cache_seqlens, k_pages.size(0));
-  check.tensor(basis, "basis", at::kBFloat16, {batch, rank, dim});
-  check.tensor(scale, "scale", at::kFloat, {batch, rank});
-  check.tensor(mean, "mean", at::kFloat, {batch, heads, dim});
-  const float* tail_mean_data = check.tail_mean(tail_mean, layout.rope(), {batch, heads, dim});
-  if (first_position) check.tensor(*first_position, "first_position", at::kInt, {batch});
-  check.require(sink_tokens >= 0 && sink_tokens <= INT32_MAX,
-                "sink_tokens must not be negative, got " + std::to_string(sink_tokens));
-  check.require(std::isfinite(sm_scale),
-                "sm_scale must be finite, got " + std::to_string(sm_scale));
+  check.shape(k_pages, "k_pages", {-1, layout.k_page_bytes()});
+  const PackedQuery given = check_packed_query(
+      check, layout, query, k_pages, page_table, cache_seqlens, k_pages.size(0), basis, scale, mean,
+      tail_mean, inv_freq, first_position, sink_tokens, sm_scale);
+  const int64_t batch = given.batch, heads = layout.num_heads();
+  check.require(given.q_len > 0, "query must have tokens, got none");
   check.require(channels >= 4 && channels <= kMaxSelectChannels && channels % 4 == 0,
                 "channels must be a multiple of 4 up to " + std::to_string(kMaxSelectChannels) +
                     ", got " + std::to_string(channels));
-  const Rope rope = check.rope(inv_freq, layout.rope(), dim);
   int64_t outliers = 0;
   if (outlier_slots) {
     check.tensor(*outlier_slots, "outlier_slots", at::kInt, {batch, heads, -1});
@@ -61,12 +42,12 @@ std::tuple<at::Tensor, at::Tensor> select(
   Target(query.device())
       .select({
           .layout = layout.view(),
-          .rope = rope,
+          .rope = given.rope,
           .batch = static_cast<int>(batch),
-          .num_qo_heads = static_cast<int>(num_qo_heads),
-          .q_len = q_len,
+          .num_qo_heads = static_cast<int>(given.num_qo_heads),
+          .q_len = given.q_len,
           .query = rows.const_data_ptr(),
-          .query_dtype = query_dtype,
+          .query_dtype = given.dtype,
           .k_pages = k_pages.const_data_ptr<uint8_t>(),
           .num_pages = k_pages.size(0),
           .page_table = page_table.const_data_ptr<int32_t>(),
@@ -75,8 +56,8 @@ std::tuple<at::Tensor, at::Tensor> select(
           .basis = static_cast<const uint16_t*>(basis.const_data_ptr()),
           .scale = scale.const_data_ptr<float>(),
           .mean = mean.const_data_ptr<float>(),
-          .tail_mean = tail_mean_data,
-          .first_position = first_position ? first_position->const_data_ptr<int32_t>() : nullptr,
+          .tail_mean = given.tail_mean,
+          .first_position = given.first_position,
           .outlier_slots = outliers ? outlier_slots->const_data_ptr<int32_t>() : nullptr,
           .outliers = static_cast<int>(outliers),
           .sink_tokens = static_cast<int>(sink_tokens),

@@ -24,6 +24,7 @@ from svdq.profile import Profile
 from svdq.reads import ReadReport, read_report
 from svdq.rope import inverse_frequencies
 from svdq.settings import ROPE_MODES, Settings
+from svdq.sparsity import DEFAULT_CHANNELS
 
 # crop(0) removes nothing where the argument counts tokens to remove, everything where it is a
 # length to keep.
@@ -119,7 +120,7 @@ class SVDqCache(Cache):
         profile: Profile | str | os.PathLike | None = None,
         sparse_budget: int | float | Sequence[int | float | None] | None = None,
         sparse_scorer: str = "latent",
-        sparse_channels: int = 16,
+        sparse_channels: int = DEFAULT_CHANNELS,
     ) -> None:
         resolved, k_bits = resolve_keys(preset, schedule, k_bits, lambda_)
         allocates = k_bits is not None or lambda_ is not None

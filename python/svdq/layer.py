@@ -68,7 +68,9 @@ class SVDqLayer(CacheLayerMixin):
         self.padding: list[int] = []
         self.knows_positions = False
         self.tokens: TokenStore | None = None
-        self.attended: list[int] | None = None  # packed tokens of each store in the last step
+        self.attended: list[int] | None = (
+            None  # packed tokens of each store in the last step, if its state still stands
+        )
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         """Take shapes and dtype from the first keys, ``[B, H, T, D]``."""
@@ -352,6 +354,7 @@ class SVDqLayer(CacheLayerMixin):
         if length == self.seq_length:
             self.reset()
         elif length:
+            self.attended = None
             self.tokens.crop(length)
             self.seq_length -= length
             self.padding = [min(pad, self.seq_length) for pad in self.padding]
@@ -374,6 +377,7 @@ class SVDqLayer(CacheLayerMixin):
 
     def _select(self, indices: list[int]) -> None:
         if self.seq_length and indices != list(range(self.batch_size)):
+            self.attended = None
             self.tokens.select(indices)
             self.padding = [self.padding[i] for i in indices]
             self.batch_size = len(indices)

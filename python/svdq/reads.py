@@ -100,9 +100,10 @@ def _add_layer(report: ReadReport, layer: SVDqLayer) -> None:
     report.full += sum(tokens.count(b) for b in range(batch)) * heads * dim * FULL_BYTES
     report.exact += sum(tokens.rows.count) * row_bytes
     sinks = layer.settings.sink_tokens
-    for store, attended in zip(tokens.stores, layer.attended, strict=True):
+    # A store that the step itself has opened is empty and comes last.
+    for store, attended in zip(tokens.stores, layer.attended, strict=False):
         report.attended += attended
-        report.packed += max(max(store.slots) - sinks, 0)
+        report.packed += store.tokens_after(sinks)
         add_store(report, store, attended, sinks, layer.sparsity)
         sinks = 0
 
@@ -113,10 +114,9 @@ def add_store(
     """Add what a step read of a store when a KV head attended to so many of its tokens."""
     layout = store.layout
     for slots in store.slots:
-        packed = max(slots - sinks, 0)
-        chosen = min(attended, packed)
+        chosen = min(attended, max(slots - sinks, 0))
         report.codes += chosen * layout.k_page_bytes // PAGE_TOKENS
-        if sparsity is None or attended >= max(max(store.slots) - sinks, 0):
+        if sparsity is None or attended >= store.tokens_after(sinks):
             continue
         report.lists += 4 * chosen * layout.num_kv_heads
         if sparsity.scorer == "latent":

@@ -10,7 +10,7 @@ import torch
 from svdq import ops
 from svdq.layout import WIDTHS, PageLayout
 from svdq.presets import Schedule
-from svdq.sparsity import Sparsity
+from svdq.sparsity import DEFAULT_CHANNELS, Sparsity
 
 ROPE_MODES = ("pre", "post", "rotated-mean", "hybrid")
 CORE_BITS = 4  # of every core channel where the tail's bits are allocated
@@ -43,7 +43,7 @@ class Settings:
     refit_drift: float | None
     sparse_budget: int | float | None | tuple[int | float | None, ...] = None
     sparse_scorer: str = "latent"
-    sparse_channels: int = 16
+    sparse_channels: int = DEFAULT_CHANNELS
 
     def sparsity(self, layer: int) -> Sparsity | None:
         """How layer ``layer`` chooses what it attends to; None where that is everything."""

@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from svdq import ops
-from svdq.layout import PAGE_TOKENS
-from svdq.outliers import NO_SLOT
-from svdq.storage import ExactRows, PackedStore
+from svdq import _C, ops
+from svdq.storage import PackedStore
 
 SCORERS = ("latent", "landmarks")
-MAX_CHANNELS = 32
+MAX_CHANNELS: int = _C.MAX_SELECT_CHANNELS
+DEFAULT_CHANNELS = 16  # needles need more than the mean attention mass (docs/sparsity.md)
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,17 @@ def select(
 ) -> tuple[Tensor, Tensor]:
     """Slots [B, H, M] that a step attends to, and the places of outliers among them.
 
-    Parameters are those of :func:`attend_selected`; see :func:`svdq.ops.select` for the results.
+    Parameters
+    ----------
+    query : [B, Hq, 1, D].
+    store : packed tokens.
+    sparsity, budget : how to choose, and how many tokens of a KV head.
+    scaling : softmax scale.
+    sinks : leading slots that are exact rows.
+
+    Returns
+    -------
+    slots, outlier_places : see :func:`svdq.ops.select`.
     """
     if sparsity.scorer == "landmarks":
         return store.landmarks.select(query, store, budget, scaling, sinks)
@@ -85,61 +93,3 @@ def select(
         None if store.outliers is None else store.outliers.slots,
         sparsity.channels,
     )
-
-
-def attend_selected(
-    query: Tensor,
-    store: PackedStore,
-    rows: ExactRows,
-    sparsity: Sparsity,
-    scaling: float,
-    sink_tokens: int,
-) -> tuple[Tensor, Tensor, int]:
-    """Attend to the best packed tokens of a store and to exact rows.
-
-    Parameters
-    ----------
-    query : [B, Hq, 1, D].
-    store : packed tokens.
-    rows : exact rows, all attended; without any, another store's.
-    sparsity, scaling : how to choose, and the softmax scale.
-    sink_tokens : leading slots that are exact rows.
-
-    Returns
-    -------
-    out, lse : as of :func:`svdq.ops.attend`.
-    selected : tokens of each KV head that were selected.
-    """
-    candidates = max(max(store.slots) - sink_tokens, 0)
-    budget = sparsity.tokens(candidates)
-    slots, places = select(query, store, sparsity, budget, scaling, sink_tokens)
-    pages = -(-slots.shape[2] // PAGE_TOKENS)
-    slots = nn.functional.pad(slots, (0, pages * PAGE_TOKENS - slots.shape[2]), value=NO_SLOT)
-    k_pages, v_pages = ops.gather(
-        store.k_pages, store.v_pages, store.page_table, slots, store.layout
-    )
-    batch, device = query.shape[0], query.device
-    table = torch.arange(batch * pages, dtype=torch.int32, device=device).view(batch, pages)
-    out, lse = ops.attend(
-        query,
-        k_pages,
-        v_pages,
-        table,
-        torch.full((batch,), pages * PAGE_TOKENS, dtype=torch.int32, device=device),
-        store.basis,
-        store.scale,
-        store.mean,
-        store.layout,
-        rows.keys,
-        rows.values,
-        rows.lens,
-        scaling,
-        store.inv_freq,
-        store.first_position,
-        0,
-        True,
-        store.tail_mean,
-        *((None, None) if store.outliers is None else (places, store.outliers.keys)),
-        slots,
-    )
-    return out, lse, min(budget, candidates)

@@ -112,6 +112,10 @@ class PackedStore:
         """The second mean of sequence b, for hybrid layouts."""
         return None if self.tail_mean is None else self.tail_mean[b]
 
+    def tokens_after(self, sink_tokens: int) -> int:
+        """Packed tokens of the longest sequence but for the first ones, which are exact rows."""
+        return max(max(self.slots) - sink_tokens, 0)
+
     @property
     def used_pages(self) -> set[int]:
         """Rows of the pools that some sequence names."""

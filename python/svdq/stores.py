@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from svdq import ops
-from svdq.sparsity import Sparsity, attend_selected
+from svdq.layout import PAGE_TOKENS
+from svdq.outliers import NO_SLOT
+from svdq.sparsity import Sparsity, select
 from svdq.storage import ExactRows, PackedStore
 
 
@@ -42,28 +46,33 @@ def attend_stores(
     result, attended = None, []
     skipped = [sink_tokens if store is stores[0] else 0 for store in stores]
     packed_tokens = [
-        max(max(store.slots) - sinks, 0) for store, sinks in zip(stores, skipped, strict=True)
+        store.tokens_after(sinks) for store, sinks in zip(stores, skipped, strict=True)
     ]
     for store, sinks, packed in zip(stores, skipped, packed_tokens, strict=True):
         own_rows = rows if store is stores[-1] else nothing
         own = sparsity.part(packed, sum(packed_tokens)) if sparsity is not None else None
-        if own is not None and own.tokens(packed) < packed:
-            *part, count = attend_selected(query, store, own_rows, own, scaling, sinks)
+        count = packed if own is None else min(own.tokens(packed), packed)
+        if count < packed:
+            part = attend_selected(query, store, own_rows, scaling, sinks, own, count)
         else:
-            part, count = _attend_all(query, store, own_rows, scaling, sinks, causal), packed
+            held = (None, None) if store.outliers is None else store.outliers.held
+            part = attend_store(query, store, own_rows, scaling, sinks, causal, held)
         attended.append(count)
         result = part if result is None else ops.merge(*result, *part)
     return *result, attended
 
 
-def _attend_all(
+def attend_store(
     query: Tensor,
     store: PackedStore,
     rows: ExactRows,
     scaling: float,
     sink_tokens: int,
     causal: bool,
+    outliers: tuple[Tensor, Tensor] | tuple[None, None],
+    token_slots: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """Attend to all packed tokens of a store and to exact rows; see :func:`svdq.ops.attend`."""
     return ops.attend(
         query,
         store.k_pages,
@@ -83,5 +92,31 @@ def _attend_all(
         sink_tokens,
         causal,
         store.tail_mean,
-        *((None, None) if store.outliers is None else store.outliers.held),
+        *outliers,
+        token_slots,
     )
+
+
+def attend_selected(
+    query: Tensor,
+    store: PackedStore,
+    rows: ExactRows,
+    scaling: float,
+    sink_tokens: int,
+    sparsity: Sparsity,
+    budget: int,
+) -> tuple[Tensor, Tensor]:
+    """Attend to the ``budget`` best packed tokens of a store and to exact rows, [B, Hq, 1, D]."""
+    slots, places = select(query, store, sparsity, budget, scaling, sink_tokens)
+    pages = -(-slots.shape[2] // PAGE_TOKENS)
+    slots = nn.functional.pad(slots, (0, pages * PAGE_TOKENS - slots.shape[2]), value=NO_SLOT)
+    gathered = copy.copy(store)
+    gathered.k_pages, gathered.v_pages = ops.gather(
+        store.k_pages, store.v_pages, store.page_table, slots, store.layout
+    )
+    batch, device = query.shape[0], query.device
+    table = torch.arange(batch * pages, dtype=torch.int32, device=device)
+    gathered.page_table = table.view(batch, pages)
+    gathered.cache_seqlens = torch.full_like(store.cache_seqlens, pages * PAGE_TOKENS)
+    outliers = (None, None) if store.outliers is None else (places, store.outliers.keys)
+    return attend_store(query, gathered, rows, scaling, 0, True, outliers, slots)

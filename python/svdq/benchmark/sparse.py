@@ -34,7 +34,7 @@ from svdq.benchmark.timing import Timing, time_interleaved
 from svdq.evaluation.budgets import budget_text
 from svdq.layout import PAGE_TOKENS
 from svdq.reads import FULL_BYTES, ReadReport, add_store
-from svdq.sparsity import Sparsity
+from svdq.sparsity import DEFAULT_CHANNELS, Sparsity
 from svdq.storage import ExactRows, PackedStore
 from svdq.stores import attend_stores
 
@@ -157,7 +157,7 @@ def bench_sparse(
     budgets: Sequence[int | float] = (1 / 32, 2048),
     ropes: Sequence[str] = ("post", "pre"),
     v_bits: int = 4,
-    channels: int = 16,
+    channels: int = DEFAULT_CHANNELS,
     repeats: int = 30,
     working_set_bytes: int | None = None,
     begin: Callable[[str], None] = lambda step: None,

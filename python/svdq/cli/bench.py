@@ -11,17 +11,24 @@ from svdq.cli.errors import reports_errors
 from svdq.cli.options import (
     CACHE_PANEL,
     MODEL_PANEL,
-    SHAPE_PANEL,
     Clip,
     Dtype,
     GgufFile,
+    HeadDim,
     JsonFile,
     KeyBits,
+    KvHeads,
+    KvLens,
     Markdown,
     Model,
+    PackedValueBits,
+    QoHeads,
     Rope,
+    Ropes,
+    Rounds,
     SinkTokens,
     TextFile,
+    Window,
     WorkingSet,
 )
 from svdq.cli.progress import quiet_transformers, step_progress
@@ -35,32 +42,16 @@ app = typer.Typer(
 @app.command()
 @reports_errors
 def attend(
-    rope: Annotated[
-        list[Rope],
-        typer.Option(help="Where keys are coded; repeatable.", rich_help_panel=CACHE_PANEL),
-    ] = [Rope.post, Rope.pre],  # noqa: B006  (typer reads it, nothing mutates it)
+    rope: Ropes = [Rope.post, Rope.pre],  # noqa: B006  (typer reads it, nothing mutates it)
     preset: KeyBits = "paper-1.25",
-    v_bits: Annotated[
-        int, typer.Option(help="Bits per value, 4 or 2.", rich_help_panel=CACHE_PANEL)
-    ] = 4,
+    v_bits: PackedValueBits = 4,
     sink_tokens: SinkTokens = 8,
-    residual_length: Annotated[
-        int, typer.Option(min=0, help="Last tokens that stay exact.", rich_help_panel=CACHE_PANEL)
-    ] = 64,
-    kv_len: Annotated[
-        list[int],
-        typer.Option(help="Tokens in the cache; repeatable.", rich_help_panel=SHAPE_PANEL),
-    ] = [32768],  # noqa: B006
-    num_qo_heads: Annotated[
-        int, typer.Option(min=1, help="Query heads.", rich_help_panel=SHAPE_PANEL)
-    ] = 32,
-    num_kv_heads: Annotated[
-        int, typer.Option(min=1, help="KV heads.", rich_help_panel=SHAPE_PANEL)
-    ] = 8,
-    head_dim: Annotated[
-        int, typer.Option(min=16, help="Numbers of a head.", rich_help_panel=SHAPE_PANEL)
-    ] = 128,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds of all cases.")] = 30,
+    residual_length: Window = 64,
+    kv_len: KvLens = [32768],  # noqa: B006
+    num_qo_heads: QoHeads = 32,
+    num_kv_heads: KvHeads = 8,
+    head_dim: HeadDim = 128,
+    repeats: Rounds = 30,
     working_set: WorkingSet = None,
     json_file: JsonFile = None,
     markdown: Markdown = False,

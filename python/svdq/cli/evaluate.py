@@ -41,6 +41,7 @@ from svdq.cli.options import (
 )
 from svdq.cli.progress import quiet_transformers, step_progress
 from svdq.cli.table import report
+from svdq.sparsity import DEFAULT_CHANNELS
 
 app = typer.Typer(
     help="Measure what compression does to a model's predictions.", no_args_is_help=True
@@ -75,7 +76,7 @@ def perplexity(
     ] = 0,
     sparse_budget: SparseBudgets = None,
     sparse_scorer: SparseScorers = [ScorerName.latent],  # noqa: B006
-    sparse_channels: SparseChannels = 16,
+    sparse_channels: SparseChannels = DEFAULT_CHANNELS,
     dense_layers: DenseLayers = 0,
     model: Model = None,
     gguf_file: GgufFile = None,

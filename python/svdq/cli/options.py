@@ -208,6 +208,26 @@ DenseLayers = Annotated[
         rich_help_panel=SPARSE_PANEL,
     ),
 ]
+Ropes = Annotated[
+    list[Rope],
+    typer.Option(help="Where keys are coded; repeatable.", rich_help_panel=CACHE_PANEL),
+]
+PackedValueBits = Annotated[
+    int, typer.Option(help="Bits per value, 4 or 2.", rich_help_panel=CACHE_PANEL)
+]
+Window = Annotated[
+    int, typer.Option(min=0, help="Last tokens that stay exact.", rich_help_panel=CACHE_PANEL)
+]
+KvLens = Annotated[
+    list[int],
+    typer.Option(help="Tokens in the cache; repeatable.", rich_help_panel=SHAPE_PANEL),
+]
+QoHeads = Annotated[int, typer.Option(min=1, help="Query heads.", rich_help_panel=SHAPE_PANEL)]
+KvHeads = Annotated[int, typer.Option(min=1, help="KV heads.", rich_help_panel=SHAPE_PANEL)]
+HeadDim = Annotated[
+    int, typer.Option(min=16, help="Numbers of a head.", rich_help_panel=SHAPE_PANEL)
+]
+Rounds = Annotated[int, typer.Option(min=1, help="Timed rounds of all cases.")]
 WorkingSet = Annotated[
     int | None,
     typer.Option(

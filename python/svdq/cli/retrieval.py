@@ -41,6 +41,7 @@ from svdq.cli.options import (
 )
 from svdq.cli.progress import quiet_transformers, step_progress
 from svdq.cli.table import report
+from svdq.sparsity import DEFAULT_CHANNELS
 
 TASK_PANEL = "Questions"
 
@@ -72,7 +73,7 @@ def retrieval(
     ] = 0,
     sparse_budget: SparseBudgets = None,
     sparse_scorer: SparseScorers = [ScorerName.latent],  # noqa: B006
-    sparse_channels: SparseChannels = 16,
+    sparse_channels: SparseChannels = DEFAULT_CHANNELS,
     dense_layers: DenseLayers = 0,
     sparse_question: Annotated[
         bool,

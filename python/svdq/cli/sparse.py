@@ -8,19 +8,26 @@ import typer
 
 from svdq.cli.errors import reports_errors
 from svdq.cli.options import (
-    CACHE_PANEL,
-    SHAPE_PANEL,
     SPARSE_PANEL,
+    HeadDim,
     JsonFile,
     KeyBits,
+    KvHeads,
+    KvLens,
     Markdown,
+    PackedValueBits,
+    QoHeads,
     Rope,
+    Ropes,
+    Rounds,
     SinkTokens,
     SparseChannels,
+    Window,
     WorkingSet,
 )
 from svdq.cli.progress import step_progress
 from svdq.cli.table import report
+from svdq.sparsity import DEFAULT_CHANNELS, Sparsity
 
 
 @reports_errors
@@ -32,33 +39,17 @@ def sparse(
             rich_help_panel=SPARSE_PANEL,
         ),
     ] = ["1/32", "2048"],  # noqa: B006  (typer reads it, nothing mutates it)
-    sparse_channels: SparseChannels = 16,
-    rope: Annotated[
-        list[Rope],
-        typer.Option(help="Where keys are coded; repeatable.", rich_help_panel=CACHE_PANEL),
-    ] = [Rope.post, Rope.pre],  # noqa: B006
+    sparse_channels: SparseChannels = DEFAULT_CHANNELS,
+    rope: Ropes = [Rope.post, Rope.pre],  # noqa: B006
     preset: KeyBits = "paper-1.25",
-    v_bits: Annotated[
-        int, typer.Option(help="Bits per value, 4 or 2.", rich_help_panel=CACHE_PANEL)
-    ] = 4,
+    v_bits: PackedValueBits = 4,
     sink_tokens: SinkTokens = 8,
-    residual_length: Annotated[
-        int, typer.Option(min=0, help="Last tokens that stay exact.", rich_help_panel=CACHE_PANEL)
-    ] = 64,
-    kv_len: Annotated[
-        list[int],
-        typer.Option(help="Tokens in the cache; repeatable.", rich_help_panel=SHAPE_PANEL),
-    ] = [4096, 16384, 32768, 65536, 131072, 262144],  # noqa: B006
-    num_qo_heads: Annotated[
-        int, typer.Option(min=1, help="Query heads.", rich_help_panel=SHAPE_PANEL)
-    ] = 32,
-    num_kv_heads: Annotated[
-        int, typer.Option(min=1, help="KV heads.", rich_help_panel=SHAPE_PANEL)
-    ] = 8,
-    head_dim: Annotated[
-        int, typer.Option(min=16, help="Numbers of a head.", rich_help_panel=SHAPE_PANEL)
-    ] = 128,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds of all cases.")] = 15,
+    residual_length: Window = 64,
+    kv_len: KvLens = [4096, 16384, 32768, 65536, 131072, 262144],  # noqa: B006
+    num_qo_heads: QoHeads = 32,
+    num_kv_heads: KvHeads = 8,
+    head_dim: HeadDim = 128,
+    repeats: Rounds = 15,
     working_set: WorkingSet = None,
     json_file: JsonFile = None,
     markdown: Markdown = False,
@@ -73,7 +64,6 @@ def sparse(
     from svdq.benchmark.timing import WARMUP
     from svdq.evaluation.budgets import parse_budget
     from svdq.evaluation.methods import parse_schedule
-    from svdq.sparsity import Sparsity
 
     budgets = [parse_budget(text) for text in budget]
     schedule = parse_schedule(preset)

@@ -15,7 +15,7 @@ from svdq.cache import SVDqCache
 from svdq.evaluation.budgets import budget_text
 from svdq.layout import PAGE_TOKENS
 from svdq.presets import PRESETS, Schedule, resolve_keys
-from svdq.sparsity import Sparsity
+from svdq.sparsity import DEFAULT_CHANNELS, Sparsity
 
 if TYPE_CHECKING:
     from svdq.evaluation.prefix import Method, Prefix
@@ -89,7 +89,7 @@ class CacheSettings:
     outlier_fraction: float = 0.0
     sparse_budget: int | float | None = None
     sparse_scorer: str = "latent"
-    sparse_channels: int = 16
+    sparse_channels: int = DEFAULT_CHANNELS
     dense_layers: int = 0
     one_by_one: bool = False
 

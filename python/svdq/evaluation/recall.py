@@ -26,7 +26,7 @@ from svdq.layer import SVDqLayer
 from svdq.layout import PAGE_TOKENS
 from svdq.outliers import NO_SLOT
 from svdq.reads import lead_bytes
-from svdq.sparsity import Sparsity, select
+from svdq.sparsity import DEFAULT_CHANNELS, Sparsity, select
 from svdq.storage import PackedStore
 
 BEST_TOKENS, BEST_CHUNKS = "best possible tokens", f"best possible chunks of {CHUNK_TOKENS}"
@@ -137,7 +137,7 @@ def make_scorers(
     for scorer in dict.fromkeys(scorers):
         latent = scorer == "latent"
         for rope in ropes if latent else ropes[:1]:
-            for count in channels if latent else (8,):
+            for count in channels if latent else (DEFAULT_CHANNELS,):
                 own = CacheSettings(
                     v_bits=4,
                     rope=rope,
@@ -184,21 +184,12 @@ def best_chunks(mass: Tensor, budget: int, chunk_tokens: int = CHUNK_TOKENS) -> 
     return best_tokens(chunks, max(budget // chunk_tokens, 1))
 
 
-def selected_mass(
-    mass: Tensor,
-    queries: Tensor,
-    layer: SVDqLayer,
-    scorer: Scorer,
-    budget: int,
-    task: RecallTask,
-) -> Tensor:
-    """Mass of the tokens that a scorer selects for each query, [N, H].
+def selected_slots(
+    queries: Tensor, layer: SVDqLayer, scorer: Scorer, budget: int, task: RecallTask
+) -> list[Tensor]:
+    """Slots [H, M] that a scorer selects for each of the queries [Hq, N, D], then ``NO_SLOT``.
 
-    Parameters
-    ----------
-    mass : [N, H, T], of the tokens that are not read in any case.
-    queries : [Hq, N, D].
-    layer : of a cache that has packed the context.
+    ``layer`` is of a cache that has packed the context.
     """
     sparsity = Sparsity(budget, scorer.name, scorer.channels)
     queries = layer.tokens.weighted_query(queries[None])
@@ -207,11 +198,30 @@ def selected_mass(
     for index, position in enumerate(task.positions):
         view = first_slots(store, position + 1 - task.residual_length)
         query = queries[:, :, index : index + 1].contiguous()
-        slots, _ = select(query, view, sparsity, budget, 1.0, task.sink_tokens)
-        there = slots[0] < NO_SLOT
-        own = mass[index].gather(1, slots[0].where(there, 0).long())
-        found.append((own * there).sum(-1))
+        found.append(select(query, view, sparsity, budget, 1.0, task.sink_tokens)[0][0])
+    return found
+
+
+def selected_mass(mass: Tensor, chosen: Sequence[Tensor]) -> Tensor:
+    """Mass [N, H] of the slots chosen for each query, of the masses [N, H, T]."""
+    found = []
+    for own, slots in zip(mass, chosen, strict=True):
+        there = slots < NO_SLOT
+        found.append((own.gather(1, slots.where(there, 0).long()) * there).sum(-1))
     return torch.stack(found)
+
+
+def groups_per_token(chosen: Sequence[Tensor]) -> float:
+    """Aligned groups of 8 neighbours that the chosen slots [H, M] lie in, per slot; they ascend.
+
+    Near 1 where slots lie apart, 1/8 where whole groups are chosen.
+    """
+    slots = torch.stack(list(chosen))
+    there = slots < NO_SLOT
+    group = slots // CHUNK_TOKENS
+    begins = there.clone()
+    begins[..., 1:] &= group[..., 1:] != group[..., :-1]
+    return int(begins.sum()) / int(there.sum())
 
 
 def first_slots(store: PackedStore, count: int) -> PackedStore:
@@ -243,8 +253,9 @@ def evaluate_recall(
     Returns
     -------
     Rows of ``"sparsity"`` for every choice and budget: method, budget, tokens (what that means
-    here), recall (mean over queries, KV heads with their query heads, and layers), scan_bytes
-    (bytes that scoring one token of a KV head reads; of scorers), and what describes the run.
+    here), recall (mean over queries, KV heads with their query heads, and layers), of scorers
+    scan_bytes (bytes that scoring one token of a KV head reads) and groups_per_token (see
+    :func:`groups_per_token`), and what describes the run.
     """
     tokens = {budget: _tokens(budget, task) for budget in budgets}
     begin("prefill")
@@ -265,11 +276,15 @@ def evaluate_recall(
             scorer.scan_bytes(cache.layers[index].tokens.packed) for index, _, _ in layers
         )
         for budget, count in tokens.items():
-            chosen = _mean(
-                selected_mass(mass, prefix.queries[index], cache.layers[index], scorer, count, task)
-                for index, mass, _ in layers
+            chosen = [
+                selected_slots(prefix.queries[index], cache.layers[index], scorer, count, task)
+                for index, _, _ in layers
+            ]
+            found = (
+                selected_mass(mass, own) for (_, mass, _), own in zip(layers, chosen, strict=True)
             )
-            row = _row(scorer.label, budget, count, base + chosen)
+            row = _row(scorer.label, budget, count, base + _mean(found))
+            row["groups_per_token"] = statistics.fmean(map(groups_per_token, chosen))
             settings = {"scorer": scorer.name, "rope": scorer.settings.rope}
             settings |= {"preset": scorer.settings.keys, "scan_bytes": scan}
             if scorer.name == "latent":
@@ -300,7 +315,7 @@ def _layer_masses(prefix: Prefix, task: RecallTask) -> Iterator[tuple[int, Tenso
 
 
 def _tokens(budget: int | float, task: RecallTask) -> int:
-    return Sparsity(budget, "latent", 8).tokens(task.context_tokens)
+    return Sparsity(budget, "latent", DEFAULT_CHANNELS).tokens(task.context_tokens)
 
 
 def _mean(masses: Iterator[Tensor]) -> float:
