@@ -113,6 +113,11 @@ SVDQ_HOST_DEVICE constexpr CodePlace unit_place(int width, int unit, int lane, i
           unit % units_per_line * width};
 }
 
+// The middle of the codes of a width; scale times what a code is above or below it is what it says.
+SVDQ_HOST_DEVICE constexpr float mid_code(int width) {
+  return static_cast<float>((1 << width) - 1) / 2;
+}
+
 // Key code of channel `channel` of a band (counted inside the band) and slot `token` of the page.
 SVDQ_HOST_DEVICE constexpr CodePlace key_code_place(int width, int channel, int token) {
   return unit_place(width, channel / kQuad * kGroups + token / kLanes, token % kLanes,

@@ -1,19 +1,27 @@
 """What attend must return, and how far from it a backend may be, derived from its arithmetic.
 
-The CPU backends multiply integer codes with integer weights, q'_j ~ step * int8, one step per band:
-the band's largest weight / 127, and 1 / 254 of that for 8-bit bands, which have a second term. A
-weight is a channel of the absorbed query times the channel's scale (tail channels), or an element
-of the scaled basis, one row per key channel (core channels). Rounding weights moves the score of
-token t by ``sum_j (code_tj - mid_j) * delta_j`` with every delta_j spread evenly over +-step_j / 2,
-so of variance step_j^2 / 12. All other arithmetic but that on probabilities is float32, with unit
+The CPU backends multiply integer codes with integer weights, q'_j ~ step * int8, one step a row:
+its largest weight / 127, and 1 / 254 of that for 8-bit bands, which have a second term. A weight is
+a channel of the absorbed query times the channel's scale (tail channels), or an element of the
+scaled basis, one row per key channel (core channels). Rounding weights moves the score of token t
+by ``sum_j (code_tj - mid_j) * delta_j`` with every delta_j spread evenly over +-step_j / 2, so of
+variance step_j^2 / 12. All other arithmetic but that on probabilities is float32, with unit
 roundoff 2^-24, whose rounding errors add up like a random walk. The bounds take SIGMAS deviations
 of both: about one score in 10^9 lies outside.
+
+Where a KV head has few query rows, slow RoPE pairs of core channels are absorbed page by page
+(csrc/core/absorb.h): a page has three rows of such weights, whose products are multiplied by
+Chebyshev's T_0, T_1, T_2 at the token's place in the page. Before they are rounded, weights are
+sums over pairs of numbers rounded to 16 bits; what the three degrees leave out of a pair is bounded
+by its frequency.
 
 With scores off by e_t, a probability changes by a factor within exp(+-(e_t + m)), where
 m = log(sum_t p_t exp(e_t)) bounds how far the log-sum-exp moves. As probabilities still add up to
 1, outputs move by at most ``sum_t p_t (exp(e_t + m) - 1) |v_t - out|``.
 
-Probabilities times the scales of packed values are rounded to 1/65535 of the largest on a page.
+Probabilities times the scales of packed values are cut to 1/255 of the largest on a page, after a
+number spread evenly over such a step is added, and multiply codes less the middle one: a variance
+of at most step^2 / 4 each.
 
 The CUDA kernels, and so the backend that emulates them, give tensor cores halves: weights, rounded
 to 11 bits where a row's largest is 256; with core channels also the reconstructed keys and the
@@ -36,7 +44,8 @@ from svdq.outliers import NO_SLOT
 
 SIGMAS = 6
 EXP2_ERROR = 1e-6  # relative error of the backends' 2^x
-PROBABILITY_STEPS = 65535
+PROBABILITY_STEPS = 255
+HALF_TURN = (PAGE_TOKENS - 1) / 2  # from a page's middle to its ends
 HALF_VARIANCE = 2.0**-20 / 12  # of a rounded half, as a share of its square
 TINY_HALF_VARIANCE = 2.0**-48 / 12
 
@@ -61,12 +70,80 @@ def weight_variances(weights: Tensor, widths: Tensor) -> Tensor:
     if uses_halves() and weights.shape[-1]:
         tiny = (weights.abs().amax(-1, keepdim=True) / 256).square() * TINY_HALF_VARIANCE
         return weights.square() * HALF_VARIANCE + tiny
-    variance = torch.zeros_like(weights)
-    for width in widths.unique():
-        band = widths == width
-        step = weights[..., band].abs().amax(-1, keepdim=True) / 127
-        variance[..., band] = (step / (254 if width == 8 else 1)).square() / 12
-    return variance
+    if weights.shape[-1] == 0:
+        return torch.zeros_like(weights)
+    step = weights.abs().amax(-1, keepdim=True) / 127
+    return (step / torch.where(widths == 8, 254.0, 1.0)).square() / 12
+
+
+def absorbs(cache: Cache, query: Tensor) -> bool:
+    """Are slow pairs of core channels absorbed into query [g, L, D]?"""
+    rows = query.shape[0] * query.shape[1]
+    return not uses_halves() and cache.token_slots is None and rows <= _C.ABSORB_ROWS
+
+
+def slow_pairs(cache: Cache) -> Tensor:
+    """Which pairs [half] are slow."""
+    if cache.inv_freq is None:
+        return torch.zeros(0, dtype=torch.bool)
+    return cache.inv_freq <= _C.ABSORBED_FASTEST
+
+
+def slow_channels(cache: Cache) -> Tensor:
+    """Which channels [D] are those of slow pairs, or do not turn."""
+    slow = slow_pairs(cache)
+    rest = torch.ones(cache.layout.head_dim - 2 * len(slow), dtype=torch.bool)
+    return torch.cat([slow, slow, rest])
+
+
+def absorbed_errors(
+    cache: Cache,
+    query: Tensor,
+    mean: Tensor,
+    rows: Tensor,
+    widths: Tensor,
+    latent: Tensor,
+    position: int,
+) -> tuple[Tensor, Tensor]:
+    """Variance and bound [g, L, n] of what absorbing slow pairs does to the scores of one head.
+
+    ``query`` [g, L, D], ``mean`` [D] before RoPE, ``rows`` [r, D] the scaled basis of channels of
+    ``widths`` [r], ``latent`` [n, r] codes less the middle ones, ``position`` that of the first
+    token, which lies in the slot after the sinks.
+    """
+    slow = slow_pairs(cache)
+    half, slot = len(slow), cache.sink_tokens
+    frequency = cache.inv_freq.double()[slow]
+
+    def pairs(x: Tensor) -> Tensor:
+        return torch.complex(x[..., :half][..., slow], x[..., half : 2 * half][..., slow])
+
+    shares = torch.tensor([_C.absorbed_error(f) for f in frequency.tolist()])
+    mean_shares = torch.tensor([_C.absorbed_mean_error(f) for f in frequency.tolist()])
+    left_out = pairs(query).abs() @ (shares * pairs(latent @ rows).abs()).T
+    left_out += pairs(query).abs() @ (mean_shares * pairs(mean).abs())[:, None]
+    # Weights of the pages, by degree: [pages, g, L, r].
+    a = HALF_TURN * frequency
+    slots = slot + torch.arange(len(latent))
+    pages = torch.arange(int(slots[-1]) // PAGE_TOKENS + 1)
+    middles = position - slot + PAGE_TOKENS * pages + HALF_TURN
+    turns = torch.polar(torch.ones(1).double(), middles[:, None] * frequency)
+    products = pairs(query).conj()[..., None, :] * pairs(rows)  # [g, L, r, slow]
+    fixed = query[..., 2 * half :] @ rows[:, 2 * half :].T
+    bessel = (torch.ones_like(a), a, a.square() / 4)
+    offsets = (slots % PAGE_TOKENS - HALF_TURN) / HALF_TURN
+    chebyshev = (torch.ones_like(offsets), offsets, 2 * offsets.square() - 1)
+    largest = products.abs().sum(-1) + fixed.abs()
+    rounding = ((len(a) / 12) ** 0.5 / 2**16 + 2.0**-15) * largest  # of 16-bit numbers
+    variance = torch.zeros_like(left_out)
+    for degree in range(3):
+        turned = torch.einsum("glri,pi->pglr", products, turns * bessel[degree])
+        weights = torch.view_as_real(turned)[..., degree % 2] + (fixed if degree == 0 else 0)
+        each = weight_variances(weights, widths) + rounding.square()  # [pages, g, L, r]
+        each = each[slots // PAGE_TOKENS]  # [n, g, L, r]
+        moved = torch.einsum("nglr,nr->gln", each, latent.square())
+        variance += moved * chebyshev[degree].square()
+    return variance, left_out
 
 
 def product_variance(cache: Cache, query: Tensor, keys: Tensor) -> Tensor:
@@ -94,6 +171,7 @@ def score_errors(cache: Cache, b: int, h: int, query: Tensor, codes: Tensor) -> 
     every_width = reference.channel_widths(layout)
     variance = torch.zeros(*query.shape[:-1], len(codes), dtype=torch.float64)
     magnitude = torch.zeros(layout.head_dim, dtype=torch.float64)
+    left_out = torch.zeros_like(variance)
     for part in (core, tail):
         is_tail = part is tail
         if layout.rope == ("pre" if is_tail else "post"):
@@ -110,15 +188,22 @@ def score_errors(cache: Cache, b: int, h: int, query: Tensor, codes: Tensor) -> 
             variance += weight_variances(weights, widths) @ latent.square().T
             continue
         key_variance = latent.square() @ weight_variances(basis.T * scale, widths).T  # [n, D]
+        keys = mean + (latent * scale) @ basis
         first = int(cache.first_position[b]) if cache.first_position is not None else 0
         positions = first + cache.sink_tokens + torch.arange(len(codes))
         if cache.token_slots is not None:
             positions = first + cache.token_slots[b, h, : len(codes)].long()
         every = query[..., None, :].expand(*query.shape[:-1], len(codes), -1)
         turned = reference.rotate(every, positions, cache.inv_freq, inverse=True)
+        if absorbs(cache, query) and len(codes):
+            key_variance[:, slow_channels(cache)] = 0
+            rows = basis * scale[:, None]
+            moved, left_out = absorbed_errors(
+                cache, query, mean, rows, widths, latent, int(positions[0])
+            )
+            variance += moved
         variance += torch.einsum("gltd,td->glt", turned.square(), key_variance)
         if uses_halves():
-            keys = mean + (latent * scale) @ basis
             keys = reference.rotate(keys, positions, cache.inv_freq)
             variance += product_variance(cache, query, keys)
     # Sums over D and over the channels, and some twenty more roundings for scales, offsets and
@@ -127,7 +212,7 @@ def score_errors(cache: Cache, b: int, h: int, query: Tensor, codes: Tensor) -> 
     parts = 2 if layout.rope == "hybrid" else 1
     roundings = (parts * (2 * layout.head_dim + 20) + channels) ** 0.5
     rounding = roundings * FLOAT_ERROR * query.norm(dim=-1) * magnitude.norm()
-    return SIGMAS * (variance.sqrt() + rounding[..., None]) * cache.sm_scale
+    return (left_out + SIGMAS * (variance.sqrt() + rounding[..., None])) * cache.sm_scale
 
 
 def value_errors(cache: Cache, b: int, h: int, p: Tensor) -> Tensor:
@@ -160,7 +245,8 @@ def value_errors(cache: Cache, b: int, h: int, p: Tensor) -> Tensor:
             continue
         largest = padded[..., page].amax(-1, keepdim=True) * scale[page].amax(0)  # [g, L, groups]
         step = largest.repeat_interleave(layout.v_group_size, dim=-1) / PROBABILITY_STEPS
-        total += 0.51 * step * codes[page].sum(0)  # half a step, and what p itself is off by
+        middle = (2.0**layout.v_bits - 1) / 2
+        total += SIGMAS * step / 2 * (codes[page] - middle).square().sum(0).sqrt()
     return total
 
 

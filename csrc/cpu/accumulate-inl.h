@@ -9,16 +9,15 @@ struct RowState {
 
 // State of a block of up to kMaxRows rows.
 struct RowBlock {
-  RowState* state;  // [rows]
-  float* zero_sum;  // [rows, v_groups, kVecLanes]: probabilities times value zero points
-  float* out;       // [rows, D]
+  RowState* state;    // [rows]
+  float* middle_sum;  // [rows, v_groups, kVecLanes]: what all channels of a group get alike
+  float* out;         // [rows, D]: the rest
 };
 
-// Probabilities of one row and block, and what the value product needs of them.
-struct Probabilities {
-  float p[kPageTokens];
-  float largest;  // upper bound
-};
+// Bits of `mask` of the tokens of a vector, t and on.
+inline uint32_t mask_lanes(uint64_t mask, int t) {
+  return static_cast<uint32_t>(mask >> t) & static_cast<uint32_t>((uint64_t{1} << kVecLanes) - 1);
+}
 
 inline constexpr float kNoScore = -std::numeric_limits<float>::infinity();
 
@@ -27,68 +26,66 @@ inline void reset_rows(const RowBlock& rows, int count, int head_dim, int v_grou
     rows.state[r].max = kNoScore;
     for (int i = 0; i < kVecLanes; ++i) rows.state[r].sum[i] = 0;
   }
-  std::memset(rows.zero_sum, 0, sizeof(float) * count * v_groups * kVecLanes);
+  std::memset(rows.middle_sum, 0, sizeof(float) * count * v_groups * kVecLanes);
   std::memset(rows.out, 0, sizeof(float) * count * head_dim);
 }
 
 inline void rescale_row(const RowBlock& rows, int r, float factor, int head_dim, int v_groups) {
   store(rows.state[r].sum, load<F32>(rows.state[r].sum) * factor);
   for (int g = 0; g < v_groups; ++g) {
-    float* at = rows.zero_sum + (r * v_groups + g) * kVecLanes;
+    float* at = rows.middle_sum + (r * v_groups + g) * kVecLanes;
     store(at, load<F32>(at) * factor);
   }
   for (int d = 0; d < head_dim; d += kVecLanes)
     store(rows.out + r * head_dim + d, load<F32>(rows.out + r * head_dim + d) * factor);
 }
 
-// Turns the scores s[64] of row r into probabilities; tokens outside `mask` get exactly 0. Returns
-// false if none is left.
-inline bool softmax_row(const RowBlock& rows, int r, const float* s, uint64_t mask, int head_dim,
-                        int v_groups, Probabilities& out) {
-  constexpr uint32_t kAllLanes = static_cast<uint32_t>((uint64_t{1} << kVecLanes) - 1);
-  const bool all = mask == ~uint64_t{0};
+// Scores s[64] of row r will be looked at relative to the returned maximum, that of all tokens so far:
+// raises the row's to theirs. Tokens outside `mask` do not count. kNoScore if none is left.
+inline float raise_max(const RowBlock& rows, int r, const float* s, uint64_t mask, int head_dim,
+                       int v_groups) {
   F32 most = splat(kNoScore);
   for (int t = 0; t < kPageTokens; t += kVecLanes) {
-    const uint32_t lanes = static_cast<uint32_t>(mask >> t) & kAllLanes;
     const F32 v = load<F32>(s + t);
-    most = max(most, all ? v : select_lanes(lanes, v, splat(kNoScore)));
+    most = max(most, mask == ~uint64_t{0} ? v : select_lanes(mask_lanes(mask, t), v, most));
   }
   const float block_max = reduce_max(most);
-  if (block_max == kNoScore) return false;
-
   RowState& state = rows.state[r];
   if (block_max > state.max) {
     if (state.max != kNoScore)
       rescale_row(rows, r, std::exp2(state.max - block_max), head_dim, v_groups);
     state.max = block_max;
   }
+  return block_max;
+}
+
+// Probabilities of tokens t .. t + kVecLanes - 1 from their scores; those outside `mask` get 0.
+inline F32 probabilities_at(const float* s, int t, float max, uint64_t mask) {
+  const F32 p = exp2(load<F32>(s + t) - max);
+  return mask == ~uint64_t{0} ? p : select_lanes(mask_lanes(mask, t), p, F32{});
+}
+
+// Turns the scores s[64] of row r into probabilities p[64]; returns false if no token is in `mask`.
+inline bool softmax_row(const RowBlock& rows, int r, const float* s, uint64_t mask, int head_dim,
+                        int v_groups, float* p) {
+  if (raise_max(rows, r, s, mask, head_dim, v_groups) == kNoScore) return false;
+  RowState& state = rows.state[r];
   F32 sum = load<F32>(state.sum);
   for (int t = 0; t < kPageTokens; t += kVecLanes) {
-    const uint32_t lanes = static_cast<uint32_t>(mask >> t) & kAllLanes;
-    F32 p = exp2(load<F32>(s + t) - state.max);
-    if (!all) p = select_lanes(lanes, p, F32{});
-    sum += p;
-    store(out.p + t, p);
+    const F32 v = probabilities_at(s, t, state.max, mask);
+    sum += v;
+    store(p + t, v);
   }
   store(state.sum, sum);
-  out.largest = exp2(splat(block_max - state.max))[0];
   return true;
 }
 
-// Probabilities times value scales of one row and group in 16 bits, as two planes of unsigned bytes
-// that dot multiplies with the codes; `step` turns the integer sum back.
-struct WeightCodes {
-  uint8_t high[kPageTokens];
-  uint8_t low[kPageTokens];
-  float step;
-};
-
-// Scales and zero points of one group and page as floats; masked tokens, whose bytes may be
-// anything, as zeros.
+// Scales of one group and page, and what their tokens' values are where a code is in the middle;
+// masked tokens, whose bytes may be anything, as zeros.
 struct ValueScales {
   float scale[kPageTokens];
-  float zero[kPageTokens];
-  float largest;
+  float middle[kPageTokens];
+  float largest;  // scale
 };
 
 inline void load_value_scales(const ValueLayout& value, const uint8_t* page, int group,
@@ -99,87 +96,143 @@ inline void load_value_scales(const ValueLayout& value, const uint8_t* page, int
       reinterpret_cast<const uint16_t*>(page + value.zero_offset()) + group * kPageTokens;
   F32 largest{};
   for (int t = 0; t < kPageTokens; t += kVecLanes) {
-    F32 scale = load_half(scales + t), zero = load_half(zeros + t);
+    F32 scale = load_half(scales + t), middle = load_half(zeros + t) + scale * mid_code(value.bits);
     if (mask != ~uint64_t{0}) {
-      const uint32_t lanes = static_cast<uint32_t>(mask >> t);
-      scale = select_lanes(lanes, scale, F32{});
-      zero = select_lanes(lanes, zero, F32{});
+      scale = select_lanes(mask_lanes(mask, t), scale, F32{});
+      middle = select_lanes(mask_lanes(mask, t), middle, F32{});
     }
     largest = max(largest, scale);
     store(out.scale + t, scale);
-    store(out.zero + t, zero);
+    store(out.middle + t, middle);
   }
   out.largest = reduce_max(largest);
 }
 
-inline void quantize_probabilities(const Probabilities& probabilities, const ValueScales& scales,
-                                   float* zero_sum, WeightCodes& out) {
-  constexpr float kTop = 65535.0f;
-  const float bound = probabilities.largest * scales.largest;
-  out.step = bound / kTop;
-  const F32 inverse = splat(bound > 0 ? kTop / bound : 0.0f);
-  F32 zeros = load<F32>(zero_sum);
-  for (int t = 0; t < kPageTokens; t += kVecLanes) {
-    const F32 p = load<F32>(probabilities.p + t);
-    zeros += p * load<F32>(scales.zero + t);
-    const I32 code = round_to_int(min(p * load<F32>(scales.scale + t) * inverse, splat(kTop)));
-    store_low_bytes(out.high + t, code >> 8);
-    store_low_bytes(out.low + t, code);
+// Probabilities times value scales of one row and group as bytes that dot multiplies with the codes;
+// `step` turns the integer sum back.
+struct WeightCodes {
+  uint8_t code[kPageTokens];
+  float step;
+};
+
+// What is added before a weight is cut to a whole number: every fraction from 1/128 on, so that over
+// a page small weights are lost as often as they are raised to a step, and nothing on average.
+struct Dither {
+  alignas(kLineBytes) float of[kPageTokens];
+  constexpr Dither() : of{} {
+    for (int t = 0; t < kPageTokens; ++t) {
+      int reversed = 0;
+      for (int bit = 0; bit < 6; ++bit) reversed |= (t >> bit & 1) << (5 - bit);
+      of[t] = (static_cast<float>(reversed) + 0.5f) / kPageTokens;
+    }
   }
-  store(zero_sum, zeros);
+};
+inline constexpr Dither kDither;
+
+// Turns the scores s[64] of row r into the weights of every group, [groups]; what they multiply are
+// codes less the middle one. Rounding them adds a variance of at most step^2 / 4 times (code -
+// mid)^2, where rounding the values to codes cost weight^2 step^2 / 12: a few per cent of that where
+// one token has all the weight of a page, and less elsewhere.
+// Weights are 0 if no token is in `mask`.
+inline void weigh_row(const RowBlock& rows, int r, const float* s, uint64_t mask,
+                      const ValueLayout& value, const ValueScales* scales, WeightCodes* out) {
+  constexpr float kTop = 255.0f;
+  const int groups = value.groups();
+  const float block_max = raise_max(rows, r, s, mask, value.head_dim, groups);
+  if (block_max == kNoScore) {
+    std::memset(out, 0, sizeof(WeightCodes) * groups);
+    return;
+  }
+  RowState& state = rows.state[r];
+  F32 p[kPageTokens / kVecLanes], sum = load<F32>(state.sum);
+  for (int t = 0; t < kPageTokens; t += kVecLanes) {
+    p[t / kVecLanes] = probabilities_at(s, t, state.max, mask);
+    sum += p[t / kVecLanes];
+  }
+  store(state.sum, sum);
+  const float largest = exp2(splat(block_max - state.max))[0];
+  for (int g = 0; g < groups; ++g) {
+    const float bound = largest * scales[g].largest;
+    out[g].step = bound / kTop;
+    const F32 inverse = splat(bound > 0 ? kTop / bound : 0.0f);
+    F32 middles{};
+    I32 total{};
+    for (int first = 0; first < kPageTokens; first += 4 * kVecLanes) {
+      I32 code[4];
+      for (int i = 0; i < 4; ++i) {
+        const int t = first + i * kVecLanes;
+        const F32 v = p[t / kVecLanes];
+        middles += v * load<F32>(scales[g].middle + t);
+        code[i] =
+            cut_to_int(v * load<F32>(scales[g].scale + t) * inverse + load<F32>(kDither.of + t));
+        total += code[i];
+      }
+      store_bytes(out[g].code + first, code);
+    }
+    float* at = rows.middle_sum + (r * groups + g) * kVecLanes;
+    const float less = out[g].step * mid_code(value.bits);
+    store(at, load<F32>(at) + (middles - to_float(total) * less));
+  }
 }
 
-// out[r][channels of kBlocks blocks] += probabilities . values of one page; all blocks lie in one
+// Bytes that the next page will need, keys and then values, asked for a few lines at a time all along
+// this page: pages lie too far apart for the processor to guess them, and all at once would fill its
+// miss buffers and wait.
+struct Prefetcher {
+  struct Range {
+    const uint8_t* at;
+    const uint8_t* end;
+  };
+  Range now, then;
+
+  void fetch(int lines) {
+    for (; lines > 0; --lines, now.at += kLineBytes) {
+      if (now.at >= now.end) {
+        now = then;
+        then = {};
+        if (now.at >= now.end) return;
+      }
+      __builtin_prefetch(now.at);
+    }
+  }
+};
+
+// out[r][channels of kBlocks blocks] += weights . (value codes - mid) of one page; all blocks lie in one
 // value group.
 template <int kWidth, int kRows, int kBlocks>
 inline void accumulate_blocks(const uint8_t* lines, const WeightCodes* weights,
-                              int64_t weight_stride, int head_dim, float* out) {
+                              int64_t weight_stride, int head_dim, Prefetcher& next, float* out) {
   constexpr int kUnits = 8 / kWidth;
   constexpr int kBlockLines = kTokenQuads / kUnits;
   for (int part = 0; part < kParts; ++part) {
-    I32 high[kRows][kBlocks], low[kRows][kBlocks];
+    I32 acc[kRows][kBlocks];
     for (int r = 0; r < kRows; ++r) {
-      for (int b = 0; b < kBlocks; ++b) high[r][b] = low[r][b] = I32{};
+      for (int b = 0; b < kBlocks; ++b) acc[r][b] = I32{};
     }
     for (int line = 0; line < kBlockLines; ++line) {
       U32 bits[kBlocks];
+      if (part == 0) next.fetch(kBlocks);  // as many as are read
       for (int b = 0; b < kBlocks; ++b) {
         bits[b] = load<U32>(lines + (b * kBlockLines + line) * kLineBytes + part * kVecBytes);
       }
       for (int k = 0; k < kUnits; ++k) {
-        const int token = (line * kUnits + k) * kQuad;
         U32 codes[kBlocks];
         for (int b = 0; b < kBlocks; ++b) codes[b] = unit_codes<kWidth>(bits[b], k);
         for (int r = 0; r < kRows; ++r) {
-          const U32 h = splat_quad(weights[r * weight_stride].high + token);
-          const U32 l = splat_quad(weights[r * weight_stride].low + token);
-          for (int b = 0; b < kBlocks; ++b) {
-            high[r][b] = dot(high[r][b], h, codes[b]);
-            low[r][b] = dot(low[r][b], l, codes[b]);
-          }
+          const U32 quad =
+              splat_quad(weights[r * weight_stride].code + (line * kUnits + k) * kQuad);
+          for (int b = 0; b < kBlocks; ++b) acc[r][b] = dot(acc[r][b], quad, codes[b]);
         }
       }
     }
     for (int r = 0; r < kRows; ++r) {
       for (int b = 0; b < kBlocks; ++b) {
         float* at = out + r * head_dim + b * kLanes + part * kVecLanes;
-        store(at, load<F32>(at) +
-                      to_float((high[r][b] << 8) + low[r][b]) * weights[r * weight_stride].step);
+        store(at, load<F32>(at) + to_float(acc[r][b]) * weights[r * weight_stride].step);
       }
     }
   }
 }
-
-// Bytes that a later page will need, asked for a few lines at a time: pages of one head lie too far
-// apart for the processor to guess them, and all at once would fill its miss buffers.
-struct Prefetcher {
-  const uint8_t* at;
-  const uint8_t* end;
-
-  void fetch(int lines) {
-    for (; lines > 0 && at < end; --lines, at += kLineBytes) __builtin_prefetch(at);
-  }
-};
 
 // Asks for a line in the second cache: what is asked for far ahead would fill the first.
 inline void prefetch_line(const uint8_t* at) { __builtin_prefetch(at, 0, 2); }
@@ -190,27 +243,25 @@ inline void accumulate_packed(const ValueLayout& value, const uint8_t* page,
                               const WeightCodes* weights, Prefetcher& next, float* out) {
   const uint8_t* lines = page + value.code_offset();
   constexpr int kBlockBytes = kTokenQuads * kWidth / 8 * kLineBytes;
-  const int blocks = value.head_dim / kLanes, group_blocks = value.group_size / kLanes,
-            groups = value.groups();
-  for (int block = 0; block < blocks;) {
-    const WeightCodes* group_weights = weights + block / group_blocks;
-    next.fetch(2 * kBlockBytes / kLineBytes);
-    if (block + 1 < blocks && block / group_blocks == (block + 1) / group_blocks) {
-      accumulate_blocks<kWidth, kRows, 2>(lines + int64_t{block} * kBlockBytes, group_weights,
-                                          groups, value.head_dim, out + block * kLanes);
-      block += 2;
-    } else {
-      accumulate_blocks<kWidth, kRows, 1>(lines + int64_t{block} * kBlockBytes, group_weights,
-                                          groups, value.head_dim, out + block * kLanes);
-      block += 1;
+  constexpr int kMostBlocks = 4;
+  const int group_blocks = value.group_size / kLanes;
+  for (int group = 0; group < value.groups(); ++group) {
+    for (int first = 0; first < group_blocks; first += kMostBlocks) {
+      const int block = group * group_blocks + first;
+      with_count<kMostBlocks>(group_blocks - first, [&]<int kBlocks>() {
+        accumulate_blocks<kWidth, kRows, kBlocks>(lines + int64_t{block} * kBlockBytes,
+                                                  weights + group, value.groups(), value.head_dim,
+                                                  next, out + block * kLanes);
+      });
     }
   }
 }
 
 // out[r] += probabilities . exact values in rows; tokens outside the mask are not read.
 template <int kRows>
-inline void accumulate_exact(const Probabilities* probabilities, const void* values, DataType dtype,
-                             int64_t first, uint64_t mask, int head_dim, float* out) {
+inline void accumulate_exact(const float (*probabilities)[kPageTokens], const void* values,
+                             DataType dtype, int64_t first, uint64_t mask, int head_dim,
+                             float* out) {
   constexpr int kChunk = 2;  // vectors of a row held while its tokens go by
   for (int d = 0; d < head_dim; d += kChunk * kVecLanes) {
     const int vecs = std::min(kChunk, (head_dim - d) / kVecLanes);
@@ -223,7 +274,7 @@ inline void accumulate_exact(const Probabilities* probabilities, const void* val
       for (int v = 0; v < vecs; ++v) {
         const F32 value =
             load_as_float(values, dtype, first + int64_t{t} * head_dim + d + v * kVecLanes);
-        for (int r = 0; r < kRows; ++r) acc[r][v] += value * probabilities[r].p[t];
+        for (int r = 0; r < kRows; ++r) acc[r][v] += value * probabilities[r][t];
       }
     }
     for (int r = 0; r < kRows; ++r) {

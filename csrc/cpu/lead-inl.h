@@ -70,40 +70,11 @@ struct LeadQuery {
 };
 
 // RoPE pairs slow enough to count, the faster ones first.
-struct SlowPairs {
+struct LeadPairs {
   int pair[kMaxHeadDim / 2];
   int count = 0;
   int quick = 0;  // of them, those that are not smooth over a run of pages
 };
-
-// What smooth pairs add to a page's weights is interpolated between four pages of a run of 16: at
-// the frequencies that this is for, a page turns a pair by 1/16 at most, so a cubic through them is
-// off by 5^4 / 24 of the fourth power of that, 4e-4 of the pair's part.
-inline constexpr int kRunPages = 16;
-inline constexpr int kNodes = 4;
-inline constexpr int kNodeStep = 5;
-inline constexpr float kSmoothFrequency = 1.0f / (16 * kPageTokens);
-static_assert(kRunPages == (kNodes - 1) * kNodeStep + 1);
-
-// Weight of node k at page `page` of the run (Lagrange).
-constexpr float node_weight(int k, int page) {
-  float weight = 1.0f;
-  for (int j = 0; j < kNodes; ++j) {
-    if (j != k)
-      weight *= static_cast<float>(page - j * kNodeStep) / static_cast<float>((k - j) * kNodeStep);
-  }
-  return weight;
-}
-
-struct NodeWeights {
-  float of[kRunPages][kNodes];
-  constexpr NodeWeights() : of{} {
-    for (int page = 0; page < kRunPages; ++page) {
-      for (int k = 0; k < kNodes; ++k) of[page][k] = node_weight(k, page);
-    }
-  }
-};
-inline constexpr NodeWeights kNodeWeights;
 
 // One row's numbers of a LeadQuery.
 struct LeadRow {
@@ -129,7 +100,7 @@ inline void absorb_fixed(float* fixed, const float* q, const float* x, int begin
   for (int d = begin; d < end; ++d) sum += q[d] * x[d];
   *fixed = sum;
 }
-inline void absorb_turned(float* turn, int64_t stride, const SlowPairs& slow, int half,
+inline void absorb_turned(float* turn, int64_t stride, const LeadPairs& slow, int half,
                           const float* q, const float* x) {
   for (int i = 0; i < slow.count; ++i) {
     const int a = slow.pair[i], b = a + half;
@@ -232,7 +203,7 @@ inline void add_lead_band(const uint8_t* lines, const LeadBand& band, const Lead
     for (int g = 0; g < kGroups; ++g) acc[r][g] = I32{};
   }
   accumulate_band<kWidth, false>(lines + band.offset, band.count, weights.codes[0] + band.lane,
-                                 LeadBands::kMostLanes, part, acc);
+                                 LeadBands::kMostLanes, kQuad, part, acc);
   for (int r = 0; r < kRows; ++r) {
     for (int g = 0; g < kGroups; ++g) s[r][g] += to_float(acc[r][g]) * step[r * LeadBands::kMost];
   }

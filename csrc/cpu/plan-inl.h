@@ -4,11 +4,11 @@
 // Query rows of one task; a multiple of kMaxRows. More would push their outputs out of the nearest
 // cache.
 inline constexpr int64_t kTaskRows = 64;
-// Blocks of a split: few enough to fill all cores with one KV head, enough to hide what a task sets
-// up.
-inline constexpr int64_t kMinSplitBlocks = 16;
-// Splits stop when there are this many tasks.
-inline constexpr int64_t kTargetTasks = 256;
+// Blocks of a split are a multiple of these, few enough to fill all cores with one KV head.
+inline constexpr int64_t kMinSplitBlocks = kRunPages;
+// Tasks there should be: as few as keep the cores of a large machine busy. A task takes all heads of
+// its pages if there are enough tasks then: heads lie side by side in the pools.
+inline constexpr int64_t kTargetTasks = 64;
 
 // Multiply-adds below which a step of the plan is not worth other threads: some 50 microseconds.
 inline constexpr int64_t kSerialProducts = 1 << 19;
@@ -21,22 +21,34 @@ inline constexpr float kLn2 = 0.69314718055994530942f;
 struct AttendPlan {
   const AttendParams& p;
   const PageAngles& angles;
-  int64_t rows;               // query rows of a KV head: its query heads times q_len
-  int64_t core_rows;          // rows of QueryCodes over core channels: D, or none after RoPE
-  int64_t weight_rows;        // those, then rows over tail channels: rows, or none before RoPE
-  int64_t row_chunks = 1;     // tasks over rows
-  int64_t splits = 1;         // tasks over blocks
-  int64_t split_blocks = 1;   // blocks of one split
-  float* query = nullptr;     // [B, H, rows, D], times sm_scale * log2(e)
-  int8_t* weights = nullptr;  // [B, H, weight_rows, 2, D]: high and low terms
-  float* steps = nullptr;     // [B, H, weight_rows, kNumWidths]
-  float* offsets = nullptr;   // [B, H, weight_rows]
-  double* split_rotation = nullptr;  // [B, splits, 2 * half]: rotation to a split's first position
-  int64_t source_pages = 0;          // pages that gathered tokens come from, at most
-  float* bases = nullptr;            // [B, source_pages, 2 * half]: rotations to those
-  float* partial_out = nullptr;      // [B, H, rows, splits, D]
-  float* partial_max = nullptr;      // [B, H, rows, splits], log2 units
-  float* partial_sum = nullptr;      // [B, H, rows, splits]
+  SlowPairs slow;              // pairs that are absorbed, if any are
+  int64_t rows;                // query rows of a KV head: its query heads times q_len
+  int64_t core_rows = 0;       // rows of QueryCodes over core channels: columns, at most
+  int64_t weight_rows = 0;     // those, then rows over tail channels: rows, or none before RoPE
+  int64_t row_chunks = 1;      // tasks over rows
+  int64_t splits = 1;          // tasks over blocks
+  int64_t split_blocks = 1;    // blocks of one split
+  int64_t task_heads = 1;      // KV heads of one task
+  float* query = nullptr;      // [B, H, rows, D], times sm_scale * log2(e)
+  int8_t* weights = nullptr;   // [B, H, weight_rows, 2, D]: high and low terms
+  float* steps = nullptr;      // [B, H, weight_rows]
+  float* offsets = nullptr;    // [B, H, weight_rows]
+  Columns* columns = nullptr;  // [B, H]
+  int16_t* column_pairs = nullptr;  // [B, H, half]
+  int32_t* turn = nullptr;          // [B, H, tiles, slow pairs, lanes]: see AbsorbedQuery
+  float* fixed = nullptr;           // [B, H, tiles, lanes]
+  float* unit = nullptr;            // [B, H, tiles, kMaxRows]
+  float* constant = nullptr;        // [B, H, tiles, 1 + 2 * slow pairs, kConstantLanes]
+  uint8_t* mids = nullptr;          // [H, lanes]
+  float* starts = nullptr;          // [B, pages, 2 * half]: rotations to pages' first positions
+  MiddleAngles middles{};           // [B, pages, ...]: slow pairs' rotations to pages' middles
+  int64_t source_pages = 0;         // pages that gathered tokens come from, at most
+  float* bases = nullptr;           // [B, source_pages, 2 * half]: rotations to those
+  float* partial_out = nullptr;     // [B, H, rows, splits, D]
+  float* partial_max = nullptr;     // [B, H, rows, splits], log2 units
+  float* partial_sum = nullptr;     // [B, H, rows, splits]
+  int lanes = 0;                    // of the head with most core channels
+  bool absorbs = false;             // slow pairs of core channels into the queries
 
   bool gathered() const { return p.token_slots != nullptr; }
   const float* base_rotation(int64_t b, int64_t page) const {
@@ -51,6 +63,27 @@ struct AttendPlan {
   int64_t pages(int64_t b) const {
     return (int64_t{p.cache_seqlens[b]} + kPageTokens - 1) / kPageTokens;
   }
+  int64_t tiles() const { return (rows + kMaxRows - 1) / kMaxRows; }
+  AbsorbedQuery absorbed(int64_t sequence_head, int64_t tile) const {
+    const int64_t h = sequence_head % p.layout.num_heads, at = sequence_head * tiles() + tile;
+    return {turn + at * slow.count * lanes,
+            fixed + at * lanes,
+            unit + at * kMaxRows,
+            constant + at * (1 + 2 * slow.count) * kConstantLanes,
+            mids + h * lanes,
+            absorbed_lanes(head(h).core.rank()),
+            slow.count};
+  }
+  // Pages whose angles are kept: those of the longest sequence in whole runs.
+  int64_t angle_pages() const { return has_core() && !gathered() ? splits * split_blocks : 0; }
+  const float* page_start(int64_t b, int64_t page) const {
+    return starts + (b * angle_pages() + page) * 2 * p.rope.half;
+  }
+  MiddleAngles page_middle(int64_t b, int64_t page) const {
+    return middles.at(b * angle_pages() + page);
+  }
+  int64_t head_groups() const { return (p.layout.num_heads + task_heads - 1) / task_heads; }
+  int64_t tasks() const { return p.batch * splits * row_chunks * head_groups(); }
   int64_t blocks(int64_t b) const {
     return pages(b) + (exact_len(b) + kPageTokens - 1) / kPageTokens;
   }
@@ -66,31 +99,62 @@ inline void carve(T*& to, uint8_t* base, int64_t& bytes, int64_t count) {
 
 // Lays the plan's memory out from `base` (null: only to measure); returns its bytes.
 inline int64_t carve_plan(AttendPlan& plan, uint8_t* base) {
-  const int64_t dim = plan.p.layout.head_dim, rows = plan.sequence_heads() * plan.rows;
-  const int64_t weight_rows = plan.sequence_heads() * plan.weight_rows;
+  const int64_t dim = plan.p.layout.head_dim, half = plan.p.rope.half;
+  const int64_t heads = plan.sequence_heads(), rows = heads * plan.rows;
+  const int64_t weight_rows = heads * plan.weight_rows;
+  const int64_t tiles = plan.absorbs ? heads * plan.tiles() : 0;
   int64_t bytes = 0;
   carve(plan.query, base, bytes, rows * dim);
   carve(plan.weights, base, bytes, weight_rows * 2 * dim);
-  carve(plan.steps, base, bytes, weight_rows * kNumWidths);
+  carve(plan.steps, base, bytes, weight_rows);
   carve(plan.offsets, base, bytes, weight_rows);
-  carve(plan.split_rotation, base, bytes, plan.p.batch * plan.splits * 2 * plan.p.rope.half);
-  carve(plan.bases, base, bytes, plan.p.batch * plan.source_pages * 2 * plan.p.rope.half);
+  carve(plan.columns, base, bytes, heads);
+  carve(plan.column_pairs, base, bytes, heads * half);
+  carve(plan.turn, base, bytes, tiles * plan.slow.count * plan.lanes);
+  carve(plan.fixed, base, bytes, tiles * plan.lanes);
+  carve(plan.unit, base, bytes, tiles * kMaxRows);
+  carve(plan.constant, base, bytes, tiles * (1 + 2 * plan.slow.count) * kConstantLanes);
+  carve(plan.mids, base, bytes, tiles ? plan.p.layout.num_heads * plan.lanes : 0);
+  const int64_t angle_pages = plan.p.batch * plan.angle_pages();
+  const int64_t pairs = plan.absorbs ? round_up(plan.slow.count, kVecLanes) : 0;
+  plan.middles.pairs = static_cast<int>(pairs);
+  carve(plan.starts, base, bytes, angle_pages * 2 * half);
+  carve(plan.middles.turns, base, bytes, angle_pages * 2 * pairs);
+  carve(plan.middles.halves, base, bytes, angle_pages * kDegrees * pairs);
+  carve(plan.bases, base, bytes, plan.p.batch * plan.source_pages * 2 * half);
   carve(plan.partial_out, base, bytes, rows * plan.splits * dim);
   carve(plan.partial_max, base, bytes, rows * plan.splits);
   carve(plan.partial_sum, base, bytes, rows * plan.splits);
   return bytes;
 }
 
+// Cuts the call into tasks: splits of whole runs of blocks, then groups of heads.
+inline void cut_tasks(AttendPlan& plan) {
+  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  int64_t most_blocks = 1;
+  for (int b = 0; b < plan.p.batch; ++b) most_blocks = std::max(most_blocks, plan.blocks(b));
+  const int64_t heads = plan.p.layout.num_heads, others = plan.p.batch * plan.row_chunks;
+  const int64_t wanted = ceil_div(kTargetTasks, others);
+  plan.split_blocks = round_up(ceil_div(most_blocks, wanted), kMinSplitBlocks);
+  plan.splits = ceil_div(most_blocks, plan.split_blocks);
+  plan.task_heads = std::max<int64_t>(1, heads * plan.splits / wanted);
+  plan.task_heads = std::min(plan.task_heads, heads);
+}
+
 inline AttendPlan make_plan(const AttendParams& p, const PageAngles& angles) {
-  const int64_t rows = p.num_qo_heads / p.layout.num_heads * p.q_len;
-  const int64_t core_rows = p.layout.rope == RopeMode::kPost ? 0 : p.layout.head_dim;
-  const int64_t tail_rows = p.layout.rope == RopeMode::kPre ? 0 : rows;
   AttendPlan plan{.p = p,
                   .angles = angles,
-                  .rows = rows,
-                  .core_rows = core_rows,
-                  .weight_rows = core_rows + tail_rows};
-  plan.row_chunks = (rows + kTaskRows - 1) / kTaskRows;
+                  .slow = slow_pairs(p.rope),
+                  .rows = p.num_qo_heads / p.layout.num_heads * p.q_len};
+  plan.row_chunks = (plan.rows + kTaskRows - 1) / kTaskRows;
+  if (plan.has_core()) {
+    plan.absorbs = plan.rows <= kAbsorbRows && !plan.gathered();
+    const int64_t columns = plan.absorbs ? 2 * (p.rope.half - plan.slow.count) : p.layout.head_dim;
+    plan.core_rows = round_up(columns, kMaxRows);
+    for (int h = 0; h < p.layout.num_heads; ++h)
+      plan.lanes = std::max(plan.lanes, absorbed_lanes(plan.head(h).core.rank()));
+  }
+  plan.weight_rows = plan.core_rows + (plan.has_tail() ? plan.rows : 0);
   if (plan.gathered() && plan.has_core()) {
     const int64_t all = plan.sequence_heads() * p.table_stride * kPageTokens;
     for (int64_t i = 0; i < all; ++i) {
@@ -99,12 +163,7 @@ inline AttendPlan make_plan(const AttendParams& p, const PageAngles& angles) {
         plan.source_pages = std::max(plan.source_pages, slot / kPageTokens + 1);
     }
   }
-  int64_t most_blocks = 1;
-  for (int b = 0; b < p.batch; ++b) most_blocks = std::max(most_blocks, plan.blocks(b));
-  const int64_t tasks = plan.sequence_heads() * plan.row_chunks;
-  const int64_t wanted = std::max<int64_t>(1, kTargetTasks / std::max<int64_t>(1, tasks));
-  plan.split_blocks = std::max(kMinSplitBlocks, (most_blocks + wanted - 1) / wanted);
-  plan.splits = (most_blocks + plan.split_blocks - 1) / plan.split_blocks;
+  cut_tasks(plan);
   return plan;
 }
 
@@ -113,8 +172,12 @@ inline QueryCodes weight_codes(const AttendPlan& plan, int64_t sequence_head, in
                                int rank) {
   const int64_t first = sequence_head * plan.weight_rows + row;
   const int8_t* high = plan.weights + first * 2 * plan.p.layout.head_dim;
-  return {high, high + rank, plan.steps + first * kNumWidths, plan.offsets + first,
-          2 * int64_t{plan.p.layout.head_dim}};
+  return {high,
+          high + rank,
+          plan.steps + first,
+          plan.offsets + first,
+          2 * int64_t{plan.p.layout.head_dim},
+          kQuad};
 }
 
 // What multiplies a head's core codes: a row for each column of its keys.
@@ -127,30 +190,45 @@ inline QueryCodes tail_codes(const AttendPlan& plan, int64_t sequence_head, cons
   return weight_codes(plan, sequence_head, plan.core_rows, head.tail.rank());
 }
 
-// Quantizes one row of weights [rank] over the channels of `bands`, band by band; `offset` takes
-// off what the mid codes contribute.
-inline void quantize_row(const Bands& bands, const float* weights, float constant, int8_t* codes,
-                         float* steps, float* offset) {
+// Numbers of every channel of a head, in whole vectors; zeros past the last channel.
+using ChannelRow = float[kMaxHeadDim + 4 * kVecLanes];
+
+// Quantizes one row of weights over the channels of `bands`; `constant` multiplies no code. Writes
+// whole lines of codes, high and low.
+inline void quantize_row(const Bands& bands, const ChannelRow& weights, float constant,
+                         int8_t* high, int8_t* low, float* step, float* offset) {
   const int rank = bands.rank();
+  F32 most{};
+  for (int j = 0; j < rank; j += kVecLanes) {
+    const F32 w = load<F32>(weights + j);
+    most = max(most, max(w, -w));
+  }
+  *step = reduce_max(most) / kMostWeight;
+  const F32 inverse = splat(*step > 0 ? 1.0f / *step : 0.0f);
+  for (int j = 0; j < rank; j += 4 * kVecLanes) {
+    I32 code[4], rest[4];
+    for (int v = 0; v < 4; ++v) {
+      const F32 w = load<F32>(weights + j + v * kVecLanes) * inverse;
+      code[v] = round_to_int(w);
+      rest[v] = round_to_int((w - to_float(code[v])) * kLowSteps);
+    }
+    store_bytes(high + j, code);
+    store_bytes(low + j, rest);
+  }
+  // With the quantized weights, so that their rounding meets code - mid and not the much larger code.
+  float middle = 0;
   int channel = 0;
   for (int w = 0; w < kNumWidths; ++w) {
-    const int count = bands.count[w];
-    int8_t* high = codes + channel;
-    int8_t* low = kWidths[w] == 8 ? codes + rank + channel : nullptr;
-    steps[w] = quantize_weights(weights + channel, count, high, low);
-    // With the quantized weights, so that their rounding meets code - mid and not the much larger
-    // code.
-    int64_t sum = 0, sum_low = 0;
-    for (int j = 0; j < count; ++j) {
+    int64_t sum = 0, low_sum = 0;
+    for (int j = channel; j < channel + bands.count[w]; ++j) {
       sum += high[j];
-      if (low) sum_low += low[j];
+      low_sum += low[j];
     }
-    const float mid = static_cast<float>((1 << kWidths[w]) - 1) / 2;
-    constant -=
-        mid * steps[w] * (static_cast<float>(sum) + static_cast<float>(sum_low) / kLowSteps);
-    channel += count;
+    middle += mid_code(kWidths[w]) * static_cast<float>(sum);
+    if (kWidths[w] == 8) middle += mid_code(8) / kLowSteps * static_cast<float>(low_sum);
+    channel += bands.count[w];
   }
-  *offset = constant;
+  *offset = constant - middle * *step;
 }
 
 inline float dot_rows(const float* a, const float* b, int n) {
@@ -163,74 +241,4 @@ inline float dot_basis(const uint16_t* basis, const float* x, int n) {
   F32 sum{};
   for (int i = 0; i < n; i += kVecLanes) sum += load_bfloat16(basis + i) * load<F32>(x + i);
   return reduce_add(sum);
-}
-
-// Quantizes row `row` of a head's weights [bands.rank()], where `constant` multiplies no code.
-inline void store_weights(const AttendPlan& plan, int64_t sequence_head, int64_t row,
-                          const Bands& bands, const float* weights, float constant) {
-  const int64_t at = sequence_head * plan.weight_rows + row;
-  quantize_row(bands, weights, constant, plan.weights + at * 2 * plan.p.layout.head_dim,
-               plan.steps + at * kNumWidths, plan.offsets + at);
-}
-
-// Scales the queries of one (sequence, KV head) and prepares what multiplies its codes.
-inline void prepare_head(const AttendPlan& plan, int64_t sequence_head) {
-  const AttendParams& p = plan.p;
-  const int64_t b = sequence_head / p.layout.num_heads, h = sequence_head % p.layout.num_heads;
-  const int dim = p.layout.head_dim;
-  const HeadPlan& head = plan.head(h);
-  float* query = plan.query + sequence_head * plan.rows * dim;
-  const float factor = p.sm_scale * kLog2E;
-  for (int64_t i = 0; i < plan.rows * dim; i += kVecLanes) {
-    store(query + i,
-          load_as_float(p.query, p.query_dtype, sequence_head * plan.rows * dim + i) * factor);
-  }
-  if (plan.pages(b) == 0) return;
-
-  const uint16_t* basis = p.basis + (b * p.layout.rank + head.first_channel) * dim;
-  const float* scale = p.scale + b * p.layout.rank + head.first_channel;
-  const float* mean = p.mean + sequence_head * dim;
-  float weights[kMaxHeadDim];
-  for (int64_t row = 0; row < plan.core_rows; ++row) {
-    const int channel = pair_channel(static_cast<int>(row), p.rope.half);
-    for (int j = 0; j < head.core.rank(); ++j)
-      weights[j] = bfloat16_to_float(basis[int64_t{j} * dim + channel]) * scale[j];
-    store_weights(plan, sequence_head, row, head.core, weights, mean[channel]);
-  }
-  basis += int64_t{head.core.rank()} * dim;
-  scale += head.core.rank();
-  if (p.layout.rope == RopeMode::kHybrid) mean = p.tail_mean + sequence_head * dim;
-  for (int64_t row = plan.core_rows; row < plan.weight_rows; ++row) {
-    const float* q = query + (row - plan.core_rows) * dim;
-    for (int j = 0; j < head.tail.rank(); ++j)
-      weights[j] = dot_basis(basis + int64_t{j} * dim, q, dim) * scale[j];
-    store_weights(plan, sequence_head, row, head.tail, weights, dot_rows(q, mean, dim));
-  }
-}
-
-// Rotations to the first position of every split.
-inline void prepare_rotations(const AttendPlan& plan) {
-  const int half = plan.p.rope.half;
-  for (int64_t b = 0; b < plan.p.batch; ++b) {
-    double* rotation = plan.split_rotation + b * plan.splits * 2 * half;
-    start_rotation(plan.p.rope, plan.p.first_position ? plan.p.first_position[b] : 0, rotation);
-    for (int64_t split = 1; split < plan.splits; ++split) {
-      double* next = rotation + 2 * half;
-      std::memcpy(next, rotation, sizeof(double) * 2 * half);
-      for (int64_t i = 0; i < plan.split_blocks; ++i)
-        advance_rotation(next, plan.angles.page_turn(), half);
-      rotation = next;
-    }
-  }
-}
-
-// Rotations to the first positions of all pages that gathered tokens may come from.
-inline void prepare_bases(const AttendPlan& plan) {
-  const int half = plan.p.rope.half;
-  for (int64_t b = 0; b < plan.p.batch && plan.source_pages; ++b) {
-    const int64_t first = plan.p.first_position ? plan.p.first_position[b] : 0;
-    const RopeTable table(plan.p.rope, first, plan.source_pages);
-    std::memcpy(plan.bases + b * plan.source_pages * 2 * half, table.base_cos(0),
-                sizeof(float) * plan.source_pages * 2 * half);
-  }
 }

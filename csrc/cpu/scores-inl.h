@@ -2,35 +2,21 @@
 // channels), keys reconstructed from codes and rotated (core channels), and exact keys. All write
 // s[row][64]; those of tail channels may be added to those of core channels.
 
-// Rows of weights, quantized to be multiplied with the codes of one head. A band's codes are
-// multiplied with int8 numbers of one step per band, q'_j ~ step * high_j; 8-bit codes are up to 17
-// times larger than 4-bit ones, so their band adds a second term, step / 254 * low_j.
+// Rows of weights, quantized to be multiplied with the codes of one head: a weight is
+// step * (high + low / kLowSteps), where only 8-bit codes, which are up to 17 times larger than 4-bit
+// ones, have low terms.
 struct QueryCodes {
-  const int8_t* high;  // [rank] of the first row; rows follow at `stride`
+  const int8_t* high;  // of row r, quad q at r * row_stride + q * quad_stride
   const int8_t* low;
-  const float* step;    // [rows, kNumWidths]
-  const float* offset;  // [rows]: q . mean less the mid codes' share
-  int64_t stride;
+  const float* step;    // [rows]
+  const float* offset;  // [rows]: what multiplies no code, less the mid codes' share
+  int64_t row_stride, quad_stride;
+
+  int64_t at(int row, int quad) const { return row * row_stride + quad * quad_stride; }
 };
 
 inline constexpr float kLowSteps = 254.0f;
-
-// Quantizes weights [rank] of one band to int8 and returns the step; low may be null.
-inline float quantize_weights(const float* weights, int count, int8_t* high, int8_t* low) {
-  float largest = 0;
-  for (int j = 0; j < count; ++j) largest = std::max(largest, std::fabs(weights[j]));
-  const float step = largest / 127.0f;
-  const float inverse = step > 0 ? 1.0f / step : 0.0f;
-  for (int j = 0; j < count; ++j) {
-    const float whole = std::nearbyintf(weights[j] * inverse);
-    high[j] = static_cast<int8_t>(whole);
-    if (low) {
-      const float rest = std::nearbyintf((weights[j] * inverse - whole) * kLowSteps);
-      low[j] = static_cast<int8_t>(std::min(std::max(rest, -127.0f), 127.0f));
-    }
-  }
-  return step;
-}
+inline constexpr float kMostWeight = 127.0f;
 
 // Codes of unit k of a line.
 template <int kWidth>
@@ -52,74 +38,97 @@ inline int64_t band_bytes(int count) {
 
 // acc[row][group] += codes . weights over one band, for the lanes of one part.
 template <int kWidth, bool kUnpacked, int kRows>
-inline void accumulate_band(const uint8_t* lines, int count, const int8_t* weights, int64_t stride,
-                            int part, I32 (&acc)[kRows][kGroups]) {
+[[gnu::always_inline]] inline void accumulate_band(const uint8_t* lines, int count,
+                                                   const int8_t* weights, int64_t row_stride,
+                                                   int64_t quad_stride, int part,
+                                                   I32 (&acc)[kRows][kGroups]) {
   constexpr int kUnits = kUnpacked ? 1 : 8 / kWidth;               // units in a line
   constexpr int kStepUnits = kUnits > kGroups ? kUnits : kGroups;  // whole lines and whole quads
   const uint8_t* line = lines + part * kVecBytes;
-  for (int channel = 0; channel < count; channel += kStepUnits / kGroups * kQuad) {
+  for (int quad = 0; quad < count / kQuad; quad += kStepUnits / kGroups) {
     for (int l = 0; l < kStepUnits / kUnits; ++l, line += kLineBytes) {
       const U32 bits = load<U32>(line);
       for (int k = 0; k < kUnits; ++k) {
         const int unit = l * kUnits + k;
         const U32 codes = kUnpacked ? bits : unit_codes<kWidth>(bits, k);
         for (int r = 0; r < kRows; ++r) {
-          const U32 quad = splat_quad(weights + r * stride + channel + unit / kGroups * kQuad);
-          acc[r][unit % kGroups] = dot_codes<kWidth>(acc[r][unit % kGroups], codes, quad);
+          const U32 w =
+              splat_quad(weights + r * row_stride + (quad + unit / kGroups) * quad_stride);
+          acc[r][unit % kGroups] = dot_codes<kWidth>(acc[r][unit % kGroups], codes, w);
         }
       }
     }
   }
 }
 
-// s[r] (+)= codes . weights over one band; the first one starts from the offsets, which kAdd adds to
-// the scores that are there.
-template <int kWidth, bool kUnpacked, int kRows, bool kAdd>
-inline void add_band_scores(const uint8_t* lines, int count, const QueryCodes& query, int channel,
-                            int row, int band, bool first, float* s) {
+// acc[row][group] = codes . weights over the channels of `bands`, or of their 8-bit channels alone.
+template <bool kUnpacked, bool kWideOnly, int kRows>
+[[gnu::always_inline]] inline void sum_products(const uint8_t* lines, const Bands& bands,
+                                                const int8_t* weights, const QueryCodes& query,
+                                                int part, I32 (&acc)[kRows][kGroups]) {
+  const int64_t rows = query.row_stride, quads = query.quad_stride;
+  for (int r = 0; r < kRows; ++r) {
+    for (int g = 0; g < kGroups; ++g) acc[r][g] = I32{};
+  }
+  // One width after the other, without calls between, so that sums stay in registers.
+  const auto add = [&]<int kWidth>(int count) __attribute__((always_inline)) {
+    accumulate_band<kWidth, kUnpacked>(lines, count, weights, rows, quads, part, acc);
+    weights += count / kQuad * quads;
+    lines += band_bytes<kWidth, kUnpacked>(count);
+  };
+  if (bands.count[0]) add.template operator()<8>(bands.count[0]);
+  if constexpr (kWideOnly) return;
+  if constexpr (kUnpacked) {
+    // A byte a code, whatever its width.
+    add.template operator()<4>(bands.rank() - bands.count[0]);
+  } else {
+    if (bands.count[1]) add.template operator()<4>(bands.count[1]);
+    if (bands.count[2]) add.template operator()<2>(bands.count[2]);
+    if (bands.count[3]) add.template operator()<1>(bands.count[3]);
+  }
+}
+
+// Calls put(r, group, part, sum) with sum = the vector of codes . weights, in steps, over the
+// channels of `bands`, for rows row .. row + kRows - 1.
+template <bool kUnpacked, int kRows, typename Put>
+[[gnu::always_inline]] inline void for_each_product(const uint8_t* lines, const Bands& bands,
+                                                    const QueryCodes& query, int row,
+                                                    const Put& put) {
   for (int part = 0; part < kParts; ++part) {
-    for (int term = 0; term < (kWidth == 8 ? 2 : 1); ++term) {
-      I32 acc[kRows][kGroups];
+    I32 acc[kRows][kGroups];
+    if (bands.count[0] == 0) {
+      sum_products<kUnpacked, false>(lines, bands, query.high + query.at(row, 0), query, part, acc);
       for (int r = 0; r < kRows; ++r) {
-        for (int g = 0; g < kGroups; ++g) acc[r][g] = I32{};
+        for (int g = 0; g < kGroups; ++g) put(r, g, part, to_float(acc[r][g]));
       }
-      accumulate_band<kWidth, kUnpacked>(
-          lines, count, (term ? query.low : query.high) + row * query.stride + channel,
-          query.stride, part, acc);
-      for (int r = 0; r < kRows; ++r) {
-        const float step = query.step[(row + r) * kNumWidths + band] / (term ? kLowSteps : 1.0f);
-        for (int g = 0; g < kGroups; ++g) {
-          float* at = s + r * kPageTokens + g * kLanes + part * kVecLanes;
-          const F32 offset = splat(first && term == 0 ? query.offset[row + r] : 0.0f);
-          const F32 before = kAdd                 ? load<F32>(at) + offset
-                             : first && term == 0 ? offset
-                                                  : load<F32>(at);
-          store(at, before + to_float(acc[r][g]) * step);
-        }
-      }
+      continue;
+    }
+    // Low terms wait in memory: registers hold one set of sums.
+    float low[kRows][kGroups][kVecLanes];
+    sum_products<kUnpacked, true>(lines, bands, query.low + query.at(row, 0), query, part, acc);
+    for (int r = 0; r < kRows; ++r) {
+      for (int g = 0; g < kGroups; ++g) store(low[r][g], to_float(acc[r][g]) * (1 / kLowSteps));
+    }
+    sum_products<kUnpacked, false>(lines, bands, query.high + query.at(row, 0), query, part, acc);
+    for (int r = 0; r < kRows; ++r) {
+      for (int g = 0; g < kGroups; ++g) put(r, g, part, to_float(acc[r][g]) + load<F32>(low[r][g]));
     }
   }
 }
+
+// Numbers of a vector of tokens among [64].
+inline int tokens_at(int group, int part) { return group * kLanes + part * kVecLanes; }
 
 // s[r] (kAdd: +)= offset + sum over the channels of `bands`, for rows row .. row + kRows - 1.
 template <bool kUnpacked, int kRows, bool kAdd = false>
 inline void code_scores(const uint8_t* lines, const Bands& bands, const QueryCodes& query, int row,
                         float* s) {
-  int channel = 0;
-  for_each_band(bands, [&]<int kWidth>(int count, int band) {
-    add_band_scores<kWidth, kUnpacked, kRows, kAdd>(lines, count, query, channel, row, band,
-                                                    channel == 0, s);
-    channel += count;
-    lines += band_bytes<kWidth, kUnpacked>(count);
-  });
-  if (channel > 0) return;
-  for (int r = 0; r < kRows; ++r) {
-    const F32 offset = splat(query.offset[row + r]);
-    for (int t = 0; t < kPageTokens; t += kVecLanes) {
-      float* at = s + r * kPageTokens + t;
-      store(at, kAdd ? load<F32>(at) + offset : offset);
-    }
-  }
+  for_each_product<kUnpacked, kRows>(
+      lines, bands, query, row, [&](int r, int group, int part, F32 sum) {
+        float* at = s + r * kPageTokens + tokens_at(group, part);
+        const F32 score = sum * query.step[row + r] + query.offset[row + r];
+        store(at, kAdd ? load<F32>(at) + score : score);
+      });
 }
 
 // Spreads the codes of one band to a byte each; units stay in order.
@@ -137,9 +146,25 @@ inline void unpack_band(const uint8_t* lines, int count, uint8_t* bytes) {
   }
 }
 
-// Columns of reconstructed keys lie in pair order: the two channels of a RoPE pair side by side, so
-// that a tile of columns can be rotated as soon as it is made. Channel of the head in column c:
-inline int pair_channel(int c, int half) { return c < 2 * half ? c % 2 * half + c / 2 : c; }
+// Which channels of a head are reconstructed, as columns: the two channels of every listed RoPE pair
+// side by side, so that a tile of columns can be rotated as soon as it is made, then those from
+// `first_rest` on, which do not turn. Columns come in whole tiles of kMaxRows; what fills the last one
+// is zero.
+struct Columns {
+  const int16_t* pairs;  // [num_pairs]
+  int num_pairs;
+  int first_rest;  // channel
+  int num_rest;
+  int half;
+
+  int used() const { return 2 * num_pairs + num_rest; }
+  int count() const { return static_cast<int>(round_up(used(), kMaxRows)); }
+  // Channel of column c.
+  int channel(int c) const {
+    if (c < 2 * num_pairs) return pairs[c / 2] + c % 2 * half;
+    return first_rest + (c < used() ? c - 2 * num_pairs : 0);
+  }
+};
 
 // Turns the pair (x, y) of every token forward by its offset in the page; cosines and sines are
 // [64] of this pair.
@@ -152,51 +177,55 @@ inline void rotate_pair(float* x, float* y, const float* cosines, const float* s
   }
 }
 
-// Keys of one page as columns [D, 64] in pair order, rotated by `turns` [half, 2, 64], the cosines
-// and sines of every pair and token.
+// Codes of a head's core channels, a byte each: [rank, 64].
+inline void unpack_codes(const uint8_t* lines, const Bands& bands, uint8_t* bytes) {
+  for_each_band(bands, [&]<int kWidth>(int count, int) {
+    unpack_band<kWidth>(lines, count, bytes);
+    lines += band_bytes<kWidth, false>(count);
+    bytes += band_bytes<kWidth, true>(count);
+  });
+}
+
+// Keys of one page as columns [columns.count(), 64], rotated by `turns` [half, 2, 64], the cosines and
+// sines of every pair and token.
 // The scaled basis of a head's core channels is quantized like a query with one row per column:
 // key_c = offset_c + sum_j code_j W_cj, so reconstructing keys is scoring by another name. All rows
-// read the codes, so they are unpacked once, into `bytes` [rank, 64].
-inline void reconstruct_keys(const uint8_t* lines, const Bands& bands, const QueryCodes& weights,
-                             int head_dim, int half, const float* turns, uint8_t* bytes,
-                             float* keys) {
+// read the codes, so these are unpacked: `bytes` [rank, 64].
+inline void reconstruct_keys(const uint8_t* bytes, const Bands& bands, const QueryCodes& weights,
+                             const Columns& columns, const float* turns, float* keys) {
   static_assert(kLanes % kMaxRows == 0 && kMaxRows % 2 == 0, "a tile of columns holds whole pairs");
-  uint8_t* to = bytes;
-  for_each_band(bands, [&]<int kWidth>(int count, int) {
-    unpack_band<kWidth>(lines, count, to);
-    lines += band_bytes<kWidth, false>(count);
-    to += band_bytes<kWidth, true>(count);
-  });
-  for (int c = 0; c < head_dim; c += kMaxRows) {
+  for (int c = 0; c < columns.count(); c += kMaxRows) {
     code_scores<true, kMaxRows>(bytes, bands, weights, c, keys + c * kPageTokens);
-    for (int pair = c / 2; pair < std::min((c + kMaxRows) / 2, half); ++pair) {
-      const float* cosines = turns + int64_t{pair} * 2 * kPageTokens;
-      rotate_pair(keys + 2 * pair * kPageTokens, keys + (2 * pair + 1) * kPageTokens, cosines,
+    for (int i = c / 2; i < std::min((c + kMaxRows) / 2, columns.num_pairs); ++i) {
+      const float* cosines = turns + int64_t{columns.pairs[i]} * 2 * kPageTokens;
+      rotate_pair(keys + 2 * i * kPageTokens, keys + (2 * i + 1) * kPageTokens, cosines,
                   cosines + kPageTokens);
     }
   }
 }
 
-// s[r][t] = query[r] . key_t with keys as columns [D, 64] in pair order.
-template <int kRows>
-inline void column_scores(const float* query, int head_dim, int half, const float* keys, float* s) {
+// s[r][t] (kAdd: +)= query[r] . key_t over the columns of keys [columns.count(), 64].
+template <int kRows, bool kAdd>
+inline void column_scores(const float* query, int head_dim, const Columns& columns,
+                          const float* keys, float* s) {
   for (int part = 0; part < kParts; ++part) {
     F32 acc[kRows][kGroups];
     for (int r = 0; r < kRows; ++r) {
-      for (int g = 0; g < kGroups; ++g) acc[r][g] = F32{};
+      for (int g = 0; g < kGroups; ++g) {
+        acc[r][g] = kAdd ? load<F32>(s + r * kPageTokens + tokens_at(g, part)) : F32{};
+      }
     }
-    for (int c = 0; c < head_dim; ++c) {
-      const float* channel = query + pair_channel(c, half);
+    for (int c = 0; c < columns.used(); ++c) {
+      const float* channel = query + columns.channel(c);
       F32 weight[kRows];
       for (int r = 0; r < kRows; ++r) weight[r] = splat(channel[r * head_dim]);
       for (int g = 0; g < kGroups; ++g) {
-        const F32 key = load<F32>(keys + c * kPageTokens + g * kLanes + part * kVecLanes);
+        const F32 key = load<F32>(keys + c * kPageTokens + tokens_at(g, part));
         for (int r = 0; r < kRows; ++r) acc[r][g] += key * weight[r];
       }
     }
     for (int r = 0; r < kRows; ++r) {
-      for (int g = 0; g < kGroups; ++g)
-        store(s + r * kPageTokens + g * kLanes + part * kVecLanes, acc[r][g]);
+      for (int g = 0; g < kGroups; ++g) store(s + r * kPageTokens + tokens_at(g, part), acc[r][g]);
     }
   }
 }

@@ -15,7 +15,7 @@ inline constexpr int64_t kAngleChunkPages = 4 * kRunPages;
 struct SelectPlan {
   const SelectParams& p;
   int64_t rows;  // query rows of a KV head
-  SlowPairs slow;
+  LeadPairs slow;
   int tile = 0;                   // numbers of a tile, of the head that has most
   float* angles = nullptr;        // [B, max_pages, 2, pairs] of the middles of pages
   float* fixed = nullptr;         // [B, H, tiles, tile]
@@ -67,12 +67,12 @@ inline SelectPlan make_select_plan(const SelectParams& p) {
   SelectPlan plan{.p = p, .rows = p.num_qo_heads / p.layout.num_heads * p.q_len, .slow = {}};
   for (int i = 0; i < p.rope.half; ++i) {
     const float frequency = p.rope.inv_freq[i];
-    if (frequency > kSmoothFrequency && frequency <= kSelectFastest)
+    if (frequency > kSmoothFastest && frequency <= kSelectFastest)
       plan.slow.pair[plan.slow.count++] = i;
   }
   plan.slow.quick = plan.slow.count;
   for (int i = 0; i < p.rope.half; ++i) {
-    if (p.rope.inv_freq[i] <= kSmoothFrequency) plan.slow.pair[plan.slow.count++] = i;
+    if (p.rope.inv_freq[i] <= kSmoothFastest) plan.slow.pair[plan.slow.count++] = i;
   }
   for (int h = 0; h < p.layout.num_heads; ++h)
     plan.tile = std::max(plan.tile, lead_bands(p.layout.heads[h], p.channels).tile());
@@ -189,11 +189,6 @@ inline void for_each_score(const SelectPlan& plan, const SelectHead& head, int64
   }
 }
 
-inline uint32_t mask_lanes(uint64_t mask, int group, int part) {
-  return static_cast<uint32_t>(mask >> (group * kLanes + part * kVecLanes)) &
-         static_cast<uint32_t>((uint64_t{1} << kVecLanes) - 1);
-}
-
 // Log-sum-exp of every row's scores over the sample of pages.
 inline void prepare_norms(const SelectPlan& plan, const SelectHead& head) {
   const int64_t pages = plan.pages(head.b), stride = select_sample_stride(pages);
@@ -208,11 +203,12 @@ inline void prepare_norms(const SelectPlan& plan, const SelectHead& head) {
       for (int r = 0; r < kRows; ++r) {
         F32 most = splat(kNoScore), sum{};
         for (int g = 0; g < kGroups; ++g)
-          most = max(most, select_lanes(mask_lanes(mask, g, part), s[r][g], splat(kNoScore)));
+          most = max(most,
+                     select_lanes(mask_lanes(mask, tokens_at(g, part)), s[r][g], splat(kNoScore)));
         const float top = std::max(reduce_max(most), largest[row + r]);
         if (top == kNoScore) continue;
         for (int g = 0; g < kGroups; ++g)
-          sum += select_lanes(mask_lanes(mask, g, part), exp2(s[r][g] - top), F32{});
+          sum += select_lanes(mask_lanes(mask, tokens_at(g, part)), exp2(s[r][g] - top), F32{});
         const float before =
             largest[row + r] == kNoScore ? 0.0f : std::exp2(largest[row + r] - top);
         sums[row + r] = sums[row + r] * before + reduce_add(sum);
@@ -260,7 +256,7 @@ inline void weigh_pages(const SelectPlan& plan, const SelectHead& head, int64_t 
         for (int r = 0; r < kRows; ++r)
           sum += rough_exp2(min(s[r][g] - norms[row + r], splat(kMost)));
         const bool done = row + kRows == plan.rows && mask != ~uint64_t{0};
-        store(at, done ? select_lanes(mask_lanes(mask, g, part), sum, splat(-1)) : sum);
+        store(at, done ? select_lanes(mask_lanes(mask, tokens_at(g, part)), sum, splat(-1)) : sum);
       }
     };
     for_each_score(plan, head, run, std::min(run + kRunPages, last), add);

@@ -6,7 +6,9 @@
 #include <cstring>
 #include <initializer_list>
 #include <limits>
+#include <type_traits>
 
+#include "csrc/core/absorb.h"
 #include "csrc/core/backend.h"
 #include "csrc/core/rope_table.h"
 #include "csrc/core/scalar.h"
@@ -32,8 +34,11 @@ namespace svdq::avx2 {
 #include "csrc/cpu/pack-inl.h"
 #include "csrc/cpu/scores-inl.h"
 #include "csrc/cpu/accumulate-inl.h"
+#include "csrc/cpu/absorb-inl.h"
 #include "csrc/cpu/plan-inl.h"
+#include "csrc/cpu/prepare-inl.h"
 #include "csrc/cpu/merge-inl.h"
+#include "csrc/cpu/page-inl.h"
 #include "csrc/cpu/attend-inl.h"
 #include "csrc/cpu/lead-inl.h"
 #include "csrc/cpu/select-inl.h"

@@ -7,6 +7,7 @@
 
 #include <atomic>
 
+#include "csrc/core/absorb.h"
 #include "csrc/core/backend.h"
 #include "csrc/core/check.h"
 #include "csrc/core/layout.h"
@@ -61,6 +62,15 @@ PYBIND11_MODULE(_C, m) {
   format.attr("WIDTHS") = std::vector<int>(std::begin(kWidths), std::end(kWidths));
 
   m.attr("MAX_SELECT_CHANNELS") = kMaxSelectChannels;
+  // What the CPU backends leave out where they absorb core channels into queries.
+  m.attr("ABSORB_ROWS") = kAbsorbRows;
+  m.attr("ABSORBED_FASTEST") = kAbsorbedFastest;
+  m.def(
+      "absorbed_error", &absorbed_error,
+      "Largest share of a RoPE pair's part of a score that absorbing it leaves out, by frequency.",
+      py::arg("frequency"));
+  m.def("absorbed_mean_error", &absorbed_mean_error, "The same of the mean's part.",
+        py::arg("frequency"));
 
   m.def(
       "check_layout", [](const std::vector<int64_t>& ints) { Layout{ints}; }, py::arg("layout"),

@@ -75,9 +75,9 @@ void AttendProblem::make_basis(Random& random) {
         for (const Channel& channel : channels) {
           // The codes of a channel are spread evenly over their range: about the same variance for
           // each width.
-          const double factor = c_.exact_weights ? 1.0 : 0.5 + 0.1 * random.integer(0, 10);
+          const double scale = (2 + 0.4 * random.integer(0, 10)) / (1 << channel.width);
           scale_[b * layout_.rank() + channel.row] =
-              static_cast<float>(4 * factor / (1 << channel.width));
+              static_cast<float>(c_.exact_weights ? 0.25 : scale);
         }
       }
     }
@@ -136,38 +136,78 @@ double AttendProblem::scaled_basis(int b, const Channel& channel, int d) const {
          static_cast<double>(scale_[row]);
 }
 
-// What a row's product with codes may be off because its weights are held in 8 bits (a band of
-// 8-bit codes: in two terms of 8 bits). A weight is off by at most half a step, and the step is the
-// largest weight of the band over 127.
+// The codes of a slot less the middle ones, added up with the factors that rounding their weights to 8
+// bits has (a second term of 8 bits for 8-bit codes).
+double AttendProblem::distances(const std::vector<Channel>& channels, int b, int slot) const {
+  double sum = 0;
+  for (const Channel& channel : channels) {
+    const int code = get_code(key_page(b, slot), channel.place(slot % kPageTokens), channel.width);
+    sum += std::fabs(code - channel.mid()) / (channel.width == 8 ? 254 : 1);
+  }
+  return 1.02 * sum;  // rounding of the weights, seen against the second term's small step
+}
+
+// What a row's product with codes may be off because its weights are held in 8 bits: a weight is off
+// by at most half a step, and the step is the largest weight over 127.
 template <typename Weight>
 double AttendProblem::row_error(const std::vector<Channel>& channels, int b, int slot,
                                 const Weight& weight) const {
   if (c_.exact_weights) return 0;
-  double largest[9] = {}, distance[9] = {};  // by width
-  for (const Channel& channel : channels) {
-    const int code = get_code(key_page(b, slot), channel.place(slot % kPageTokens), channel.width);
-    largest[channel.width] = std::max(largest[channel.width], std::fabs(weight(channel)));
-    distance[channel.width] += std::fabs(code - channel.mid());
-  }
-  double sum = 0;
-  for (int width : kWidths)
-    sum += distance[width] * largest[width] / 127 / 2 / (width == 8 ? 254 : 1);
-  return 1.02 * sum;  // rounding of the weights, seen against the second term's small step
+  double largest = 0;
+  for (const Channel& channel : channels) largest = std::max(largest, std::fabs(weight(channel)));
+  return distances(channels, b, slot) * largest / 127 / 2;
 }
 
-// Weights of core channels are rows of the basis, one for each channel of the key.
-double AttendProblem::core_error(int b, int h, int slot, const Row& query) const {
+bool AttendProblem::absorbed(int pair) const {
+  return c_.group * c_.q_len <= kAbsorbRows && !c_.gathered &&
+         (pair < 0 || rope_.inv_freq[pair] <= kAbsorbedFastest);
+}
+
+// Weights of core channels are rows of the basis, one for each channel of the key, but for slow pairs
+// and channels that do not turn where these are absorbed into the query.
+double AttendProblem::core_error(int b, int h, int slot, const Row& query,
+                                 const Row& rotated) const {
   Row errors(c_.head_dim);
   for (int d = 0; d < c_.head_dim; ++d) {
     errors[d] = row_error(core_[h], b, slot,
                           [&](const Channel& channel) { return scaled_basis(b, channel, d); });
   }
-  double sum = 0;
-  for (int d = 2 * rope_.half; d < c_.head_dim; ++d) sum += std::fabs(query[d]) * errors[d];
+  const auto length = [&](const Row& row, int i) {
+    return std::hypot(row[i], row[i + rope_.half]);
+  };
+  const float* means = &mean_[(int64_t{b} * num_heads() + h) * c_.head_dim];
+  const Row mean(means, means + c_.head_dim);
+  Row key = rotated;  // less the mean, turned back
+  reference::rotate(key, rope_, -(first_position(b) + slot_of(b, h, slot)));
+  for (int d = 0; d < c_.head_dim; ++d) key[d] -= mean[d];
+  double sum = 0, largest = 0;
   for (int i = 0; i < rope_.half; ++i) {  // RoPE turns a pair and keeps its length
-    sum +=
-        std::hypot(query[i], query[i + rope_.half]) * std::hypot(errors[i], errors[i + rope_.half]);
+    const double frequency = rope_.inv_freq[i];
+    sum += length(query, i) * (absorbed(i) ? length(key, i) * absorbed_error(frequency) +
+                                                 length(mean, i) * absorbed_mean_error(frequency)
+                                           : length(errors, i));
   }
+  for (int d = 2 * rope_.half; d < c_.head_dim && !absorbed(-1); ++d)
+    sum += std::fabs(query[d]) * errors[d];
+  if (!absorbed(-1)) return static_cast<double>(sm_scale_) * sum;
+  // A page's weights of the three degrees are no larger than this, and are rounded to 8 bits; before
+  // that they are sums over pairs of numbers rounded to 16 bits.
+  int pairs = 0;
+  for (const Channel& channel : core_[h]) {
+    double weight = 0;
+    for (int i = 0; i < rope_.half; ++i) {
+      if (!absorbed(i)) continue;
+      pairs += &channel == &core_[h][0];
+      const double a = rope_.inv_freq[i] * (kPageTokens - 1) / 2;
+      weight += length(query, i) * (1 + a + a * a / 4) *
+                std::hypot(scaled_basis(b, channel, i), scaled_basis(b, channel, i + rope_.half));
+    }
+    for (int d = 2 * rope_.half; d < c_.head_dim; ++d)
+      weight += std::fabs(query[d] * scaled_basis(b, channel, d));
+    largest = std::max(largest, weight);
+  }
+  const double halves = pairs * 1.5 / 65536 + 0x1p-13;
+  sum += distances(core_[h], b, slot) * largest * (1.0 / 127 / 2 + halves);
   return static_cast<double>(sm_scale_) * sum;
 }
 
@@ -189,19 +229,19 @@ AttendProblem::Seen AttendProblem::packed(int b, int h, int slot, const Row& que
   // The parts of the key, rotated, and their lengths together.
   Row key(c_.head_dim);
   double magnitude = 0;
+  Row core(c_.head_dim);
   const auto add = [&](const std::vector<Channel>& channels, const std::vector<float>& means,
                        bool turn) {
     const float* mean = &means[(int64_t{b} * num_heads() + h) * c_.head_dim];
     Row part =
         reference::decode_key(channels, key_page(b, slot), at, basis, scale, mean, c_.head_dim);
     if (turn) {
-      reference::rotate(part, rope_,
-                        (first_positions_.empty() ? 0 : first_positions_[b]) +
-                            static_cast<double>(slot_of(b, h, slot)));
+      reference::rotate(part, rope_, first_position(b) + slot_of(b, h, slot));
     }
     double norm = 0;
     for (int d = 0; d < c_.head_dim; ++d) {
       key[d] += part[d];
+      if (turn) core[d] = part[d];
       norm += part[d] * part[d];
     }
     magnitude += std::sqrt(norm);
@@ -216,7 +256,7 @@ AttendProblem::Seen AttendProblem::packed(int b, int h, int slot, const Row& que
   double error = 0;
   if (has_core()) {
     add(core_[h], mean_, true);
-    error += core_error(b, h, slot, query);
+    error += core_error(b, h, slot, query, core);
   }
   if (has_tail()) {
     add(tail_[h], c_.rope == RopeMode::kHybrid ? tail_mean_ : mean_, false);
@@ -232,7 +272,8 @@ AttendProblem::Seen AttendProblem::packed(int b, int h, int slot, const Row& que
     seen.value[d] = reference::decode_value(value, v_page, d, at, c_.exact_dtype);
     if (value.packed()) {
       seen.code[d] =
-          get_code(v_page + value.code_offset(), value_code_place(value.bits, d, at), value.bits);
+          get_code(v_page + value.code_offset(), value_code_place(value.bits, d, at), value.bits) -
+          static_cast<double>(mid_code(value.bits));
       seen.scale[d] = reference::value_scale(value, v_page, d, at);
     }
   }
@@ -282,8 +323,8 @@ Attended AttendProblem::expected(int b, int query_head, int i) const {
   double most = seen[0].score, sum = 0, largest_error = 0;
   for (const Seen& token : seen) most = std::max(most, token.score);
   for (Seen& token : seen) {
-    // 2^x has a relative error of 3e-7, and x itself is rounded.
-    token.error += 3e-7 + 4 * kFloatRounding * (std::fabs(token.score) + std::fabs(most));
+    // 2^x has a relative error of 4e-7, and x itself is rounded.
+    token.error += 4e-7 + 4 * kFloatRounding * (std::fabs(token.score) + std::fabs(most));
     largest_error = std::max(largest_error, token.error);
     sum += std::exp(token.score - most);
   }
@@ -300,8 +341,8 @@ Attended AttendProblem::expected(int b, int query_head, int i) const {
     for (const Seen& token : seen) {
       softmax += std::exp(token.score - result.lse) * std::expm1(token.error) *
                  std::fabs(token.value[d] - out);
-      const double packed = token.page < 0 ? 0 : token.code[d] * token.scale[d];
-      largest = std::max(largest, std::fabs(token.value[d] - packed) + packed);
+      const double packed = token.page < 0 ? 0 : std::fabs(token.code[d] * token.scale[d]);
+      largest = std::max(largest, std::fabs(token.value[d]) + 2 * packed);
     }
     result.out_tolerance[d] = softmax * std::exp(largest_error) + summing * largest +
                               product_error(seen, result.lse, d) +
@@ -310,8 +351,9 @@ Attended AttendProblem::expected(int b, int query_head, int i) const {
   return result;
 }
 
-// Probability times scale is rounded to a 65535th of the largest of its page, and multiplies a
-// code.
+// Probability times scale is cut to a 255th of the largest of its page, after a number that is spread
+// evenly over a step is added, and multiplies a code less the middle one: a variance of at most a
+// quarter of a step squared, of which six deviations are allowed.
 double AttendProblem::product_error(const std::vector<Seen>& seen, double lse, int d) {
   double sum = 0;
   for (size_t first = 0, last; first < seen.size() && seen[first].page >= 0; first = last) {
@@ -319,9 +361,9 @@ double AttendProblem::product_error(const std::vector<Seen>& seen, double lse, i
     for (last = first; last < seen.size() && seen[last].page == seen[first].page; ++last) {
       probability = std::max(probability, std::exp(seen[last].score - lse));
       scale = std::max(scale, seen[last].scale[d]);
-      codes += seen[last].code[d];
+      codes += seen[last].code[d] * seen[last].code[d];
     }
-    sum += probability * scale / 65535 / 2 * codes;
+    sum += 6 * probability * scale / 255 / 2 * std::sqrt(codes);
   }
   return sum;
 }

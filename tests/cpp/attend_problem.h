@@ -7,6 +7,7 @@
 #include <numeric>
 #include <vector>
 
+#include "csrc/core/absorb.h"
 #include "tests/cpp/reference.h"
 
 namespace svdq::testing {
@@ -112,13 +113,18 @@ class AttendProblem {
   void score_exact(const uint8_t* key, const reference::Row& query, Seen& seen) const;
   bool has_core() const { return c_.rope != RopeMode::kPost; }
   bool has_tail() const { return c_.rope != RopeMode::kPre; }
-  double core_error(int b, int h, int slot, const reference::Row& query) const;
+  double core_error(int b, int h, int slot, const reference::Row& query,
+                    const reference::Row& rotated) const;
   double tail_error(int b, int h, int slot, const reference::Row& query) const;
+  // Is this pair absorbed into the query (-1: are channels that do not turn)?
+  bool absorbed(int pair) const;
+  double distances(const std::vector<reference::Channel>& channels, int b, int slot) const;
   // sum_j |code_j - mid_j| * step_j / 2, where weight(channel) gives the weights of one row.
   template <typename Weight>
   double row_error(const std::vector<reference::Channel>& channels, int b, int slot,
                    const Weight& weight) const;
   double scaled_basis(int b, const reference::Channel& channel, int d) const;
+  double first_position(int b) const { return first_positions_.empty() ? 0 : first_positions_[b]; }
   const uint8_t* key_page(int b, int slot) const {
     return &k_pages_[table_[b * table_stride_ + slot / kPageTokens] * layout_.k_page_bytes()];
   }
