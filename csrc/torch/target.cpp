@@ -1,5 +1,7 @@
 #include "csrc/torch/target.h"
 
+#include <ATen/Parallel.h>
+
 #include "csrc/torch/executor.h"
 
 #if defined(SVDQ_WITH_CUDA)
@@ -84,8 +86,18 @@ std::tuple<at::Tensor, at::Tensor> Target::components(at::Tensor& covariance) co
     return {components, variance};
   }
 #endif
-  // Ascending eigenvalues, eigenvectors in columns.
-  const auto [values, vectors] = at::linalg_eigh(covariance);
+  // LAPACK takes one matrix after the other: every thread some heads. Ascending eigenvalues,
+  // eigenvectors in columns.
+  at::Tensor values = at::empty({covariance.size(0), covariance.size(1)}, covariance.options()),
+             vectors = at::empty_like(covariance);
+  at::parallel_for(0, covariance.size(0), 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowAutograd no_autograd;
+    for (int64_t h = begin; h < end; ++h) {
+      const auto [some_values, some_vectors] = at::linalg_eigh(covariance[h]);
+      values[h].copy_(some_values);
+      vectors[h].copy_(some_vectors);
+    }
+  });
   at::Tensor components = vectors.transpose(1, 2).flip(1).contiguous();
   // The component of largest magnitude, the first of equals, is positive.
   const at::Tensor largest = components.abs().argmax(-1, true);
