@@ -2,6 +2,8 @@
 
 #include <ATen/Parallel.h>
 
+#include <tuple>
+
 #include "csrc/torch/executor.h"
 
 #if defined(SVDQ_WITH_CUDA)
@@ -88,16 +90,15 @@ std::tuple<at::Tensor, at::Tensor> Target::components(at::Tensor& covariance) co
 #endif
   // LAPACK takes one matrix after the other: every thread some heads. Ascending eigenvalues,
   // eigenvectors in columns.
-  at::Tensor values = at::empty({covariance.size(0), covariance.size(1)}, covariance.options()),
-             vectors = at::empty_like(covariance);
-  at::parallel_for(0, covariance.size(0), 1, [&](int64_t begin, int64_t end) {
+  const int64_t heads = covariance.size(0);
+  std::vector<at::Tensor> some_values(heads), some_vectors(heads);
+  at::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowAutograd no_autograd;
-    for (int64_t h = begin; h < end; ++h) {
-      const auto [some_values, some_vectors] = at::linalg_eigh(covariance[h]);
-      values[h].copy_(some_values);
-      vectors[h].copy_(some_vectors);
-    }
+    for (int64_t h = begin; h < end; ++h)
+      std::tie(some_values[h], some_vectors[h]) = at::linalg_eigh(covariance[h]);
   });
+  // Gathered here: another thread knows nothing of this one's inference mode.
+  const at::Tensor values = at::stack(some_values), vectors = at::stack(some_vectors);
   at::Tensor components = vectors.transpose(1, 2).flip(1).contiguous();
   // The component of largest magnitude, the first of equals, is positive.
   const at::Tensor largest = components.abs().argmax(-1, true);
