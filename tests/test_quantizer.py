@@ -174,7 +174,7 @@ def test_results_do_not_depend_on_threads(num_threads, clip):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_sample_that_is_not_finite_is_refused(bad):
-    """Of many tokens the search looks at a sample alone; what is bad there it must not pass over."""
+    """Of many tokens the search sees a sample alone: what is bad there is not passed over."""
     layout = make_layout(64, [4, 2, 0, 0], 2, "post")
     keys = make_keys(2, 5000, 64)
     based = reference.fit_basis(keys)[:2]
