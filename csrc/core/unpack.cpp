@@ -43,11 +43,30 @@ void for_each_code(const HeadPlan& head, const uint8_t* codes, int token, const 
   }
 }
 
-void rotate_forward(float* key, const Rope& rope, const double* rotation) {
-  for (int i = 0; i < rope.half; ++i) {
-    const double x = key[i], y = key[i + rope.half], c = rotation[i], s = rotation[rope.half + i];
-    key[i] = static_cast<float>(x * c - y * s);
-    key[i + rope.half] = static_cast<float>(y * c + x * s);
+// Numbers that are summed at once, in registers of any machine.
+constexpr int kBlock = 8;
+
+// key [D] = mean + sum of latents [rank] times rows [rank, D].
+void add_rows(const float* mean, const double* latents, const double* rows, int rank, int dim,
+              double* key) {
+  for (int d = 0; d < dim; d += kBlock) {
+    double sum[kBlock];
+    for (int i = 0; i < kBlock; ++i) sum[i] = static_cast<double>(mean[d + i]);
+    for (int j = 0; j < rank; ++j) {
+      const double latent = latents[j];
+      const double* row = rows + int64_t{j} * dim + d;
+      for (int i = 0; i < kBlock; ++i) sum[i] += latent * row[i];
+    }
+    for (int i = 0; i < kBlock; ++i) key[d + i] = sum[i];
+  }
+}
+
+// rotation: [cos (half) | sin (half)].
+void rotate_forward(double* key, const double* rotation, int half) {
+  for (int i = 0; i < half; ++i) {
+    const double x = key[i], y = key[i + half], c = rotation[i], s = rotation[half + i];
+    key[i] = x * c - y * s;
+    key[i + half] = y * c + x * s;
   }
 }
 
@@ -78,18 +97,18 @@ void unpack_keys(const UnpackParams& p, const Executor& executor, const Rope& ro
 
   const auto unpack_key = [&](int h, int64_t t, const Slot& slot, const double* rotation) {
     const HeadPlan& head = p.layout.heads[h];
-    double key[kMaxHeadDim];
-    for (int d = 0; d < dim; ++d) key[d] = mean[h * dim + d];
-    for_each_code(
-        head, slot.page + head.k_offset, slot.token, [&](int channel, int code, int width) {
-          const int64_t j = head.first_channel + channel;
-          const double latent = (code - ((1 << width) - 1) / 2.0) * static_cast<double>(scale[j]);
-          const double* row = rows + j * dim;
-          for (int d = 0; d < dim; ++d) key[d] += latent * row[d];
-        });
+    double latents[kMaxHeadDim], key[kMaxHeadDim];
+    for_each_code(head, slot.page + head.k_offset, slot.token,
+                  [&](int channel, int code, int width) {
+                    const double mid = ((1 << width) - 1) / 2.0;
+                    latents[channel] =
+                        (code - mid) * static_cast<double>(scale[head.first_channel + channel]);
+                  });
+    add_rows(mean + int64_t{h} * dim, latents, rows + int64_t{head.first_channel} * dim,
+             head.rank(), dim, key);
+    rotate_forward(key, rotation, rope.half);
     float* to = keys + (h * p.num_tokens + t) * dim;
     for (int d = 0; d < dim; ++d) to[d] = static_cast<float>(key[d]);
-    rotate_forward(to, rope, rotation);
   };
   // A rotation computed afresh for each run of tokens; the products after it lose 1e-16 each.
   for_each(executor, (p.num_tokens + kPageTokens - 1) / kPageTokens, [&](int64_t run) {
