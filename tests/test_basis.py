@@ -152,3 +152,9 @@ def test_results_do_not_depend_on_threads(num_threads):
         results.append(ops.fit_basis(keys)[0])
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.libraries
+def test_keys_whose_squares_overflow_are_refused():
+    with pytest.raises(ValueError, match="svdq::fit_basis: keys must be small enough for float32"):
+        ops.fit_basis(torch.randn(1, 70, 64) * 1e30)

@@ -45,6 +45,7 @@ TINY_TASK = ("--prefill-tokens", 320, "--predict-tokens", 40, "--window-start", 
         (["eval", "keys"], ["--preset", "--k-bits", "--rope", "--weighted", "--html"]),
         (["bench", "attend"], ["--kv-len", "--rope", "--head-dim", "--json"]),
         (["bench", "prefill"], ["--tokens", "--json"]),
+        (["bench", "fit"], ["--model-shape", "--kv-len", "--schedule", "--v-bits", "--json"]),
     ],
 )
 def test_help_names_options(arguments, words):
@@ -89,6 +90,10 @@ def test_help_names_options(arguments, words):
         (["bench", "attend", "--v-bits", "3"], "v_bits must be 2 or 4, got 3"),
         (["bench", "attend", "--preset", "16"], "packs nothing"),
         (["bench", "prefill", "--preset", "0,0"], "not all zero"),
+        (["bench", "fit", "--model-shape", "gpt"], "model shape must be one of .* got 'gpt'"),
+        (["bench", "fit", "--schedule", "16"], "packs nothing"),
+        (["bench", "fit", "--v-bits", "3"], "v_bits must be 2 or 4, got 3"),
+        (["bench", "fit", "--head-dim", "100"], "head_dim .* multiple of 16 .*100"),
         (["table", "none.json"], "none.json"),
     ],
 )
@@ -271,6 +276,22 @@ def test_bench_attend_writes_rows(tmp_path):
     assert {row["kv_len"] for row in rows} == {200, 300}
     keys = {"case", "ms", "speedup_vs_torch_best", "speedup_vs_enable_gqa", "bandwidth_fraction"}
     assert all(keys <= row.keys() for row in rows)
+    assert not any("pre" in row["case"] for row in rows)
+
+
+def test_bench_fit_writes_rows(tmp_path):
+    path = tmp_path / "rows.json"
+    result = invoke(
+        "bench", "fit", "--model-shape", "smollm2-135m", "--num-kv-heads", 2, "--head-dim", 32,
+        "--kv-len", 200, "--rope", "post", "--schedule", "4,2", "--v-bits", 2, "--dtype", "float32",
+        "--repeats", 1, "--json", path,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = json.loads(path.read_text())
+    assert {row["model"] for row in rows} == {"smollm2-135m"}
+    assert {(row["num_kv_heads"], row["head_dim"], row["v_bits"]) for row in rows} == {(2, 32, 2)}
+    assert {(row["kv_len"], row["dtype"]) for row in rows} == {(200, "float32")}
+    assert "append 64 tokens, post" in [row["case"] for row in rows]
     assert not any("pre" in row["case"] for row in rows)
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from support import assert_same, make_inv_freq, make_keys, make_layout, rms
-from svdq import ops, reference
-from svdq.fitting import fit_keys
+from svdq import fitting, ops, reference
+from svdq.fitting import fit_keys, thinned
 from svdq.layout import PageLayout
 
 NONE = (0, 0, 0, 0)
@@ -91,3 +91,44 @@ def test_dtypes(backend, dtype):
         assert rms(got - want) < 0.1 * rms(want)
     # The core has the keys' mean: what is left is little beside it.
     assert rms(rounded[3] - exact[3]) < 0.01 * rms(exact[2])
+
+
+@pytest.mark.parametrize("position", [0, 5, 8])
+def test_thinned_keys_are_keys_of_neighbouring_positions(position):
+    inv_freq = make_inv_freq(64)
+    keys = make_keys(2, 1000, 64, inv_freq=inv_freq, position=position)
+    for most, step in ((1000, 1), (999, 2), (500, 2), (250, 4), (249, 8)):
+        some, turned, at = thinned(keys, inv_freq, position, most)
+        first = -position % step
+        assert_same(some, keys[:, first::step])
+        assert some.data_ptr() == keys[:, first:].data_ptr()
+        assert at * step == position + first
+        # Turned back by their new positions and frequencies they are what they were.
+        expected, _, _ = ops.fit_basis(keys[:, first::step].clone(), inv_freq * step, at)
+        mean, _, _ = ops.fit_basis(some, turned, at)
+        assert_same(mean, expected)
+        whole, _, _ = ops.fit_basis(keys, inv_freq, position)
+        assert rms(mean - whole) < 0.1 * rms(whole)
+    some, turned, at = thinned(keys, None, position, 500)
+    assert turned is None and some.shape[1] == 500
+
+
+@pytest.mark.parametrize("rope", ["pre", "post", "hybrid"])
+def test_a_basis_of_a_sample_codes_as_well(monkeypatch, rope):
+    """Every fourth of 4096 keys: the error of all grows by less than a twentieth."""
+    inv_freq = None if rope == "post" else make_inv_freq(64)
+    keys = make_keys(2, 4096, 64, inv_freq=inv_freq, position=5)
+    layout = HYBRID["mixed"] if rope == "hybrid" else make_layout(64, [4, 2, 0, 0], 2, rope)
+    whole = coded_error(keys, layout, inv_freq)
+    monkeypatch.setattr(fitting, "BASIS_TOKENS", 1024)
+    assert whole != coded_error(keys, layout, inv_freq) < 1.05 * whole
+
+
+def test_a_core_that_must_span_all_keys_sees_all(monkeypatch):
+    monkeypatch.setattr(fitting, "BASIS_TOKENS", 100)
+    layout, inv_freq = HYBRID["mixed"], make_inv_freq(64)
+    keys = make_keys(2, 700, 64, inv_freq=inv_freq)
+    keys[:, 601] *= 20  # an odd token: every second leaves it out
+    clipped = fitting.fit_bases(keys, layout, inv_freq).core[1]
+    spanning = fitting.fit_bases(keys, layout, inv_freq, clip=False).core[1]
+    assert (spanning > 3 * clipped).any()

@@ -170,3 +170,15 @@ def test_results_do_not_depend_on_threads(num_threads, clip):
     for other in results[1:]:
         for got, expected in zip(other, results[0], strict=True):
             assert_same(got, expected)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_sample_that_is_not_finite_is_refused(bad):
+    """Of many tokens the search sees a sample alone: what is bad there is not passed over."""
+    layout = make_layout(64, [4, 2, 0, 0], 2, "post")
+    keys = make_keys(2, 5000, 64)
+    based = reference.fit_basis(keys)[:2]
+    ops.fit_quantizer(keys, *based, layout)
+    keys[1, 5, 3] = bad  # the first 64 tokens are always looked at
+    with pytest.raises(ValueError, match="svdq::fit_quantizer: keys must be finite"):
+        ops.fit_quantizer(keys, *based, layout)

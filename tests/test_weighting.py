@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from support import assert_same, make_inv_freq, make_keys, make_layout
+from svdq import storage
 from svdq.weighting import LARGEST_EXPONENT, QueryEnergy, key_weights, score_spectrum
 
 
@@ -50,3 +52,32 @@ def test_components_are_ordered_by_what_queries_see():
             assert torch.equal(components[h, old], row)
             expected = variance[h, old] * (row.square() * energy[h]).sum()
             assert float(value) == pytest.approx(float(expected), rel=1e-12)
+
+
+@pytest.mark.parametrize("landmarks", [False, True])
+def test_a_store_weighs_keys_piece_by_piece(monkeypatch, landmarks):
+    """What it packs, and the errors it knows, are those of keys that were weighted before."""
+    layout, torch_factor = make_layout(64, [4, 2, 0, 0], 2, "pre"), torch.tensor([0.5, 1, 4, 2])
+    factor = torch_factor.repeat(8).repeat(2, 1, 2)
+    keys = make_keys(2, 700, 64, inv_freq=make_inv_freq(64)).bfloat16()
+    values = torch.randn(2, 700, 64).bfloat16()
+    monkeypatch.setattr(storage, "PIECE_TOKENS", 192)
+    stores = []
+    for given, weight in ((keys, factor.bfloat16()), (keys * factor.bfloat16(), None)):
+        store = storage.PackedStore(
+            layout, 1, torch.bfloat16, keys.device, outlier_fraction=0.02, landmarks=landmarks
+        )
+        store.inv_freq = make_inv_freq(64)
+        store.fit(0, given, 0, True, factor=weight)
+        store.pack(0, given, values, 8, weight)
+        stores.append(store)
+    pieces, whole = stores
+    names = ("k_pages", "v_pages", "scale", "mean", "basis", "fit_error", "error", "cache_seqlens")
+    used = slice(0, 10)  # pages of 640 tokens are full
+    for name in names:
+        got, want = getattr(pieces, name), getattr(whole, name)
+        assert_same(got[used], want[used]) if "pages" in name else assert_same(got, want)
+    assert_same(pieces.outliers.slots, whole.outliers.slots)
+    assert_same(pieces.outliers.keys, whole.outliers.keys)
+    if landmarks:
+        assert_same(pieces.landmarks.codes[used], whole.landmarks.codes[used])

@@ -1,5 +1,6 @@
 #include "csrc/core/unpack.h"
 
+#include <algorithm>
 #include <initializer_list>
 
 #include "csrc/core/rope_table.h"
@@ -9,10 +10,9 @@ namespace svdq {
 namespace {
 
 template <typename Fn>
-void for_each_token(const Executor& executor, int64_t num_tokens, const Fn& fn) {
+void for_each(const Executor& executor, int64_t num_tasks, const Fn& fn) {
   executor.run(
-      num_tokens,
-      [](void* context, int64_t token, int) { (*static_cast<const Fn*>(context))(token); },
+      num_tasks, [](void* context, int64_t task, int) { (*static_cast<const Fn*>(context))(task); },
       const_cast<Fn*>(&fn));
 }
 
@@ -43,18 +43,37 @@ void for_each_code(const HeadPlan& head, const uint8_t* codes, int token, const 
   }
 }
 
-void rotate_forward(float* key, const Rope& rope, const double* rotation) {
-  for (int i = 0; i < rope.half; ++i) {
-    const double x = key[i], y = key[i + rope.half], c = rotation[i], s = rotation[rope.half + i];
-    key[i] = static_cast<float>(x * c - y * s);
-    key[i + rope.half] = static_cast<float>(y * c + x * s);
+// Numbers that are summed at once, in registers of any machine.
+constexpr int kBlock = 8;
+
+// key [D] = mean + sum of latents [rank] times rows [rank, D].
+void add_rows(const float* mean, const double* latents, const double* rows, int rank, int dim,
+              double* key) {
+  for (int d = 0; d < dim; d += kBlock) {
+    double sum[kBlock];
+    for (int i = 0; i < kBlock; ++i) sum[i] = static_cast<double>(mean[d + i]);
+    for (int j = 0; j < rank; ++j) {
+      const double latent = latents[j];
+      const double* row = rows + int64_t{j} * dim + d;
+      for (int i = 0; i < kBlock; ++i) sum[i] += latent * row[i];
+    }
+    for (int i = 0; i < kBlock; ++i) key[d + i] = sum[i];
+  }
+}
+
+// rotation: [cos (half) | sin (half)].
+void rotate_forward(double* key, const double* rotation, int half) {
+  for (int i = 0; i < half; ++i) {
+    const double x = key[i], y = key[i + half], c = rotation[i], s = rotation[half + i];
+    key[i] = x * c - y * s;
+    key[i + half] = y * c + x * s;
   }
 }
 
 }  // namespace
 
 void unpack_codes(const UnpackParams& p, const Executor& executor, uint8_t* codes) {
-  for_each_token(executor, p.num_tokens, [&](int64_t t) {
+  for_each(executor, p.num_tokens, [&](int64_t t) {
     const Slot slot = find_slot(p, t, p.layout.k_page_bytes);
     for (int h = 0; h < p.layout.num_heads; ++h) {
       const HeadPlan& head = p.layout.heads[h];
@@ -69,24 +88,37 @@ void unpack_keys(const UnpackParams& p, const Executor& executor, const Rope& ro
                  int64_t position, const uint16_t* basis, const float* scale, const float* mean,
                  float* keys) {
   const int dim = p.layout.head_dim;
-  for_each_token(executor, p.num_tokens, [&](int64_t t) {
-    const Slot slot = find_slot(p, t, p.layout.k_page_bytes);
+  const AlignedBuffer basis_rows(sizeof(double) * p.layout.rank * dim);
+  double* rows = basis_rows.as<double>();
+  for (int64_t i = 0; i < int64_t{p.layout.rank} * dim; ++i)
+    rows[i] = static_cast<double>(bfloat16_to_float(basis[i]));
+  double turn[kMaxHeadDim];
+  start_rotation(rope, 1, turn);
+
+  const auto unpack_key = [&](int h, int64_t t, const Slot& slot, const double* rotation) {
+    const HeadPlan& head = p.layout.heads[h];
+    double latents[kMaxHeadDim], key[kMaxHeadDim];
+    for_each_code(head, slot.page + head.k_offset, slot.token,
+                  [&](int channel, int code, int width) {
+                    const double mid = ((1 << width) - 1) / 2.0;
+                    latents[channel] =
+                        (code - mid) * static_cast<double>(scale[head.first_channel + channel]);
+                  });
+    add_rows(mean + int64_t{h} * dim, latents, rows + int64_t{head.first_channel} * dim,
+             head.rank(), dim, key);
+    rotate_forward(key, rotation, rope.half);
+    float* to = keys + (h * p.num_tokens + t) * dim;
+    for (int d = 0; d < dim; ++d) to[d] = static_cast<float>(key[d]);
+  };
+  // A rotation computed afresh for each run of tokens; the products after it lose 1e-16 each.
+  for_each(executor, (p.num_tokens + kPageTokens - 1) / kPageTokens, [&](int64_t run) {
     double rotation[kMaxHeadDim];
-    if (rope.half > 0) start_rotation(rope, position + t, rotation);
-    for (int h = 0; h < p.layout.num_heads; ++h) {
-      const HeadPlan& head = p.layout.heads[h];
-      double key[kMaxHeadDim];
-      for (int d = 0; d < dim; ++d) key[d] = mean[h * dim + d];
-      for_each_code(
-          head, slot.page + head.k_offset, slot.token, [&](int channel, int code, int width) {
-            const int64_t j = head.first_channel + channel;
-            const double latent = (code - ((1 << width) - 1) / 2.0) * static_cast<double>(scale[j]);
-            for (int d = 0; d < dim; ++d)
-              key[d] += latent * static_cast<double>(bfloat16_to_float(basis[j * dim + d]));
-          });
-      float* to = keys + (h * p.num_tokens + t) * dim;
-      for (int d = 0; d < dim; ++d) to[d] = static_cast<float>(key[d]);
-      rotate_forward(to, rope, rotation);
+    const int64_t first = run * kPageTokens;
+    start_rotation(rope, position + first, rotation);
+    for (int64_t t = first; t < std::min(first + kPageTokens, p.num_tokens); ++t) {
+      const Slot slot = find_slot(p, t, p.layout.k_page_bytes);
+      for (int h = 0; h < p.layout.num_heads; ++h) unpack_key(h, t, slot, rotation);
+      advance_rotation(rotation, turn, rope.half);
     }
   });
 }
@@ -94,7 +126,7 @@ void unpack_keys(const UnpackParams& p, const Executor& executor, const Rope& ro
 void unpack_values(const UnpackParams& p, const Executor& executor, DataType dtype, float* values) {
   const ValueLayout& value = p.layout.value;
   const int dim = p.layout.head_dim;
-  for_each_token(executor, p.num_tokens, [&](int64_t t) {
+  for_each(executor, p.num_tokens, [&](int64_t t) {
     const Slot slot = find_slot(p, t, p.layout.v_page_bytes);
     for (int h = 0; h < p.layout.num_heads; ++h) {
       const uint8_t* page = slot.page + h * value.page_bytes();

@@ -4,21 +4,31 @@
 // Tokens whose products are summed in one float buffer; more would lose digits, fewer cost memory.
 inline constexpr int64_t kCovarianceRuns = 64;
 
+// A tile of the Gram matrix: narrow, as half of the tiles are not needed.
+inline constexpr int kGramRows = SVDQ_TARGET == 512 ? 8 : 4;
+inline constexpr int kGramVecs = 2;
+
 // gram [D, D] += rows^T rows, for the tiles on and above the diagonal; sum [D] += rows.
 inline void add_gram(const float* rows, int head_dim, float* gram, float* sum) {
-  for (int j = 0; j < head_dim; j += kTileVecs * kVecLanes) {
-    with_count<kTileVecs>((head_dim - j) / kVecLanes, [&]<int kVecs>() {
+  for (int j = 0; j < head_dim; j += kGramVecs * kVecLanes) {
+    with_count<kGramVecs>((head_dim - j) / kVecLanes, [&]<int kVecs>() {
       const int last = j + kVecs * kVecLanes;
-      for (int i = 0; i < last; i += kTileTokens) {
-        outer_product_tile<kVecs, true>(rows + i, 1, head_dim, rows + j, head_dim, kPageTokens,
-                                        gram + i * head_dim + j, head_dim);
+      for (int i = 0; i < last; i += kGramRows) {
+        outer_product_tile<kGramRows, kVecs, true>(rows + i, 1, head_dim, rows + j, head_dim,
+                                                   kPageTokens, gram + i * head_dim + j, head_dim);
       }
     });
   }
-  for (int d = 0; d < head_dim; d += kVecLanes) {
-    F32 total = load<F32>(sum + d);
-    for (int t = 0; t < kPageTokens; ++t) total += load<F32>(rows + t * head_dim + d);
-    store(sum + d, total);
+  for (int d = 0; d < head_dim; d += kTileVecs * kVecLanes) {
+    with_count<kTileVecs>((head_dim - d) / kVecLanes, [&]<int kVecs>() {
+      F32 total[kVecs];
+      for (int v = 0; v < kVecs; ++v) total[v] = load<F32>(sum + d + v * kVecLanes);
+      for (int t = 0; t < kPageTokens; ++t) {
+        for (int v = 0; v < kVecs; ++v)
+          total[v] += load<F32>(rows + t * head_dim + d + v * kVecLanes);
+      }
+      for (int v = 0; v < kVecs; ++v) store(sum + d + v * kVecLanes, total[v]);
+    });
   }
 }
 
@@ -96,13 +106,16 @@ struct Range {
   float scale;  // distance between codes
 };
 
-// Calls fn(vector, lanes) for n latents, whose memory ends on a whole vector; `lanes` has a bit for
-// each one that counts.
+// All lanes of a vector count.
+struct AllLanes {};
+inline F32 select_lanes(AllLanes, F32 v, F32) { return v; }
+
+// Calls fn(vector, lanes) for n latents, whose memory ends on a whole vector; `lanes` says which
+// ones count.
 template <typename Fn>
 inline void for_each_vector(const float* latent, int64_t n, const Fn& fn) {
-  constexpr uint32_t kAllLanes = (1u << kVecLanes) - 1;
   int64_t i = 0;
-  for (; i + kVecLanes <= n; i += kVecLanes) fn(load<F32>(latent + i), kAllLanes);
+  for (; i + kVecLanes <= n; i += kVecLanes) fn(load<F32>(latent + i), AllLanes{});
   if (i < n) fn(load<F32>(latent + i), (1u << (n - i)) - 1);
 }
 
@@ -113,7 +126,7 @@ inline float coding_error(const float* latent, int64_t n, Range range, float top
   const F32 inverse = splat(range.scale > 0 ? 1.0f / range.scale : 0.0f);
   const F32 mid = splat(top / 2);
   F32 error{};
-  for_each_vector(latent, n, [&](F32 v, uint32_t lanes) {
+  for_each_vector(latent, n, [&](F32 v, auto lanes) {
     const F32 x = v - range.centre;
     const F32 code = min(max(round_even(x * inverse + mid), F32{}), splat(top));
     const F32 miss = select_lanes(lanes, x - (code - mid) * range.scale, F32{});
@@ -124,19 +137,23 @@ inline float coding_error(const float* latent, int64_t n, Range range, float top
 }
 
 // The range of least error: multiples of the standard deviation about the mean on a coarse,
-// then a fine geometric grid, and the full range from min to max.
+// then a fine geometric grid, and the full range from min to max. Not a number if a latent is not
+// finite.
 inline Range search_range(const float* latent, int64_t n, int width) {
   const float top = static_cast<float>((1 << width) - 1);
-  F32 sum{}, low = splat(latent[0]), high = low;
-  for_each_vector(latent, n, [&](F32 v, uint32_t lanes) {
+  F32 sum{}, nothing{}, low = splat(latent[0]), high = low;
+  for_each_vector(latent, n, [&](F32 v, auto lanes) {
     sum += select_lanes(lanes, v, F32{});
+    nothing += select_lanes(lanes, v, F32{}) * 0.0f;
     low = min(low, select_lanes(lanes, v, low));
     high = max(high, select_lanes(lanes, v, high));
   });
+  const float none = reduce_add(nothing);
+  if (none != 0.0f) return {none, none};
   const float mean = reduce_add(sum) / static_cast<float>(n);
   const float least = -reduce_max(-low), most = reduce_max(high);
   F32 squares{};
-  for_each_vector(latent, n, [&](F32 v, uint32_t lanes) {
+  for_each_vector(latent, n, [&](F32 v, auto lanes) {
     const F32 x = select_lanes(lanes, v - mean, F32{});
     squares += x * x;
   });
@@ -162,94 +179,181 @@ inline Range search_range(const float* latent, int64_t n, int width) {
   return best;
 }
 
-// Longest sample of a head that the search looks at, in runs of 64 tokens.
+// Longest sample of a head that the search looks at, in runs of 64 tokens; also the tasks that the
+// runs of a head are spread over.
 inline constexpr int64_t kSampleRuns = 64;
 
-inline void fit_head_quantizer(const QuantizerParams& p, const RopeTable& table, int h, float* rows,
-                               float* latent, float* columns, float* channels) {
+// Memory of a head's fit; rank and padding are those of the widest head.
+struct QuantizerScratch {
+  float* columns;   // [D, padded_rank]
+  float* channels;  // [rank, capacity], the sampled latents by channel
+  float* extremes;  // [kSampleRuns, 2, padded_rank], least and largest latents by task
+  Range* ranges;    // [rank]
+  int64_t capacity;
+};
+
+// Latents of the runs first, first + step, ... below `end`: their extremes and, if they are to be
+// searched, all of them. rows and latent are a worker's.
+inline void gather_latents(const QuantizerParams& p, const RopeTable& table, int h, int64_t task,
+                           int64_t num_tasks, const QuantizerScratch& s, float* rows,
+                           float* latent) {
+  const int rank = p.layout.heads[h].rank(), dim = p.layout.head_dim, padded = padded_rank(rank);
+  const int64_t num_runs = (p.keys.num_tokens + kPageTokens - 1) / kPageTokens;
+  // An even sample, of one run a task, or all runs between this task's and the next.
+  const int64_t first = task * num_runs / num_tasks;
+  const int64_t end = p.clip ? first + 1 : (task + 1) * num_runs / num_tasks;
+  float* low = s.extremes + task * 2 * padded;
+  float* high = low + padded;
+  for (int64_t run = first; run < end; ++run) {
+    const int count =
+        static_cast<int>(std::min<int64_t>(kPageTokens, p.keys.num_tokens - run * kPageTokens));
+    load_rows(p.keys, h, dim, run * kPageTokens, count, table, run, 0, p.mean + int64_t{h} * dim,
+              rows);
+    project_rows(rows, s.columns, rank, dim, latent);
+    for (int j = 0; j < padded; j += kVecLanes) {
+      F32 least = run == first ? load<F32>(latent + j) : load<F32>(low + j);
+      F32 most = run == first ? least : load<F32>(high + j);
+      for (int t = 0; t < count; ++t) {
+        const F32 x = load<F32>(latent + t * padded + j);
+        least = min(least, x);
+        most = max(most, x);
+      }
+      store(low + j, least);
+      store(high + j, most);
+    }
+    if (!p.clip) continue;
+    // Runs before the last are whole, so the sample has no gaps.
+    for_each_channel_block(
+        latent, rank, [&](int, int, const float* from) { return load<F32>(from); },
+        [&](int j, int t, const F32* v) {
+          for (int i = 0; i < std::min(kVecLanes, rank - j); ++i)
+            store(s.channels + (j + i) * s.capacity + task * kPageTokens + t, v[i]);
+        });
+  }
+}
+
+inline void fit_head_quantizer(const QuantizerParams& p, const RopeTable& table, int h,
+                               const QuantizerScratch& s, float* workers, int64_t worker_size,
+                               const Executor& executor) {
   const HeadPlan& head = p.layout.heads[h];
   const int rank = head.rank(), dim = p.layout.head_dim, padded = padded_rank(rank);
   const float* mean = p.mean + int64_t{h} * dim;
   uint16_t* basis = p.basis + int64_t{head.first_channel} * dim;
   for (int64_t i = 0; i < int64_t{rank} * dim; ++i)
     basis[i] = float_to_bfloat16(p.components[int64_t{h} * dim * dim + i]);
-  transpose_basis(basis, rank, dim, columns);
+  transpose_basis(basis, rank, dim, s.columns);
 
-  // Gather latents by channel: all runs, or an even sample of them when only a sample is needed.
   const int64_t num_runs = (p.keys.num_tokens + kPageTokens - 1) / kPageTokens;
-  const int64_t num_samples = std::min(num_runs, kSampleRuns);
-  const int64_t capacity = num_samples * kPageTokens;
-  float* low = channels + rank * capacity;
-  float* high = low + rank;
-  int64_t n = 0;
-  for (int64_t sample = 0; sample < (p.clip ? num_samples : num_runs); ++sample) {
-    const int64_t run = p.clip ? sample * num_runs / num_samples : sample;
-    const int count =
-        static_cast<int>(std::min<int64_t>(kPageTokens, p.keys.num_tokens - run * kPageTokens));
-    load_rows(p.keys, h, dim, run * kPageTokens, count, table, run, 0, mean, rows);
-    project_rows(rows, columns, rank, dim, latent);
-    for (int j = 0; j < rank; ++j) {
-      for (int t = 0; t < count; ++t) {
-        const float x = latent[t * padded + j];
-        if (p.clip) channels[j * capacity + n + t] = x;
-        low[j] = n + t == 0 ? x : std::min(low[j], x);
-        high[j] = n + t == 0 ? x : std::max(high[j], x);
-      }
+  const int64_t num_tasks = std::min(num_runs, kSampleRuns);
+  for_each_task(executor, rank ? num_tasks : 0, [&](int64_t task, int worker) {
+    float* rows = workers + worker * worker_size;
+    gather_latents(p, table, h, task, num_tasks, s, rows, rows + kPageTokens * dim);
+  });
+  // A sample that has the last run has it at its end.
+  const int64_t last_run = (num_tasks - 1) * num_runs / num_tasks;
+  const int64_t n = (num_tasks - 1) * kPageTokens +
+                    std::min<int64_t>(kPageTokens, p.keys.num_tokens - last_run * kPageTokens);
+  for_each_task(executor, rank, [&](int64_t j, int) {
+    const int width = channel_width(head, static_cast<int>(j));
+    if (p.clip) {
+      s.ranges[j] = search_range(s.channels + j * s.capacity, n, width);
+      return;
     }
-    n += count;
-  }
+    float low = s.extremes[j], high = s.extremes[padded + j];
+    for (int64_t task = 1; task < num_tasks; ++task) {
+      low = std::min(low, s.extremes[task * 2 * padded + j]);
+      high = std::max(high, s.extremes[(task * 2 + 1) * padded + j]);
+    }
+    s.ranges[j] = {(low + high) / 2, (high - low) / static_cast<float>((1 << width) - 1)};
+  });
 
   float* centred = p.centred_mean + int64_t{h} * dim;
   for (int d = 0; d < dim; ++d) centred[d] = mean[d];
   for (int j = 0; j < rank; ++j) {
-    const int width = channel_width(head, j);
-    Range range{(low[j] + high[j]) / 2, (high[j] - low[j]) / static_cast<float>((1 << width) - 1)};
-    if (p.clip) {
-      range = search_range(channels + j * capacity, n, width);
-    }
-    p.scale[head.first_channel + j] = range.scale;
-    for (int d = 0; d < dim; ++d) centred[d] += range.centre * columns[d * padded + j];
+    p.scale[head.first_channel + j] = s.ranges[j].scale;
+    for (int d = 0; d < dim; ++d) centred[d] += s.ranges[j].centre * s.columns[d * padded + j];
   }
 }
 
+// Head after head, its runs and then its channels in parallel: a single head keeps all workers
+// busy, and only one head's latents are held.
 inline void fit_quantizer(const QuantizerParams& p, const Executor& executor) {
   const int64_t num_runs = (p.keys.num_tokens + kPageTokens - 1) / kPageTokens;
   const RopeTable table(p.rope, p.position, num_runs);
-  const int64_t dim = p.layout.head_dim, padded = padded_rank(static_cast<int>(dim));
+  int rank = 0;
+  for (int h = 0; h < p.layout.num_heads; ++h) rank = std::max(rank, p.layout.heads[h].rank());
+  const int64_t dim = p.layout.head_dim, padded = padded_rank(rank);
   const int64_t capacity = std::min(num_runs, kSampleRuns) * kPageTokens;
-  const int64_t rows_size = kPageTokens * dim, latent_size = kPageTokens * padded,
-                columns_size = dim * padded;
-  const int64_t worker_size =
-      round_up(rows_size + latent_size + columns_size + dim * (capacity + 2), kLanes);
-  const AlignedBuffer scratch(sizeof(float) * executor.workers() * worker_size);
-  for_each_task(executor, p.layout.num_heads, [&](int64_t head, int worker) {
-    float* rows = scratch.as<float>() + worker * worker_size;
-    float* latent = rows + rows_size;
-    float* columns = latent + latent_size;
-    fit_head_quantizer(p, table, static_cast<int>(head), rows, latent, columns,
-                       columns + columns_size);
-  });
+  const int64_t worker_size = round_up(kPageTokens * (dim + padded), kLanes);
+  const int64_t columns_size = round_up(dim * padded, kLanes);
+  const int64_t channels_size = p.clip ? rank * capacity : 0;
+  const AlignedBuffer workers(sizeof(float) * executor.workers() * worker_size);
+  const AlignedBuffer shared(sizeof(float) *
+                             (columns_size + channels_size + kSampleRuns * 2 * padded));
+  const AlignedBuffer ranges(sizeof(Range) * rank);
+  float* columns = shared.as<float>();
+  const QuantizerScratch scratch{columns, columns + columns_size,
+                                 columns + columns_size + channels_size, ranges.as<Range>(),
+                                 capacity};
+  for (int h = 0; h < p.layout.num_heads; ++h)
+    fit_head_quantizer(p, table, h, scratch, workers.as<float>(), worker_size, executor);
 }
 
-// True if no number is NaN or larger than `limit`: scaled so that the limit becomes the largest
-// float, what is larger becomes infinite, and zero times a number that is not finite is not zero.
+// Largest bits but for the sign of `count` numbers, a whole number of vectors. Bits without a sign
+// are in the order of their magnitudes, and infinity and NaN come last.
+template <typename Int>
+inline Int largest_bits(const Int* numbers, int64_t count, Int most) {
+  typedef Int Vec __attribute__((vector_size(kVecBytes)));
+  constexpr int kNumbers = kVecBytes / sizeof(Int);
+  const Vec magnitude = Vec{} + std::numeric_limits<Int>::max();
+  Vec found = Vec{} + most;
+  int64_t i = 0;
+  for (; i + kNumbers <= count; i += kNumbers) {
+    const Vec bits = load<Vec>(numbers + i) & magnitude;
+    found = bits > found ? bits : found;
+  }
+  for (int n = 0; n < kNumbers; ++n) most = std::max<Int>(most, found[n]);
+  for (; i < count; ++i) most = std::max<Int>(most, numbers[i] & std::numeric_limits<Int>::max());
+  return most;
+}
+
+// The bits of the largest number of a dtype that is no larger than `limit` > 0.
+inline int32_t limit_bits(float limit, DataType dtype) {
+  const uint32_t bits = float_to_bits(limit);
+  if (dtype == DataType::kFloat32) return static_cast<int32_t>(bits);
+  if (dtype == DataType::kBFloat16) return static_cast<int32_t>(bits >> 16);
+  uint16_t half = float_to_half(std::min(limit, 65504.0f));
+  if (half_to_float(half) > limit) --half;
+  return half;
+}
+
+// True if no number is NaN or larger than `limit`.
 inline bool all_within(const TokenSource& source, int num_heads, int head_dim, float limit,
                        const Executor& executor) {
   constexpr int64_t kTokens = 1024;
-  // A little less, so that rounding does not send the limit itself to infinity.
-  const float to_largest = std::numeric_limits<float>::max() / limit * (1 - 0x1p-22f);
   const int64_t chunks = (source.num_tokens + kTokens - 1) / kTokens;
-  std::atomic<bool> finite{true};
-  for_each_task(executor, num_heads * chunks, [&](int64_t task, int) {
+  const int32_t allowed = limit_bits(limit, source.dtype);
+  std::atomic<bool> within{true};
+  const auto check = [&]<typename Int>(int64_t task) {
     const int64_t first = task % chunks * kTokens;
-    F32 sum{};
-    for (int64_t t = first; t < std::min(first + kTokens, source.num_tokens); ++t) {
-      const int64_t from = task / chunks * source.head_stride + t * source.token_stride;
-      for (int d = 0; d < head_dim; d += kVecLanes) {
-        sum += load_as_float(source.data, source.dtype, from + d) * to_largest * 0.0f;
-      }
+    const int64_t count = std::min(kTokens, source.num_tokens - first);
+    const Int* rows = static_cast<const Int*>(source.data) + task / chunks * source.head_stride +
+                      first * source.token_stride;
+    Int most = 0;
+    if (source.token_stride == head_dim) {
+      most = largest_bits(rows, count * head_dim, most);
+    } else {
+      for (int64_t t = 0; t < count; ++t)
+        most = largest_bits(rows + t * source.token_stride, head_dim, most);
     }
-    if (!(reduce_add(sum) == 0.0f)) finite.store(false, std::memory_order_relaxed);
+    if (most > allowed) within.store(false, std::memory_order_relaxed);
+  };
+  for_each_task(executor, num_heads * chunks, [&](int64_t task, int) {
+    if (source.dtype == DataType::kFloat32) {
+      check.template operator()<int32_t>(task);
+    } else {
+      check.template operator()<int16_t>(task);
+    }
   });
-  return finite.load();
+  return within.load();
 }

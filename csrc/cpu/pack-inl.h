@@ -33,7 +33,7 @@ inline int64_t spanned_pages(int64_t slot, int64_t num_tokens) {
 // Codes of one band, [count, 64] int32 by channel, into its lines; bits of slots outside the span
 // stay.
 template <int kWidth>
-inline void write_band(const int32_t* codes, int count, const PageSpan& span, uint8_t* lines) {
+inline void write_band(const int32_t* codes, int count, PageSpan span, uint8_t* lines) {
   constexpr int kUnits = 8 / kWidth;  // units in a line
   constexpr uint32_t kUnitMask = ((1u << kWidth) - 1) * 0x01010101u;
   const int num_lines = count * kGroups / kQuad / kUnits;
@@ -49,6 +49,7 @@ inline void write_band(const int32_t* codes, int count, const PageSpan& span, ui
           lane |= load<U32>(codes + (quad * kQuad + e) * kPageTokens + token) << (8 * e);
         }
         bits |= lane << (k * kWidth);
+        if (span.full()) continue;
         const U32 kept = (U32)select_lanes(static_cast<uint32_t>(~span.mask() >> token),
                                            (F32)splat_u32(kUnitMask), F32{});
         keep |= kept << (k * kWidth);
@@ -70,36 +71,68 @@ inline void write_codes(const HeadPlan& head, const int32_t* codes, const PageSp
   }
 }
 
-// rows -= what the codes [rank, 64] of `span` stand for; then the squared length of each row.
-// basis_rows [rank, D] and latent are scratch.
-inline void write_errors(const PackKeysParams& p, const HeadPlan& head, int h, const PageSpan& span,
-                         const int32_t* codes, float* basis_rows, float* latent, float* rows) {
-  const int rank = head.rank(), dim = p.layout.head_dim, padded = padded_rank(rank);
-  const uint16_t* basis = p.basis + int64_t{head.first_channel} * dim;
-  for (int64_t i = 0; i < int64_t{rank} * dim; i += kVecLanes)
-    store(basis_rows + i, load_bfloat16(basis + i));
-  for (int j = 0; j < rank; ++j) {
-    const float mid = static_cast<float>((1 << channel_width(head, j)) - 1) / 2;
-    for (int r = 0; r < span.count; ++r) {
-      latent[r * padded + j] = (mid - static_cast<float>(codes[j * kPageTokens + span.first + r])) *
-                               p.scale[head.first_channel + j];
+// What turns latents into codes and back, by channel: [padded_rank] each, zero past the rank.
+struct ChannelScales {
+  float* inverse;
+  float* scale;
+  float* mid;
+  float* top;
+
+  ChannelScales(const PackKeysParams& p, const HeadPlan& head, float* memory, int padded)
+      : inverse(memory),
+        scale(memory + padded),
+        mid(memory + 2 * padded),
+        top(memory + 3 * padded) {
+    std::memset(memory, 0, sizeof(float) * 4 * padded);
+    for (int j = 0; j < head.rank(); ++j) {
+      scale[j] = p.scale[head.first_channel + j];
+      inverse[j] = scale[j] > 0 ? 1.0f / scale[j] : 0.0f;
+      top[j] = static_cast<float>((1 << channel_width(head, j)) - 1);
+      mid[j] = top[j] / 2;
     }
   }
+};
+
+// Codes [rank, 64] by channel of the latents [64, padded_rank], which become what the codes stand
+// for, negative.
+inline void quantize(ChannelScales c, int rank, float* latent, int32_t* codes) {
+  const int padded = padded_rank(rank);
+  for_each_channel_block(
+      latent, rank,
+      [&](int j, int t, const float* from) {
+        const F32 mid = load<F32>(c.mid + j);
+        F32 code = round_even(load<F32>(from) * load<F32>(c.inverse + j) + mid);
+        // In this order a latent that overflowed to NaN becomes code 0.
+        code = min(max(code, F32{}), load<F32>(c.top + j));
+        store(latent + t * padded + j, (mid - code) * load<F32>(c.scale + j));
+        return code;
+      },
+      [&](int j, int t, const F32* v) {
+        for (int i = 0; i < kVecLanes; ++i)
+          store(codes + (j + i) * kPageTokens + t, round_to_int(v[i]));
+      });
+}
+
+// rows += residual [64, padded_rank] x basis_rows [rank, D], then the squared length of each row.
+inline void write_errors(const PackKeysParams& p, int rank, int h, const PageSpan& span,
+                         const float* basis_rows, const float* residual, float* rows) {
+  const int dim = p.layout.head_dim, padded = padded_rank(rank);
+  const int end = span.first + span.count;
   for (int d = 0; d < dim; d += kTileVecs * kVecLanes) {
     with_count<kTileVecs>((dim - d) / kVecLanes, [&]<int kVecs>() {
-      for (int t = 0; t < span.count; t += kTileTokens) {
-        outer_product_tile<kVecs, true>(latent + t * padded, padded, 1, basis_rows + d, dim, rank,
-                                        rows + t * dim + d, dim);
+      for (int t = span.first / kTileTokens * kTileTokens; t < end; t += kTileTokens) {
+        outer_product_tile<kTileTokens, kVecs, true>(
+            residual + t * padded, padded, 1, basis_rows + d, dim, rank, rows + t * dim + d, dim);
       }
     });
   }
-  for (int r = 0; r < span.count; ++r) {
+  for (int t = span.first; t < end; ++t) {
     F32 sum{};
     for (int d = 0; d < dim; d += kVecLanes) {
-      const F32 x = load<F32>(rows + r * dim + d);
+      const F32 x = load<F32>(rows + t * dim + d);
       sum += x * x;
     }
-    p.errors[h * p.errors_stride + span.token + r] = reduce_add(sum);
+    p.errors[h * p.errors_stride + span.token + t - span.first] = reduce_add(sum);
   }
 }
 
@@ -108,9 +141,9 @@ inline void pack_keys(const PackKeysParams& p, const Executor& executor) {
   const int64_t num_pages = spanned_pages(p.slot, p.keys.num_tokens);
   const int64_t chunks = (num_pages + kPagesPerTask - 1) / kPagesPerTask;
   const RopeTable table(p.rope, p.position - p.slot % kPageTokens, num_pages);
-  const int64_t dim = layout.head_dim, padded = padded_rank(static_cast<int>(dim));
-  const int64_t worker_size =
-      kPageTokens * dim + 2 * kPageTokens * padded + dim * padded + (p.errors ? dim * dim : 0);
+  const int64_t dim = layout.head_dim, most = padded_rank(static_cast<int>(dim));
+  const int64_t worker_size = kPageTokens * dim + 2 * kPageTokens * most + dim * most + 4 * most +
+                              (p.errors ? dim * dim : 0);
   const AlignedBuffer scratch(sizeof(float) * executor.workers() * worker_size);
 
   for_each_task(executor, layout.num_heads * chunks, [&](int64_t task, int worker) {
@@ -119,10 +152,16 @@ inline void pack_keys(const PackKeysParams& p, const Executor& executor) {
     if (rank == 0 && !p.errors) return;
     float* rows = scratch.as<float>() + worker * worker_size;
     float* latent = rows + kPageTokens * dim;
-    int32_t* codes = reinterpret_cast<int32_t*>(latent + kPageTokens * padded);
-    float* columns = reinterpret_cast<float*>(codes + kPageTokens * padded);
-    transpose_basis(p.basis + int64_t{head.first_channel} * dim, rank, static_cast<int>(dim),
-                    columns);
+    int32_t* codes = reinterpret_cast<int32_t*>(latent + kPageTokens * most);
+    float* columns = reinterpret_cast<float*>(codes + kPageTokens * most);
+    float* basis_rows = columns + dim * most + 4 * most;
+    const uint16_t* basis = p.basis + int64_t{head.first_channel} * dim;
+    transpose_basis(basis, rank, static_cast<int>(dim), columns);
+    if (p.errors) {
+      for (int64_t i = 0; i < rank * dim; i += kVecLanes)
+        store(basis_rows + i, load_bfloat16(basis + i));
+    }
+    const ChannelScales scales(p, head, columns + dim * most, padded_rank(rank));
 
     const int64_t first = task % chunks * kPagesPerTask;
     for (int64_t run = first; run < std::min(first + kPagesPerTask, num_pages); ++run) {
@@ -130,73 +169,81 @@ inline void pack_keys(const PackKeysParams& p, const Executor& executor) {
       load_rows(p.keys, h, static_cast<int>(dim), span.token, span.count, table, run, span.first,
                 p.mean + h * dim, rows);
       project_rows(rows, columns, rank, static_cast<int>(dim), latent);
-      // Row r of the latents is slot first + r; codes are stored by slot.
-      for (int j = 0; j < rank; ++j) {
-        const float scale = p.scale[head.first_channel + j];
-        const float inverse = scale > 0 ? 1.0f / scale : 0.0f;
-        const int top = (1 << channel_width(head, j)) - 1;
-        const float mid = static_cast<float>(top) / 2;
-        int32_t* to = codes + j * kPageTokens;
-        std::memset(to, 0, sizeof(int32_t) * kPageTokens);
-        for (int r = 0; r < span.count; ++r) {
-          const float code = std::nearbyintf(latent[r * padded_rank(rank) + j] * inverse + mid);
-          // In this order a latent that overflowed to NaN becomes code 0.
-          to[span.first + r] =
-              static_cast<int32_t>(std::min(std::max(0.0f, code), static_cast<float>(top)));
-        }
-      }
+      quantize(scales, rank, latent, codes);
       write_codes(head, codes, span, p.pages + span.page * layout.k_page_bytes + head.k_offset);
-      if (p.errors) write_errors(p, head, h, span, codes, columns + dim * padded, latent, rows);
+      if (p.errors) write_errors(p, rank, h, span, basis_rows, latent, rows);
     }
   });
 }
 
-// Scale and zero point of one token's group, rounded to half.
-struct ValueGroup {
-  uint16_t scale;
-  uint16_t zero;
-};
-
-inline ValueGroup fit_value_group(const float* row, int group_size, int width) {
-  F32 low = load<F32>(row), high = low;
-  for (int d = kVecLanes; d < group_size; d += kVecLanes) {
-    low = min(low, load<F32>(row + d));
-    high = max(high, load<F32>(row + d));
+// Least and largest number of each group of the rows first .. first + count - 1, [groups, 64] by
+// slot.
+inline void find_value_extremes(const float* rows, ValueLayout value, int first, int count,
+                                float* least, float* most) {
+  for (int g = 0; g < value.groups(); ++g) {
+    for (int t = first; t < first + count; t += kVecLanes) {
+      F32 low[kVecLanes], high[kVecLanes];
+      const int block = std::min(kVecLanes, first + count - t);
+      for (int r = 0; r < kVecLanes; ++r) {
+        // Rows that are missing from the last block repeat its last one.
+        const float* row =
+            rows + (t + std::min(r, block - 1)) * value.head_dim + g * value.group_size;
+        low[r] = high[r] = load<F32>(row);
+        for (int d = kVecLanes; d < value.group_size; d += kVecLanes) {
+          low[r] = min(low[r], load<F32>(row + d));
+          high[r] = max(high[r], load<F32>(row + d));
+        }
+      }
+      transpose(low);
+      transpose(high);
+      for (int i = 1; i < kVecLanes; ++i) {
+        low[0] = min(low[0], low[i]);
+        high[0] = max(high[0], high[i]);
+      }
+      // Past the end lies the next group, written after this one, or memory to spare.
+      store(least + g * kPageTokens + t, low[0]);
+      store(most + g * kPageTokens + t, high[0]);
+    }
   }
-  const float least = -reduce_max(-low), most = reduce_max(high);
-  return {float_to_half((most - least) / static_cast<float>((1 << width) - 1)),
-          float_to_half(least)};
 }
 
+// Rows by slot to codes, and the scale and zero point of each token's groups, rounded to half.
+// least and most are those of find_value_extremes.
 template <int kWidth>
-inline void pack_value_page(const PackValuesParams& p, int h, const PageSpan& span, float* rows,
-                            uint8_t* page) {
-  constexpr int kUnits = 8 / kWidth;
-  constexpr uint32_t kUnitMask = (1u << kWidth) - 1;
-  const ValueLayout& value = p.layout.value;
-  const int dim = value.head_dim;
+inline void quantize_values(ValueLayout value, PageSpan span, const float* least, const float* most,
+                            float* rows, uint8_t* page) {
+  const F32 top = splat(static_cast<float>((1 << kWidth) - 1));
   uint16_t* scales = reinterpret_cast<uint16_t*>(page + value.scale_offset());
   uint16_t* zeros = reinterpret_cast<uint16_t*>(page + value.zero_offset());
-  // Rows by slot, replaced by their codes as floats.
-  for (int r = 0; r < span.count; ++r) {
-    float* row = rows + (span.first + r) * dim;
-    const int64_t from = h * p.values.head_stride + (span.token + r) * p.values.token_stride;
-    for (int d = 0; d < dim; d += kVecLanes)
-      store(row + d, load_as_float(p.values.data, p.values.dtype, from + d));
-    for (int g = 0; g < value.groups(); ++g) {
-      const ValueGroup group =
-          fit_value_group(row + g * value.group_size, value.group_size, kWidth);
-      scales[g * kPageTokens + span.first + r] = group.scale;
-      zeros[g * kPageTokens + span.first + r] = group.zero;
-      const float scale = half_to_float(group.scale), zero = half_to_float(group.zero);
-      const float inverse = scale > 0 ? 1.0f / scale : 0.0f;
-      for (int d = g * value.group_size; d < (g + 1) * value.group_size; d += kVecLanes) {
-        const F32 code = round_even((load<F32>(row + d) - zero) * inverse);
-        store(row + d, min(max(code, F32{}), splat(static_cast<float>(kUnitMask))));
+  const int end = span.first + span.count;
+  for (int g = 0; g < value.groups(); ++g) {
+    for (int t = span.first; t < end; t += kVecLanes) {
+      const int at = g * kPageTokens + t, block = std::min(kVecLanes, end - t);
+      uint16_t scale[kVecLanes], zero[kVecLanes];
+      store_half(scale, (load<F32>(most + at) - load<F32>(least + at)) / top);
+      store_half(zero, load<F32>(least + at));
+      const F32 rounded = load_half(scale);
+      float inverse[kVecLanes], centre[kVecLanes];
+      store(inverse, rounded > F32{} ? splat(1.0f) / rounded : F32{});
+      store(centre, load_half(zero));
+      std::memcpy(scales + at, scale, sizeof(uint16_t) * block);
+      std::memcpy(zeros + at, zero, sizeof(uint16_t) * block);
+      for (int r = 0; r < block; ++r) {
+        float* row = rows + (t + r) * value.head_dim;
+        for (int d = g * value.group_size; d < (g + 1) * value.group_size; d += kVecLanes) {
+          const F32 code = (load<F32>(row + d) - splat(centre[r])) * splat(inverse[r]);
+          store(row + d, (F32)round_to_int(min(max(code, F32{}), top)));
+        }
       }
     }
   }
-  uint8_t* lines = page + value.code_offset();
+}
+
+// Codes by slot and channel into their lines; bits of slots outside the span stay.
+template <int kWidth, bool kFull>
+inline void write_value_lines(const float* codes, int dim, PageSpan span, uint8_t* lines) {
+  constexpr int kUnits = 8 / kWidth;
+  constexpr uint32_t kUnitMask = (1u << kWidth) - 1;
   for (int line = 0; line < dim / kLanes * kTokenQuads / kUnits; ++line) {
     for (int part = 0; part < kParts; ++part) {
       uint8_t* to = lines + line * kLineBytes + part * kVecBytes;
@@ -207,17 +254,52 @@ inline void pack_value_page(const PackValuesParams& p, int h, const PageSpan& sp
         const int channel = unit / kTokenQuads * kLanes + part * kVecLanes;
         for (int e = 0; e < kQuad; ++e) {
           const int slot = unit % kTokenQuads * kQuad + e;
-          if (slot < span.first || slot >= span.first + span.count) {
+          if (!kFull && (slot < span.first || slot >= span.first + span.count)) {
             keep |= kUnitMask << (8 * e + k * kWidth);
           } else {
-            bits |= (U32)round_to_int(load<F32>(rows + slot * dim + channel))
-                    << (8 * e + k * kWidth);
+            bits |= load<U32>(codes + slot * dim + channel) << (8 * e + k * kWidth);
           }
         }
       }
-      if (keep) bits |= load<U32>(to) & keep;
+      if (!kFull && keep) bits |= load<U32>(to) & keep;
       store(to, bits);
     }
+  }
+}
+
+// A worker's memory to pack values: rows, and extremes of groups of 16 channels or more.
+inline int64_t value_scratch(int64_t head_dim) {
+  return kPageTokens * head_dim + 2 * (kPageTokens * head_dim / kLanes + kLanes);
+}
+
+template <DataType kType>
+inline void load_value_rows(const TokenSource& values, int h, int dim, PageSpan span, float* rows) {
+  const TokenSource from = values;  // a copy, which no store can change
+  for (int r = 0; r < span.count; ++r) {
+    prefetch_token(from, h, dim, span.token + r + kPageTokens);
+    const int64_t at = h * from.head_stride + (span.token + r) * from.token_stride;
+    for (int d = 0; d < dim; d += kVecLanes)
+      store(rows + r * dim + d, load_number<kType>(from.data, at + d));
+  }
+}
+
+template <int kWidth>
+inline void pack_value_page(const PackValuesParams& p, int h, const PageSpan& span, float* rows,
+                            uint8_t* page) {
+  const ValueLayout& value = p.layout.value;
+  const int dim = value.head_dim;
+  float* least = rows + kPageTokens * dim;
+  float* most = least + kPageTokens * dim / kLanes + kLanes;
+  with_dtype(p.values.dtype, [&]<DataType kType>() {
+    load_value_rows<kType>(p.values, h, dim, span, rows + span.first * dim);
+  });
+  find_value_extremes(rows, value, span.first, span.count, least, most);
+  quantize_values<kWidth>(value, span, least, most, rows, page);
+  uint8_t* lines = page + value.code_offset();
+  if (span.full()) {
+    write_value_lines<kWidth, true>(rows, dim, span, lines);
+  } else {
+    write_value_lines<kWidth, false>(rows, dim, span, lines);
   }
 }
 
@@ -232,7 +314,7 @@ inline void copy_value_page(const PackValuesParams& p, int h, const PageSpan& sp
 
 inline void pack_values(const PackValuesParams& p, const Executor& executor) {
   const int64_t num_pages = spanned_pages(p.slot, p.values.num_tokens);
-  const int64_t worker_size = int64_t{kPageTokens} * p.layout.head_dim;
+  const int64_t worker_size = value_scratch(p.layout.head_dim);
   const AlignedBuffer scratch(sizeof(float) * executor.workers() * worker_size);
   for_each_task(executor, p.layout.num_heads * num_pages, [&](int64_t task, int worker) {
     const int h = static_cast<int>(task / num_pages);

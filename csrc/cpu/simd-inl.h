@@ -25,7 +25,8 @@ template <typename V, typename T>
 inline void store(T* to, V v) {
   __builtin_memcpy(to, &v, sizeof(V));
 }
-inline F32 splat(float x) { return F32{} + x; }
+// (Adding zero instead would be an addition: -0 + 0 is not -0.)
+inline F32 splat(float x) { return x - F32{}; }
 inline U32 splat_u32(uint32_t x) { return U32{} + x; }
 // Four codes, wherever they lie, in every lane.
 template <typename T>
@@ -50,6 +51,11 @@ inline F32 round_even(F32 v) {
 }
 inline F32 load_half(const uint16_t* from) {
   return (F32)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+// Rounds to nearest, ties to even.
+inline void store_half(uint16_t* to, F32 v) {
+  const __m256i bits = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits);
 }
 inline F32 load_bfloat16(const uint16_t* from) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
@@ -153,6 +159,10 @@ inline void store_bytes(Byte* to, const I32 (&v)[4]) {
 inline F32 load_half(const uint16_t* from) {
   return (F32)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
+inline void store_half(uint16_t* to, F32 v) {
+  const __m128i bits = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bits);
+}
 inline F32 load_bfloat16(const uint16_t* from) {
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
   return (F32)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
@@ -192,6 +202,9 @@ inline F32 load_half(const uint16_t* from) {
   F32 v;
   for (int i = 0; i < kVecLanes; ++i) v[i] = half_to_float(from[i]);
   return v;
+}
+inline void store_half(uint16_t* to, F32 v) {
+  for (int i = 0; i < kVecLanes; ++i) to[i] = float_to_half(v[i]);
 }
 inline F32 load_bfloat16(const uint16_t* from) {
   U32 v;
@@ -265,6 +278,31 @@ inline F32 load_as_float(const void* data, DataType dtype, int64_t index) {
   if (dtype == DataType::kFloat32) return load<F32>(static_cast<const float*>(data) + index);
   const uint16_t* from = static_cast<const uint16_t*>(data) + index;
   return dtype == DataType::kBFloat16 ? load_bfloat16(from) : load_half(from);
+}
+
+// The same for a dtype known when compiling, so that loops over a row hold no choice.
+template <DataType kType>
+inline F32 load_number(const void* data, int64_t index) {
+  if constexpr (kType == DataType::kFloat32) {
+    return load<F32>(static_cast<const float*>(data) + index);
+  } else if constexpr (kType == DataType::kBFloat16) {
+    return load_bfloat16(static_cast<const uint16_t*>(data) + index);
+  } else {
+    return load_half(static_cast<const uint16_t*>(data) + index);
+  }
+}
+
+// Calls fn.template operator()<dtype>().
+template <typename Fn>
+inline void with_dtype(DataType dtype, const Fn& fn) {
+  switch (dtype) {
+    case DataType::kFloat32:
+      return fn.template operator()<DataType::kFloat32>();
+    case DataType::kBFloat16:
+      return fn.template operator()<DataType::kBFloat16>();
+    case DataType::kFloat16:
+      return fn.template operator()<DataType::kFloat16>();
+  }
 }
 
 // Calls fn(task, worker) for each task on the executor's workers.

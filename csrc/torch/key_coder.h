@@ -40,8 +40,8 @@ inline TokenSource float_source(const at::Tensor& keys) {
   return {keys.const_data_ptr(), DataType::kFloat32, keys.stride(0), keys.stride(1), keys.size(1)};
 }
 
-// Tokens whose core is decoded at once: their float keys are a few megabytes, whatever the prompt.
-inline constexpr int64_t kResidualTokens = 2048;
+// Tokens whose core is decoded at once: their float keys are a megabyte or two, whatever the prompt.
+inline constexpr int64_t kResidualTokens = 512;
 
 // Where tokens from slot `slot` on are packed.
 struct Destination {

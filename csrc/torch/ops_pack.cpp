@@ -16,6 +16,8 @@ namespace svdq::torch_binding {
 namespace {
 
 constexpr float kLargestHalf = 65504.0f;
+// Keys up to so many are looked through before they are fitted; it takes no time that counts.
+constexpr int64_t kCheckedTokens = 4096;
 
 void check_within(const Checker& check, const TokenSource& source, const char* name, int64_t heads,
                   int64_t dim, float limit) {
@@ -51,7 +53,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fit_basis(const at::Tensor& keys,
                 "keys must have at least one head and one token, got " + std::to_string(heads) +
                     " and " + std::to_string(source.num_tokens));
   const Rope rope = inv_freq ? check.rope(*inv_freq, dim) : Rope{nullptr, 0};
-  check_finite(check, source, "keys", heads, dim);
 
   const auto options = keys.options().dtype(at::kFloat);
   at::Tensor mean = at::empty({heads, dim}, options),
@@ -59,6 +60,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fit_basis(const at::Tensor& keys,
   const Target target(check.device());
   target.covariance({source, static_cast<int>(heads), static_cast<int>(dim), rope, position,
                      mean.mutable_data_ptr<float>(), covariance.mutable_data_ptr<float>()});
+  // What is not finite in a key is not in the covariance: no pass of its own looks for it.
+  if (!at::isfinite(covariance).all().item<bool>()) {
+    check_finite(check, source, "keys", heads, dim);
+    check.require(false, "keys must be small enough for float32 to hold their squares");
+  }
   const auto [components, variance] = target.components(covariance);
   return {mean, components, variance};
 }
@@ -95,16 +101,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fit_quantizer(
       "layout must code one space, pre or post: the parts of a hybrid layout are fitted one "
       "after the other");
   const Rope rope = check.rope(inv_freq, layout.rope(), dim);
-  check_finite(check, source, "keys", heads, dim);
+  const Target target(check.device());
+  // The search on the CPU looks at a sample and finds what is not finite there by itself.
+  const bool finds_bad = clip && !target.is_cuda() && source.num_tokens > kCheckedTokens;
+  if (!finds_bad) check_finite(check, source, "keys", heads, dim);
 
   at::Tensor basis = at::empty({layout.rank(), dim}, keys.options().dtype(at::kBFloat16));
   at::Tensor scale = at::empty({layout.rank()}, mean.options()),
              centred = at::empty({heads, dim}, mean.options());
-  Target(check.device())
-      .fit_quantizer({source, layout.view(), rope, position, clip, mean.const_data_ptr<float>(),
-                      components.const_data_ptr<float>(),
-                      static_cast<uint16_t*>(basis.mutable_data_ptr()),
-                      scale.mutable_data_ptr<float>(), centred.mutable_data_ptr<float>()});
+  target.fit_quantizer({source, layout.view(), rope, position, clip, mean.const_data_ptr<float>(),
+                        components.const_data_ptr<float>(),
+                        static_cast<uint16_t*>(basis.mutable_data_ptr()),
+                        scale.mutable_data_ptr<float>(), centred.mutable_data_ptr<float>()});
+  if (finds_bad && !at::isfinite(scale).all().item<bool>())
+    check_finite(check, source, "keys", heads, dim);
   return {basis, scale, centred};
 }
 

@@ -1,5 +1,9 @@
 #include "csrc/torch/target.h"
 
+#include <ATen/Parallel.h>
+
+#include <tuple>
+
 #include "csrc/torch/executor.h"
 
 #if defined(SVDQ_WITH_CUDA)
@@ -84,8 +88,17 @@ std::tuple<at::Tensor, at::Tensor> Target::components(at::Tensor& covariance) co
     return {components, variance};
   }
 #endif
-  // Ascending eigenvalues, eigenvectors in columns.
-  const auto [values, vectors] = at::linalg_eigh(covariance);
+  // LAPACK takes one matrix after the other: every thread some heads. Ascending eigenvalues,
+  // eigenvectors in columns.
+  const int64_t heads = covariance.size(0);
+  std::vector<at::Tensor> some_values(heads), some_vectors(heads);
+  at::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowAutograd no_autograd;
+    for (int64_t h = begin; h < end; ++h)
+      std::tie(some_values[h], some_vectors[h]) = at::linalg_eigh(covariance[h]);
+  });
+  // Gathered here: another thread knows nothing of this one's inference mode.
+  const at::Tensor values = at::stack(some_values), vectors = at::stack(some_vectors);
   at::Tensor components = vectors.transpose(1, 2).flip(1).contiguous();
   // The component of largest magnitude, the first of equals, is positive.
   const at::Tensor largest = components.abs().argmax(-1, true);

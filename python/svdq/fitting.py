@@ -15,6 +15,10 @@ from torch import Tensor
 from svdq import ops
 from svdq.layout import PageLayout
 
+# Keys of longer prompts are thinned out before a basis is fitted to them: neighbours say much the
+# same, and the error of the basis falls with the root of their number.
+BASIS_TOKENS = 12288
+
 # (components, variance) -> the same by falling importance, and that importance.
 Order = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -37,6 +41,29 @@ class Bases:
     core: tuple[Tensor, Tensor, Tensor] | None = None
 
 
+def thinned(
+    keys: Tensor, inv_freq: Tensor | None, position: int, most: int | None = None
+) -> tuple[Tensor, Tensor | None, int]:
+    """Every key, every second, every fourth and so on: at most ``most`` (``BASIS_TOKENS``).
+
+    Parameters
+    ----------
+    keys, inv_freq, position : as for :func:`svdq.ops.fit_basis`.
+
+    Returns
+    -------
+    The same three for the keys that are left, a view, as though their positions were one apart: a
+    step of a power of two, from a multiple of itself on, scales frequencies without rounding.
+    """
+    most = BASIS_TOKENS if most is None else most
+    step = 1
+    while -(-keys.shape[1] // step) > most:
+        step *= 2
+    first = -position % step
+    inv_freq = None if inv_freq is None else inv_freq * step
+    return keys[:, first::step], inv_freq, (position + first) // step
+
+
 def fit_bases(
     keys: Tensor,
     core: PageLayout | None = None,
@@ -47,12 +74,17 @@ def fit_bases(
 ) -> Bases:
     """Mean and components of keys or, with a core, of what it leaves.
 
+    Of more than ``BASIS_TOKENS`` keys an even sample is taken, unless a core's ranges must span
+    all of them.
+
     Parameters
     ----------
     keys, inv_freq, position, clip : as for :func:`svdq.ops.fit_quantizer`.
     core : a hybrid layout, of whose tail nothing is read; None where keys are coded in one space.
     order : what makes channels important; None for their variance.
     """
+    if clip or core is None:
+        keys, inv_freq, position = thinned(keys, inv_freq, position)
     mean, components, spectrum = ops.fit_basis(keys, inv_freq, position)
     fitted = None
     if core is not None:

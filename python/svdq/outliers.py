@@ -39,7 +39,14 @@ class Outliers:
         return self.slots, self.keys
 
     def choose(
-        self, b: int, keys: Tensor, errors: Tensor, slot: int, fraction: float | None, skip: int = 0
+        self,
+        b: int,
+        keys: Tensor,
+        errors: Tensor,
+        slot: int,
+        fraction: float | None,
+        skip: int = 0,
+        factor: Tensor | None = None,
     ) -> None:
         """Choose among keys [H, T, D] that were packed from slot ``slot`` on.
 
@@ -48,6 +55,7 @@ class Outliers:
         errors : [H, T] float32, squared errors of their codes.
         fraction : share of the tokens to choose in every head; None for those that are as bad.
         skip : leading tokens that are not chosen: sinks.
+        factor : [H, 1, D] that the keys have yet to be multiplied with, or None.
         """
         errors = errors.clone()
         errors[:, :skip] = -torch.inf
@@ -69,7 +77,8 @@ class Outliers:
             tokens = chosen[h].nonzero()[:, 0]
             at = slice(int(used[h]), int(used[h]) + len(tokens))
             self.slots[b, h, at] = (tokens + slot).int()
-            self.keys[b, h, at] = keys[h, tokens].to(self.keys.dtype)
+            own = keys[h, tokens] if factor is None else keys[h, tokens] * factor[h]
+            self.keys[b, h, at] = own.to(self.keys.dtype)
 
     def truncate(self, b: int, slots: int) -> None:
         """Forget sequence b's outliers from slot ``slots`` on, and with all slots its measure."""

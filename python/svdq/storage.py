@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from svdq import ops
-from svdq.fitting import Bases, fit_bases, fit_codes
+from svdq.fitting import Bases, fit_bases, fit_codes, thinned
 from svdq.landmarks import Landmarks
 from svdq.layout import PAGE_TOKENS, PageLayout
 from svdq.outliers import Outliers
@@ -19,11 +19,17 @@ from svdq.tensors import normal_tensors
 
 DRIFT_MEMORY = 0.75  # what a page leaves of the mean error before it
 ROW_STEP = 16  # exact rows are allocated in multiples of this
+PIECE_TOKENS = 2048  # keys that have to be copied are copied so many at a time
 
 
 def _integers(values: list, device: torch.device) -> Tensor:
     """The int32 tensor that operators take."""
     return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def scaled(keys: Tensor, factor: Tensor | None) -> Tensor:
+    """Keys [H, T, D] times a factor [H, 1, D]; themselves without one."""
+    return keys if factor is None else keys * factor
 
 
 class PackedStore:
@@ -121,28 +127,69 @@ class PackedStore:
         """Rows of the pools that some sequence names."""
         return set().union(*self.pages)
 
-    def fit(self, b: int, keys: Tensor, slot: int, clip: bool, bases: Bases | None = None) -> None:
+    def fit(
+        self,
+        b: int,
+        keys: Tensor,
+        slot: int,
+        clip: bool,
+        bases: Bases | None = None,
+        factor: Tensor | None = None,
+    ) -> None:
         """Fit sequence b's quantizer on its keys, ``[H, T, D]`` from slot ``slot`` on.
 
-        ``bases`` are those of these keys, where they are known already.
+        ``bases`` are those of these keys, where they are known already; ``factor`` [H, 1, D] is
+        what the keys are multiplied with first.
         """
-        position = self.position[b] + slot
+        where = self.inv_freq, self.position[b] + slot
+        if clip:  # ranges are searched on a sample anyway
+            keys, *where = thinned(keys, *where)
+        keys = scaled(keys, factor)
         if bases is None:
             core = self.layout if self.layout.rope == "hybrid" else None
-            bases = fit_bases(keys, core, self.inv_freq, position, clip)
-        fitted = fit_codes(keys, bases, self.layout, self.inv_freq, position, clip)
+            bases = fit_bases(keys, core, *where, clip)
+        fitted = fit_codes(keys, bases, self.layout, *where, clip)
         for name, value in zip(self.coding, fitted, strict=False):
             getattr(self, name)[b] = value
         self.fitted[b] = True
 
-    def pack(self, b: int, keys: Tensor, values: Tensor, skip: int = 0) -> None:
+    def pack(
+        self,
+        b: int,
+        keys: Tensor,
+        values: Tensor,
+        skip: int = 0,
+        factor: Tensor | None = None,
+    ) -> None:
         """Pack sequence b's next tokens, ``[H, T, D]`` keys and values, behind its packed slots.
 
-        ``skip`` of them, sinks, are never seen: neither outliers nor signs of drift.
+        ``skip`` of them, sinks, are never seen: neither outliers nor signs of drift. ``factor``
+        [H, 1, D] is what the keys are multiplied with first, a piece at a time.
         """
         slot, end = self.slots[b], self.slots[b] + keys.shape[1]
         self._extend_pages(b, end)
         table = torch.tensor(self.pages[b], dtype=torch.int32)  # pack stages read it on the host
+        errors = []
+        for piece in keys.split(keys.shape[1] if factor is None else PIECE_TOKENS, dim=1):
+            errors.append(self._pack_keys(b, scaled(piece, factor), table, slot))
+            slot += piece.shape[1]
+        errors = errors[0] if len(errors) == 1 else torch.cat(errors, dim=1)
+        slot = self.slots[b]
+        ops.pack_values_(self.v_pages, values, self.layout, table, slot)
+        self.slots[b] = end
+        self.cache_seqlens[b] = end
+        first, self.marked[b] = not self.marked[b], True
+        if self.outliers is not None:
+            fraction = self.outlier_fraction if first else None
+            self.outliers.choose(b, keys, errors, slot, fraction, skip, factor)
+        error = errors[:, skip:].mean(dim=1)
+        if first:
+            self.fit_error[b] = self.error[b] = error
+        else:
+            self.error[b] = DRIFT_MEMORY * self.error[b] + (1 - DRIFT_MEMORY) * error
+
+    def _pack_keys(self, b: int, keys: Tensor, table: Tensor, slot: int) -> Tensor:
+        """Pack keys [H, T, D] of sequence b from slot ``slot`` on; their squared errors [H, T]."""
         errors = torch.empty(keys.shape[:2], device=self.device)
         ops.pack_keys_(
             self.k_pages,
@@ -156,20 +203,9 @@ class PackedStore:
             self.tail_mean_of(b),
             errors,
         )
-        ops.pack_values_(self.v_pages, values, self.layout, table, slot)
         if self.landmarks is not None:
             self.landmarks.add(b, keys, slot, self)
-        self.slots[b] = end
-        self.cache_seqlens[b] = end
-        first, self.marked[b] = not self.marked[b], True
-        if self.outliers is not None:
-            fraction = self.outlier_fraction if first else None
-            self.outliers.choose(b, keys, errors, slot, fraction, skip)
-        error = errors[:, skip:].mean(dim=1)
-        if first:
-            self.fit_error[b] = self.error[b] = error
-        else:
-            self.error[b] = DRIFT_MEMORY * self.error[b] + (1 - DRIFT_MEMORY) * error
+        return errors
 
     def drift(self) -> Tensor:
         """Error of late over the error when the basis was fitted, mean over heads, [B]."""

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from svdq.allocation import overhead_bits
-from svdq.fitting import Bases, fit_bases
+from svdq.fitting import Bases, fit_bases, thinned
 from svdq.layout import PAGE_TOKENS, PageLayout
 from svdq.settings import Settings
-from svdq.storage import ROW_STEP, ExactRows, PackedStore
+from svdq.storage import ROW_STEP, ExactRows, PackedStore, scaled
 from svdq.tensors import normal_tensors
 from svdq.weighting import QueryEnergy, key_weights, score_spectrum
 
@@ -167,10 +167,10 @@ class TokenStore:
         for b, target in enumerate(targets):
             k, v = own[b]
             if target:
-                k = self._fit(b, k)
-                self.packed.pack(b, k[:, :target], v[:, :target], sinks)
-                self.rows.write(b, k[:, target:], v[:, target:], sinks)
-                k, v = k[:, :sinks], v[:, :sinks]
+                factor = self._fit(b, k)
+                self.packed.pack(b, k[:, :target], v[:, :target], sinks, factor)
+                self.rows.write(b, scaled(k[:, target:], factor), v[:, target:], sinks)
+                k, v = scaled(k[:, :sinks], factor), v[:, :sinks]
             self.rows.write(b, k, v, 0)
         self.rows.set_count(kept)
 
@@ -324,7 +324,9 @@ class TokenStore:
 
         The first ``skip`` keys, sinks, are outliers and left out; ``position`` is the next one's.
         """
-        inv_freq = self._inv_freq(keys.shape[1])
+        where = self._inv_freq(keys.shape[1]), position
+        # Before they are weighted: a copy of few keys, not of all.
+        keys, inv_freq, position = thinned(keys[:, skip:], *where)
         half = 0 if inv_freq is None else inv_freq.numel()
         weight = energy = None
         if self.energy is not None:
@@ -336,26 +338,27 @@ class TokenStore:
             energy = energy / weight.square()
         order = None if energy is None else functools.partial(score_spectrum, energy=energy)
         clip = self.settings.clip
-        return Fit(weight, fit_bases(keys[:, skip:], self._core, inv_freq, position, clip, order))
+        return Fit(weight, fit_bases(keys, self._core, inv_freq, position, clip, order))
 
-    def _fit(self, b: int, keys: Tensor) -> Tensor:
+    def _fit(self, b: int, keys: Tensor) -> Tensor | None:
         """Fit sequence b on its keys, [H, T, D] from the first slot of its store on.
 
-        Returns the keys as they are to be packed; rows that are in use change likewise.
+        Returns what keys have to be multiplied with, [H, 1, D], if they have; rows are already.
         """
         packed = self.packed
         skip = 0 if self.packed_slots(b) else self.settings.sink_tokens
         if packed.inv_freq is None:
             packed.inv_freq = self._inv_freq(keys.shape[1])
         fit = self._fits.pop(b, None) or self._measure(b, keys, skip, packed.position[b] + skip)
+        factor = None
         if fit.weight is not None:
-            change = (fit.weight / self.weight[b].float()).to(keys.dtype)[:, None]
-            in_rows = keys.data_ptr() == self.rows.keys[b].data_ptr()
-            self.rows.keys[b, :, : self.rows.count[b]] *= change
-            keys = keys if in_rows else keys * change
+            factor = (fit.weight / self.weight[b].float()).to(keys.dtype)[:, None]
+            self.rows.keys[b, :, : self.rows.count[b]] *= factor
+            if keys.data_ptr() == self.rows.keys[b].data_ptr():
+                factor = None
             self.weight[b] = fit.weight
-        packed.fit(b, keys[:, skip:], skip, self.settings.clip, fit.bases)
-        return keys
+        packed.fit(b, keys[:, skip:], skip, self.settings.clip, fit.bases, factor)
+        return factor
 
     def _pack_sequence(self, b: int) -> bool:
         """Pack the exact rows of sequence b that left its window; whether there were any."""

@@ -15,38 +15,16 @@ from rich.console import Console
 from rich.table import Table
 
 from svdq.cli.errors import reports_errors
+from svdq.cli.formats import bits as _bits
+from svdq.cli.formats import budget as _budget
+from svdq.cli.formats import fine_percent as _fine_percent
+from svdq.cli.formats import megabytes as _megabytes
+from svdq.cli.formats import number as _number
+from svdq.cli.formats import percent as _percent
+from svdq.cli.formats import points as _points
+from svdq.cli.formats import times as _times
 
 PLAIN_WIDTH = 160
-
-
-def _number(digits: int) -> Callable[[float], str]:
-    return lambda value: f"{value:.{digits}f}"
-
-
-def _megabytes(value: float) -> str:
-    return f"{value / 1e6:,.1f}"
-
-
-def _bits(value: float) -> str:
-    return f"{value:.2f}".rstrip("0").rstrip(".")
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def _budget(value: int | float) -> str:
-    from svdq.evaluation.budgets import budget_text
-
-    return budget_text(value)
-
-
-def _points(value: float) -> str:
-    return f"{100 * value:+.1f}"
-
-
-def _times(value: float) -> str:
-    return f"{value:.2f}x"
 
 
 # Per benchmark: key of a row, heading, how to write it. Keys that no row has are left out.
@@ -124,6 +102,17 @@ COLUMNS: dict[str, list[tuple[str, str, Callable[[Any], str]]]] = {
         ("speedup_vs_enable_gqa", "against enable_gqa", _times),
         ("code_read_ratio", "key codes read, times fewer", _number(1)),
         ("read_ratio", "all in", _number(1)),
+    ],
+    "fit": [
+        ("case", "step", str),
+        ("ms", "ms (median)", _number(2)),
+        ("best_ms", "ms (best)", _number(2)),
+        ("gflops", "GFLOP/s", _number(0)),
+        ("speedup_vs_svd", "against torch.linalg.svd", _times),
+        ("keys_gbytes_per_s", "GB/s of keys", _number(1)),
+        ("bandwidth_fraction", "of reading them", _percent),
+        ("fraction_of_prefill", "of the layer's prefill", _fine_percent),
+        ("peak_fraction", "memory added, of the layer's full cache", _percent),
     ],
     "prefill": [
         ("case", "step", str),
