@@ -170,8 +170,9 @@ struct AbsorbedWeights {
 
 // acc[degree][v] += the pairs begin .. end - 1 at vectors v of `turn`, for degrees below kDegree.
 template <int kDegree, int kVecs>
-inline void add_pairs(const AbsorbedQuery& query, const MiddleAngles& angles, int lane, int begin,
-                      int end, I32 (&acc)[kDegrees][kVecs]) {
+[[gnu::always_inline]] inline void add_pairs(const AbsorbedQuery& query, const MiddleAngles& angles,
+                                             int lane, int begin, int end,
+                                             I32 (&acc)[kDegrees][kVecs]) {
   for (int i = begin; i < end; ++i) {
     const int32_t* turn = query.turn + int64_t{i} * query.lanes + lane;
     I32 angle[kDegree];
@@ -186,6 +187,13 @@ inline void add_pairs(const AbsorbedQuery& query, const MiddleAngles& angles, in
 inline constexpr int kAbsorbVecs = SVDQ_TARGET == 512 ? 4 : 2;  // accumulators of a degree
 static_assert(kAbsorbVecs % kQuadVecs == 0);
 
+template <int kVecs>
+[[gnu::always_inline]] inline void clear(I32 (&acc)[kDegrees][kVecs]) {
+  for (auto& sums : acc) {
+    for (I32& sum : sums) sum = I32{};
+  }
+}
+
 // Sums of smooth pairs at the nodes of a run whose first page is that of `angles`.
 inline void absorb_nodes(const AbsorbedQuery& query, const SlowPairs& slow,
                          const MiddleAngles& angles, NodeSums nodes) {
@@ -193,7 +201,8 @@ inline void absorb_nodes(const AbsorbedQuery& query, const SlowPairs& slow,
     const MiddleAngles node = angles.at(k * kNodeStep);
     float* sums = nodes + int64_t{k} * 2 * query.lanes;
     for (int lane = 0; lane < query.lanes; lane += kAbsorbVecs * kVecLanes) {
-      I32 acc[kDegrees][kAbsorbVecs] = {};
+      I32 acc[kDegrees][kAbsorbVecs];
+      clear(acc);
       add_pairs<2>(query, node, lane, slow.quick, slow.count, acc);
       for (int v = 0; v < kAbsorbVecs; ++v) {
         const int at = lane + v * kVecLanes;
@@ -207,15 +216,30 @@ inline void absorb_nodes(const AbsorbedQuery& query, const SlowPairs& slow,
 // Constants of a page, without the middle codes' share.
 inline void absorb_constants(const AbsorbedQuery& query, const MiddleAngles& page,
                              AbsorbedWeights& out) {
-  float sums[kConstantLanes];
-  for (int lane = 0; lane < kConstantLanes; lane += kVecLanes) {
-    F32 even = load<F32>(query.constant + lane), odd{};
-    const float* at = query.constant + kConstantLanes + lane;
-    for (int i = 0; i < query.pairs; ++i, at += 2 * kConstantLanes) {
-      even += load<F32>(at) * page.turns[i];
-      odd += load<F32>(at + kConstantLanes) * page.turns[page.pairs + i];
+  constexpr int kVecs = kConstantLanes / kVecLanes;
+  constexpr int kChains =
+      2;  // pairs added up side by side: sums of one chain would wait for each other
+  F32 cosine[kChains][kVecs], sine[kChains][kVecs];
+  for (int k = 0; k < kChains; ++k) {
+    for (int v = 0; v < kVecs; ++v) cosine[k][v] = sine[k][v] = F32{};
+  }
+  const auto add = [&](int i, int k) __attribute__((always_inline)) {
+    const float* at = query.constant + (1 + 2 * i) * kConstantLanes;
+    for (int v = 0; v < kVecs; ++v) {
+      cosine[k][v] += load<F32>(at + v * kVecLanes) * page.turns[i];
+      sine[k][v] += load<F32>(at + kConstantLanes + v * kVecLanes) * page.turns[page.pairs + i];
     }
-    store(sums + lane, even + odd);
+  };
+  int i = 0;
+  for (; i + kChains <= query.pairs; i += kChains) {
+    for (int k = 0; k < kChains; ++k) add(i + k, k);
+  }
+  for (; i < query.pairs; ++i) add(i, 0);
+  float sums[kConstantLanes];
+  for (int v = 0; v < kVecs; ++v) {
+    F32 sum = load<F32>(query.constant + v * kVecLanes);
+    for (int k = 0; k < kChains; ++k) sum += cosine[k][v] + sine[k][v];
+    store(sums + v * kVecLanes, sum);
   }
   std::memcpy(out.constant, sums, sizeof(out.constant));
 }
@@ -227,7 +251,8 @@ inline void absorb_page(const AbsorbedQuery& query, const SlowPairs& slow,
                         AbsorbedWeights& out) {
   F32 most[kDegrees][kQuadVecs] = {};
   for (int lane = 0; lane < query.lanes; lane += kAbsorbVecs * kVecLanes) {
-    I32 acc[kDegrees][kAbsorbVecs] = {};
+    I32 acc[kDegrees][kAbsorbVecs];
+    clear(acc);
     add_pairs<3>(query, angles, lane, 0, slow.curved, acc);
     add_pairs<2>(query, angles, lane, slow.curved, nodes ? slow.quick : slow.count, acc);
     for (int v = 0; v < kAbsorbVecs; ++v) {

@@ -69,6 +69,7 @@ inline void attend_page(const AttendPlan& plan, const AttendTask& task, const At
                   page_mask(plan, task, page),
                   page,
                   in_run,
+                  plan.absorbs && task.rows <= kMaxRows && plan.head(task.h).core.count[0] == 0,
                   smooth,
                   plan.has_core() ? plan.columns[task.sequence_head] : Columns{},
                   {}};
@@ -238,7 +239,8 @@ inline void attend(const AttendParams& p, const Executor& executor) {
   for_each_task(executor, plan.tasks(), [&](int64_t index, int worker) {
     AttendScratch own{};
     carve_scratch(plan, memory.as(plan_bytes + worker_bytes * worker), own);
-    attend_task(plan, index, own);
+    // The last split first: it has the exact rows, and the longest task should not end alone.
+    attend_task(plan, plan.tasks() - 1 - index, own);
   });
   constexpr int64_t kRowsPerTask = 16;
   const int64_t rows = heads * plan.rows;

@@ -106,6 +106,7 @@ struct PageVisit {
   uint64_t mask;
   int64_t page;     // of the sequence
   int in_run;       // number in the run
+  bool fused;       // columns are scored as they are made
   bool smooth;      // nodes hold what smooth pairs add
   Columns columns;  // reconstructed keys
   OutlierRange outliers;
@@ -135,7 +136,10 @@ inline void page_scores(const AttendPlan& plan, const AttendTask& task, const At
   }
   if (visit.columns.used()) {
     const float* query = s.page_query + first * dim;
-    if (scored) {
+    if (visit.fused) {
+      add_pair_scores<kRows>(s.codes, head.core, core_codes(plan, task.sequence_head, head),
+                             visit.columns, plan.angles.column_cos(0), query, dim, s.scores);
+    } else if (scored) {
       column_scores<kRows, true>(query, dim, visit.columns, s.keys, s.scores);
     } else {
       column_scores<kRows, false>(query, dim, visit.columns, s.keys, s.scores);
@@ -222,7 +226,9 @@ inline void reconstruct_page(const AttendPlan& plan, const AttendTask& task, con
   const HeadPlan& head = plan.head(task.h);
   if (plan.gathered()) turn_gathered(plan, task, s, visit.page);
   unpack_codes(visit.bytes.keys, head.core, s.codes);
-  reconstruct_keys(s.codes, head.core, core_codes(plan, task.sequence_head, head), visit.columns,
-                   plan.gathered() ? s.turns : plan.angles.column_cos(0), s.keys);
+  if (!visit.fused) {
+    reconstruct_keys(s.codes, head.core, core_codes(plan, task.sequence_head, head), visit.columns,
+                     plan.gathered() ? s.turns : plan.angles.column_cos(0), s.keys);
+  }
   turn_queries(plan, task, s, visit.page);
 }

@@ -230,6 +230,49 @@ inline void column_scores(const float* query, int head_dim, const Columns& colum
   }
 }
 
+// The two stages above in one for rows that share a single tile: s[r][t] += query[r] . key_t over columns
+// that are all of pairs and whose codes are all narrow. Columns stay in registers.
+template <int kRows>
+inline void add_pair_scores(const uint8_t* bytes, const Bands& bands, const QueryCodes& weights,
+                            const Columns& columns, const float* turns, const float* query,
+                            int head_dim, float* s) {
+  constexpr int kPairs = kMaxRows / 2;
+  for (int c = 0; c < columns.count(); c += kMaxRows) {
+    const float *turn[kPairs], *channel[kPairs];
+    for (int i = 0; i < kPairs; ++i) {
+      // What fills up the last tile has weights of zero.
+      const int pair = columns.pairs[std::min(c / 2 + i, columns.num_pairs - 1)];
+      turn[i] = turns + int64_t{pair} * 2 * kPageTokens;
+      channel[i] = query + pair;
+    }
+    for (int part = 0; part < kParts; ++part) {
+      I32 acc[kMaxRows][kGroups];
+      sum_products<true, false>(bytes, bands, weights.high + weights.at(c, 0), weights, part, acc);
+      for (int g = 0; g < kGroups; ++g) {
+        const int t = tokens_at(g, part);
+        F32 key[kMaxRows];
+        for (int i = 0; i < kPairs; ++i) {
+          const int x = 2 * i, y = x + 1;
+          const F32 cosine = load<F32>(turn[i] + t), sine = load<F32>(turn[i] + kPageTokens + t);
+          const F32 a = to_float(acc[x][g]) * weights.step[c + x] + weights.offset[c + x];
+          const F32 b = to_float(acc[y][g]) * weights.step[c + y] + weights.offset[c + y];
+          key[x] = a * cosine - b * sine;
+          key[y] = b * cosine + a * sine;
+        }
+        for (int r = 0; r < kRows; ++r) {
+          float* at = s + r * kPageTokens + t;
+          F32 even = load<F32>(at), odd{};
+          for (int i = 0; i < kPairs; ++i) {
+            even += key[2 * i] * channel[i][r * head_dim];
+            odd += key[2 * i + 1] * channel[i][r * head_dim + columns.half];
+          }
+          store(at, even + odd);
+        }
+      }
+    }
+  }
+}
+
 // s[r][0] = query[r] . key for one exact key, whose numbers begin at `at`.
 template <int kRows>
 inline void exact_score(const float* query, int head_dim, const void* keys, DataType dtype,
