@@ -216,7 +216,6 @@ inline void attend(const AttendParams& p, const Executor& executor) {
   const int64_t worker_bytes = carve_scratch(plan, nullptr, scratch);
   const AlignedBuffer memory(plan_bytes + worker_bytes * executor.workers());
   carve_plan(plan, memory.as());
-  if (plan.gathered()) prepare_bases(plan);
   if (plan.absorbs) prepare_mids(plan);
 
   // Waking threads costs more than preparing or merging one decode step: that is left to this one.

@@ -175,7 +175,7 @@ inline void turn_gathered(const AttendPlan& plan, const AttendTask& task, const 
     const float* offset[kVecLanes];
     for (int t = 0; t < kVecLanes; ++t) {
       const int64_t slot = slots[first + t] == INT32_MAX ? 0 : slots[first + t];
-      base[t] = plan.base_rotation(task.b, slot / kPageTokens);
+      base[t] = plan.page_start(task.b, slot / kPageTokens);
       offset[t] = plan.angles.row_cos(static_cast<int>(slot % kPageTokens));
     }
     int i = 0;

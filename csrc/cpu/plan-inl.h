@@ -43,7 +43,6 @@ struct AttendPlan {
   float* starts = nullptr;          // [B, pages, 2 * half]: rotations to pages' first positions
   MiddleAngles middles{};           // [B, pages, ...]: slow pairs' rotations to pages' middles
   int64_t source_pages = 0;         // pages that gathered tokens come from, at most
-  float* bases = nullptr;           // [B, source_pages, 2 * half]: rotations to those
   float* partial_out = nullptr;     // [B, H, rows, splits, D]
   float* partial_max = nullptr;     // [B, H, rows, splits], log2 units
   float* partial_sum = nullptr;     // [B, H, rows, splits]
@@ -51,9 +50,6 @@ struct AttendPlan {
   bool absorbs = false;             // slow pairs of core channels into the queries
 
   bool gathered() const { return p.token_slots != nullptr; }
-  const float* base_rotation(int64_t b, int64_t page) const {
-    return bases + (b * source_pages + page) * 2 * p.rope.half;
-  }
   bool has_core() const { return p.layout.rope != RopeMode::kPost; }
   bool has_tail() const { return p.layout.rope != RopeMode::kPre; }
   const HeadPlan& head(int64_t h) const { return p.layout.heads[h]; }
@@ -74,8 +70,12 @@ struct AttendPlan {
             absorbed_lanes(head(h).core.rank()),
             slow.count};
   }
-  // Pages whose angles are kept: those of the longest sequence in whole runs.
-  int64_t angle_pages() const { return has_core() && !gathered() ? splits * split_blocks : 0; }
+  // Pages whose angles are kept: those of the longest sequence in whole runs, or those that gathered
+  // tokens come from.
+  int64_t angle_pages() const {
+    if (!has_core()) return 0;
+    return gathered() ? source_pages : splits * split_blocks;
+  }
   const float* page_start(int64_t b, int64_t page) const {
     return starts + (b * angle_pages() + page) * 2 * p.rope.half;
   }
@@ -121,7 +121,6 @@ inline int64_t carve_plan(AttendPlan& plan, uint8_t* base) {
   carve(plan.starts, base, bytes, angle_pages * 2 * half);
   carve(plan.middles.turns, base, bytes, angle_pages * 2 * pairs);
   carve(plan.middles.halves, base, bytes, angle_pages * kDegrees * pairs);
-  carve(plan.bases, base, bytes, plan.p.batch * plan.source_pages * 2 * half);
   carve(plan.partial_out, base, bytes, rows * plan.splits * dim);
   carve(plan.partial_max, base, bytes, rows * plan.splits);
   carve(plan.partial_sum, base, bytes, rows * plan.splits);

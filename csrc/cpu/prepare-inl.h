@@ -227,14 +227,3 @@ inline void prepare_angles(const AttendPlan& plan, int64_t b, int64_t chunk) {
     advance_rotation(rotation, plan.angles.page_turn(), half);
   }
 }
-
-// Rotations to the first positions of all pages that gathered tokens may come from.
-inline void prepare_bases(const AttendPlan& plan) {
-  const int half = plan.p.rope.half;
-  for (int64_t b = 0; b < plan.p.batch && plan.source_pages; ++b) {
-    const int64_t first = plan.p.first_position ? plan.p.first_position[b] : 0;
-    const RopeTable table(plan.p.rope, first, plan.source_pages);
-    std::memcpy(plan.bases + b * plan.source_pages * 2 * half, table.base_cos(0),
-                sizeof(float) * plan.source_pages * 2 * half);
-  }
-}
