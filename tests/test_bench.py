@@ -58,6 +58,22 @@ def test_packed_case_counts_what_it_reads(rope, v_bits):
     assert (case.k_bits, case.v_bits, case.copies) == (1.25, v_bits, 1)
 
 
+def test_shapes_turn_by_their_base():
+    shape = Shape(head_dim=64, rope_theta=1e4)
+    assert shape.inv_freq.shape == (32,)
+    assert shape.inv_freq[16] == pytest.approx(1e4**-0.5)
+
+
+def test_attend_rows_of_one_dtype():
+    rows = bench_attend(
+        SHAPE, SCHEDULE, ["hybrid"], repeats=1, working_set_bytes=1, dtypes=[torch.float32]
+    )
+    cases = ["torch enable_gqa float32", "torch folded float32", "svdq hybrid float32"]
+    assert [row["case"] for row in rows] == cases
+    for row in rows:
+        assert row["ns_per_token"] == pytest.approx(row["ms"] * 1e6 / 300 / 2)
+
+
 def test_copies_fill_the_working_set_and_take_turns():
     size = packed_case(SHAPE, SCHEDULE, "post", 4, torch.float32).num_bytes
     case = packed_case(SHAPE, SCHEDULE, "post", 4, torch.float32, 3 * size - 1)

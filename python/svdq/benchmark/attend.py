@@ -22,7 +22,6 @@ from svdq.settings import default_group_size, scheduled_bands
 from svdq.storage import PackedStore
 
 CORE_CHANNELS = 8  # of rope="hybrid"
-ROPE_THETA = 1e4  # any base will do: the time does not depend on it
 TORCH_DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -35,6 +34,8 @@ class Shape:
     num_qo_heads, num_kv_heads, head_dim : heads and their size.
     kv_len : tokens in the cache, all of them seen by the query.
     sink_tokens, residual_length : tokens of them that are held exact, first and last.
+    rope_theta : base of the rotary frequencies; the larger, the fewer pairs are fast, whose keys
+        have to be reconstructed before RoPE.
     """
 
     num_qo_heads: int = 32
@@ -43,6 +44,7 @@ class Shape:
     kv_len: int = 32768
     sink_tokens: int = 8
     residual_length: int = 64
+    rope_theta: float = 5e5
 
     def __post_init__(self) -> None:
         if self.num_kv_heads < 1 or self.num_qo_heads % self.num_kv_heads:
@@ -55,6 +57,12 @@ class Shape:
                 f"kv_len must exceed the exact tokens, {self.sink_tokens} + "
                 f"{self.residual_length}, got {self.kv_len}"
             )
+
+    @property
+    def inv_freq(self) -> Tensor:
+        """Rotary frequencies [head_dim / 2] float32."""
+        pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float32)
+        return 1.0 / self.rope_theta ** (pairs / self.head_dim)
 
     @property
     def packed_tokens(self) -> int:
@@ -118,9 +126,7 @@ def packed_case(
     keys = synthetic_keys(shape)
     values = torch.randn(keys.shape, generator=torch.Generator().manual_seed(1))
     dim = shape.head_dim
-    inv_freq = None
-    if rope != "post":
-        inv_freq = 1.0 / ROPE_THETA ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    inv_freq = None if rope == "post" else shape.inv_freq
     store = PackedStore(page_layout(shape, schedule, rope, v_bits), 1, dtype, keys.device)
     store.inv_freq = inv_freq
     store.fit(0, keys, 0, True)
@@ -197,6 +203,7 @@ def bench_attend(
     repeats: int = 30,
     working_set_bytes: int | None = None,
     begin: Callable[[str], None] = lambda step: None,
+    dtypes: Sequence[torch.dtype] = TORCH_DTYPES,
 ) -> list[dict]:
     """Time one decode step in every formulation, and plain reading of memory, in the same run.
 
@@ -210,11 +217,12 @@ def bench_attend(
     working_set_bytes : bytes that a case's copies take together, at least; None for twice the
         last-level cache and no less than 300 MB.
     begin : called with the name of every step as it begins: one, then ``repeats + WARMUP``.
+    dtypes : those of queries, exact rows and torch's keys and values.
 
     Returns
     -------
-    Rows: case, ms (median), best_ms, bytes and gbytes_per_s (1e9) of one call,
-    speedup_vs_torch_best and speedup_vs_enable_gqa (torch's fastest of all formulations and dtypes,
+    Rows: case, ms (median), best_ms, ns_per_token (and KV head), bytes and gbytes_per_s (1e9) of one
+    call, speedup_vs_torch_best and speedup_vs_enable_gqa (torch's fastest of all formulations and dtypes,
     and the call transformers makes, in this case's dtype), bandwidth_fraction (of the read loop
     over a buffer far larger than the caches), bandwidth_fraction_same_size (of the read loop over a
     buffer of this case's bytes, over and over), copies.
@@ -222,7 +230,7 @@ def bench_attend(
     if working_set_bytes is None:
         working_set_bytes = max(300_000_000, 2 * (machine.last_level_cache_bytes() or 0))
     begin("packing")
-    cases = _build_cases(shape, schedule, ropes, v_bits, working_set_bytes)
+    cases = _build_cases(shape, schedule, ropes, v_bits, working_set_bytes, dtypes)
     memory = torch.ones(working_set_bytes, dtype=torch.uint8)
     calls = {name: case.call for name, case in cases.items()}
     calls["read"] = lambda index: _C.read_pass(memory)
@@ -233,10 +241,15 @@ def bench_attend(
 
 
 def _build_cases(
-    shape: Shape, schedule: Sequence[int], ropes: Sequence[str], v_bits: int, working_set: int
+    shape: Shape,
+    schedule: Sequence[int],
+    ropes: Sequence[str],
+    v_bits: int,
+    working_set: int,
+    dtypes: Sequence[torch.dtype],
 ) -> dict[str, Case]:
     cases = {}
-    for dtype in TORCH_DTYPES:
+    for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")
         size = (2, 1, shape.num_kv_heads, shape.kv_len, shape.head_dim)
         layers = copies_of(torch.randn(size).to(dtype).unbind(), working_set)
@@ -265,6 +278,7 @@ def _rows(
                 "v_bits": case.v_bits,
                 "ms": timing.median_ms,
                 "best_ms": timing.best_ms,
+                "ns_per_token": timing.median_ms * 1e6 / shape.kv_len / shape.num_kv_heads,
                 "bytes": case.num_bytes,
                 "gbytes_per_s": rate,
                 "speedup_vs_torch_best": torch_best / timing.median_ms,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from svdq import _C, ops
-from svdq.benchmark.attend import ROPE_THETA, Shape, page_layout, synthetic_keys
+from svdq.benchmark.attend import Shape, page_layout, synthetic_keys
 from svdq.benchmark.memory import peak_growth
 from svdq.benchmark.models import ModelShape
 from svdq.benchmark.timing import Timing, time_interleaved
@@ -62,7 +62,7 @@ def make_prompt(
     shape = Shape(heads, heads, dim, tokens + 1, 0, 1)
     store = PackedStore(page_layout(shape, schedule, rope, v_bits), 1, keys.dtype, keys.device)
     if rope != "post":
-        store.inv_freq = 1.0 / ROPE_THETA ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+        store.inv_freq = shape.inv_freq
     store.fit(0, keys, 0, True)
     pages = -(-tokens // PAGE_TOKENS)
     store.reserve(pages)

@@ -15,6 +15,7 @@ class ModelShape:
     num_qo_heads: int
     num_kv_heads: int
     head_dim: int
+    rope_theta: float = 5e5
 
     @property
     def layer_parameters(self) -> int:
@@ -33,9 +34,9 @@ class ModelShape:
 
 MODELS = {
     "llama-3.1-8b": ModelShape(4096, 14336, 32, 32, 8, 128),
-    "qwen2.5-7b": ModelShape(3584, 18944, 28, 28, 4, 128),
-    "gemma-3-4b": ModelShape(2560, 10240, 34, 8, 4, 256),
-    "smollm2-135m": ModelShape(576, 1536, 30, 9, 3, 64),
+    "qwen2.5-7b": ModelShape(3584, 18944, 28, 28, 4, 128, 1e6),
+    "gemma-3-4b": ModelShape(2560, 10240, 34, 8, 4, 256, 1e6),
+    "smollm2-135m": ModelShape(576, 1536, 30, 9, 3, 64, 1e5),
 }
 
 

@@ -21,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from svdq.benchmark import machine
 from svdq.benchmark.attend import (
-    ROPE_THETA,
     Case,
     Shape,
     copies_of,
@@ -57,8 +56,7 @@ def random_store(
     values = torch.randn(keys.shape, generator=torch.Generator().manual_seed(1))
     store = PackedStore(page_layout(shape, schedule, rope, v_bits), 1, DTYPE, keys.device)
     if rope != "post":
-        dim = shape.head_dim
-        store.inv_freq = 1.0 / ROPE_THETA ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+        store.inv_freq = shape.inv_freq
     store.fit(0, keys, 0, True)
     store.pack(0, keys, values)
     pages = -(-shape.packed_tokens // PAGE_TOKENS)

@@ -11,6 +11,7 @@ from svdq.cli.errors import reports_errors
 from svdq.cli.options import (
     CACHE_PANEL,
     MODEL_PANEL,
+    SHAPE_PANEL,
     Clip,
     Dtype,
     GgufFile,
@@ -25,7 +26,9 @@ from svdq.cli.options import (
     QoHeads,
     Rope,
     Ropes,
+    RopeTheta,
     Rounds,
+    ShapeModel,
     SinkTokens,
     TextFile,
     Window,
@@ -48,9 +51,15 @@ def attend(
     sink_tokens: SinkTokens = 8,
     residual_length: Window = 64,
     kv_len: KvLens = [32768],  # noqa: B006
+    model_shape: ShapeModel = None,
     num_qo_heads: QoHeads = 32,
     num_kv_heads: KvHeads = 8,
     head_dim: HeadDim = 128,
+    rope_theta: RopeTheta = 5e5,
+    dtype: Annotated[
+        list[Dtype],
+        typer.Option(help="Number formats; repeatable.", rich_help_panel=SHAPE_PANEL),
+    ] = [Dtype.bfloat16, Dtype.float32],  # noqa: B006
     repeats: Rounds = 30,
     working_set: WorkingSet = None,
     json_file: JsonFile = None,
@@ -58,17 +67,23 @@ def attend(
 ) -> None:
     """Time one decode step over packed pages, beside torch's attention in bfloat16 and float32."""
     from svdq.benchmark.attend import Shape, bench_attend, page_layout
+    from svdq.benchmark.models import model_shape as find_shape
     from svdq.benchmark.timing import WARMUP
     from svdq.evaluation.methods import parse_schedule
+    from svdq.evaluation.models import DTYPES
 
     schedule = parse_schedule(preset)
     if schedule is None:
         raise ValueError(f"bench attend times packed keys; {preset!r} packs nothing")
     if v_bits not in (2, 4):
         raise ValueError(f"v_bits must be 2 or 4, got {v_bits}")
-    shapes = [
-        Shape(num_qo_heads, num_kv_heads, head_dim, n, sink_tokens, residual_length) for n in kv_len
-    ]
+    if model_shape is not None:
+        model = find_shape(model_shape)
+        num_qo_heads, num_kv_heads = model.num_qo_heads, model.num_kv_heads
+        head_dim, rope_theta = model.head_dim, model.rope_theta
+    heads = (num_qo_heads, num_kv_heads, head_dim)
+    shapes = [Shape(*heads, n, sink_tokens, residual_length, rope_theta) for n in kv_len]
+    dtypes = [DTYPES[each.value] for each in dtype]
     for shape in shapes:
         page_layout(shape, schedule, rope[0].value, v_bits)  # says early what pages cannot hold
     bytes_asked = None if working_set is None else working_set * 1_000_000
@@ -76,7 +91,9 @@ def attend(
     rows = []
     with step_progress(len(shapes) * (1 + WARMUP + repeats)) as begin:
         for shape in shapes:
-            rows += bench_attend(shape, schedule, ropes, v_bits, repeats, bytes_asked, begin)
+            rows += bench_attend(
+                shape, schedule, ropes, v_bits, repeats, bytes_asked, begin, dtypes
+            )
     title = f"one decode step, {num_qo_heads} query / {num_kv_heads} KV heads of {head_dim}"
     report(rows, json_file, markdown, title)
 

@@ -222,6 +222,20 @@ KvLens = Annotated[
     list[int],
     typer.Option(help="Tokens in the cache; repeatable.", rich_help_panel=SHAPE_PANEL),
 ]
+ShapeModel = Annotated[
+    str | None,
+    typer.Option(
+        help="Heads and rotary base of llama-3.1-8b, qwen2.5-7b, gemma-3-4b or smollm2-135m.",
+        rich_help_panel=SHAPE_PANEL,
+        show_default=False,
+    ),
+]
+RopeTheta = Annotated[
+    float,
+    typer.Option(
+        min=1, help="Base of the rotary frequencies before RoPE.", rich_help_panel=SHAPE_PANEL
+    ),
+]
 QoHeads = Annotated[int, typer.Option(min=1, help="Query heads.", rich_help_panel=SHAPE_PANEL)]
 KvHeads = Annotated[int, typer.Option(min=1, help="KV heads.", rich_help_panel=SHAPE_PANEL)]
 HeadDim = Annotated[

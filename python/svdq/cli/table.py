@@ -82,6 +82,7 @@ COLUMNS: dict[str, list[tuple[str, str, Callable[[Any], str]]]] = {
         ("v_bits", "value bits", _bits),
         ("ms", "ms (median)", _number(2)),
         ("best_ms", "ms (best)", _number(2)),
+        ("ns_per_token", "ns a token and KV head", _number(1)),
         ("speedup_vs_torch_best", "against torch's best", _times),
         ("speedup_vs_enable_gqa", "against enable_gqa", _times),
         ("bytes", "MB read", _megabytes),
