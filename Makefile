@@ -27,7 +27,7 @@ define run_cpp_tests
 	  | { grep -Ev ' Passed |^ +Start |^Internal|^Test project|^Label|^svdq_|^$$' || true; }
 endef
 
-.PHONY: help setup demo test test-cpp test-emulated test-cuda test-python test-compat sanitize cuda-check lint format clean FORCE
+.PHONY: help setup demo test test-cpp test-emulated test-cuda test-python test-compat sanitize cuda-check count count-renew lint format clean FORCE
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | column -t -s '|'
@@ -77,6 +77,14 @@ cuda-check: setup build/cpp/CMakeCache.txt  ## registers, spills and shared memo
 	@cmake --build build/cpp -j $(JOBS) --target svdq_launches -- --no-print-directory | { grep -Ev '^(\[|-- )' || true; }
 	@$(BIN)/python scripts/check_kernels.py
 	@cd / && $(abspath $(BIN))/python -c 'from svdq import _C; assert _C.BUILT_WITH_CUDA; print("svdq._C imports")'
+
+count: build/cpp/CMakeCache.txt  ## instructions of every stage against the committed counts (valgrind)
+	$(say) 'Instruction counts'
+	@cmake --build build/cpp -j $(JOBS) --target svdq_count -- --no-print-directory | { grep -Ev '^(\[|-- )' || true; }
+	@$(PYTHON) scripts/count_instructions.py build/cpp/svdq_count $(COUNT_OPTIONS)
+
+count-renew:  ## write docs/results/instructions.json anew
+	@$(MAKE) --no-print-directory count COUNT_OPTIONS=--renew
 
 lint: $(STAMPS)/packages  ## ruff, clang-format and typos, changing nothing
 	$(say) 'Lint'

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Makes sure of what pip cannot bring: a C++20 compiler, CMake, GoogleTest, Boost.Context, and a Python with venv and headers.
 # Missing Debian packages are installed where we are root; otherwise one line says what to install.
-# Usage: scripts/check_system.sh [python]
+# Usage: scripts/check_system.sh [python [other commands to look for, named like their packages]]
 set -euo pipefail
 python=${1:-python3}
+others=("${@:2}")
 oldest_gcc=12
 
 has_compiler() { [ "$(g++ -dumpversion 2>/dev/null | cut -d. -f1 || true)" -ge "$oldest_gcc" ] 2>/dev/null; }
@@ -23,6 +24,10 @@ missing_packages() {
   command -v "$python" >/dev/null || echo python3
   has_venv || echo python3-venv
   has_headers || echo python3-dev
+  local other
+  for other in "${others[@]}"; do
+    command -v "$other" >/dev/null || echo "$other"
+  done
 }
 
 missing=$(missing_packages | tr '\n' ' ')

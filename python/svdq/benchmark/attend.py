@@ -221,11 +221,11 @@ def bench_attend(
 
     Returns
     -------
-    Rows: case, ms (median), best_ms, ns_per_token (and KV head), bytes and gbytes_per_s (1e9) of one
-    call, speedup_vs_torch_best and speedup_vs_enable_gqa (torch's fastest of all formulations and dtypes,
-    and the call transformers makes, in this case's dtype), bandwidth_fraction (of the read loop
-    over a buffer far larger than the caches), bandwidth_fraction_same_size (of the read loop over a
-    buffer of this case's bytes, over and over), copies.
+    Rows: case, ms (median), best_ms, ns_per_token (and KV head), bytes and gbytes_per_s (1e9) of
+    one call, speedup_vs_torch_best and speedup_vs_enable_gqa (torch's fastest of all formulations
+    and dtypes, and the call transformers makes, in this case's dtype), bandwidth_fraction (of the
+    read loop over a buffer far larger than the caches), bandwidth_fraction_same_size (of the read
+    loop over a buffer of this case's bytes, over and over), copies.
     """
     if working_set_bytes is None:
         working_set_bytes = max(300_000_000, 2 * (machine.last_level_cache_bytes() or 0))

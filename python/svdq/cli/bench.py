@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from svdq.cli import fit, sparse
+from svdq.cli import fit, generate, sparse
 from svdq.cli.errors import reports_errors
 from svdq.cli.options import (
     CACHE_PANEL,
@@ -148,3 +148,4 @@ def prefill(
 
 app.command()(sparse.sparse)
 app.command()(fit.fit)
+app.command()(generate.generate)

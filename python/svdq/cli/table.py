@@ -90,6 +90,17 @@ COLUMNS: dict[str, list[tuple[str, str, Callable[[Any], str]]]] = {
         ("bandwidth_fraction", "of memory bandwidth", _percent),
         ("bandwidth_fraction_same_size", "of a cached buffer's", _percent),
     ],
+    "generate": [
+        ("case", "cache", str),
+        ("dtype", "numbers", str),
+        ("ttft_ms", "first token, ms", _number(0)),
+        ("ttft_vs_full", "of DynamicCache's", _percent),
+        ("decode_ms", "ms a token", _number(1)),
+        ("tokens_per_second", "tokens/s", _number(1)),
+        ("speedup_vs_full", "against DynamicCache", _times),
+        ("cache_bytes", "cache, all in, MB", _megabytes),
+        ("cache_ratio", "times smaller", _number(1)),
+    ],
     "sparse": [
         ("case", "case", str),
         ("kv_len", "tokens", "{:,}".format),
