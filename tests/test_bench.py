@@ -17,6 +17,12 @@ SHAPE = Shape(
 )
 
 
+@pytest.fixture(autouse=True)
+def without_ggml(monkeypatch):
+    """The peer is there or not: these tests count the cases that are always there."""
+    monkeypatch.setattr("svdq.benchmark.ggml.missing", lambda: "ggml is left out.")
+
+
 def test_time_interleaved_takes_turns(monkeypatch):
     clock, calls, rounds = [0.0], [], []
 

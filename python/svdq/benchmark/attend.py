@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from svdq import _C, ops
-from svdq.benchmark import machine
+from svdq.benchmark import ggml, machine
 from svdq.benchmark.timing import Timing, time_interleaved
 from svdq.layout import PageLayout
 from svdq.settings import default_group_size, scheduled_bands
@@ -86,7 +86,7 @@ class Case:
     num_bytes: int
     copies: int
     k_bits: float
-    v_bits: int
+    v_bits: float
 
 
 def synthetic_keys(shape: Shape, seed: int = 0) -> Tensor:
@@ -184,6 +184,15 @@ def torch_case(
     return Case(call, num_bytes(layers[0]), len(layers), number_bits, number_bits)
 
 
+def ggml_case(shape: Shape, cache_type: str, working_set_bytes: int = 0) -> Case:
+    """llama.cpp's flash attention over a cache of one of its types."""
+    query = torch.randn(shape.num_qo_heads, shape.head_dim)
+    keys, values = torch.randn(2, shape.num_kv_heads, shape.kv_len, shape.head_dim)
+    call, read, copies = ggml.ggml_call(query, keys, values, cache_type, working_set_bytes)
+    bits = ggml.CACHE_TYPES[cache_type][1]
+    return Case(call, read, copies, bits, bits)
+
+
 def num_bytes(tensors: Sequence[Tensor]) -> int:
     """Bytes of some tensors together."""
     return sum(tensor.nbytes for tensor in tensors)
@@ -258,6 +267,9 @@ def _build_cases(
         for rope in ropes:
             case = packed_case(shape, schedule, rope, v_bits, dtype, working_set)
             cases[f"svdq {rope} {name}"] = case
+    if ggml.missing() is None:
+        for cache_type in ggml.CACHE_TYPES:
+            cases[f"ggml {cache_type}"] = ggml_case(shape, cache_type, working_set)
     return cases
 
 
@@ -268,7 +280,9 @@ def _rows(
     rows = []
     for name, case in cases.items():
         timing = timings[name]
-        gqa = timings[f"torch enable_gqa {name.rsplit(' ', 1)[1]}"].median_ms
+        # A case without a torch dtype of its own is compared with the first one's.
+        gqa_name = f"torch enable_gqa {name.rsplit(' ', 1)[1]}"
+        gqa = timings.get(gqa_name, next(iter(timings.values()))).median_ms
         rate = case.num_bytes / timing.median_ms / 1e6
         rows.append(
             {
@@ -283,6 +297,7 @@ def _rows(
                 "gbytes_per_s": rate,
                 "speedup_vs_torch_best": torch_best / timing.median_ms,
                 "speedup_vs_enable_gqa": gqa / timing.median_ms,
+                **_against_ggml(timing, timings),
                 "bandwidth_fraction": rate / read_rate,
                 "bandwidth_fraction_same_size": rate / _read_rate(case.num_bytes),
                 "read_gbytes_per_s": read_rate,
@@ -291,6 +306,15 @@ def _rows(
             }
         )
     return rows
+
+
+def _against_ggml(timing: Timing, timings: dict[str, Timing]) -> dict[str, float]:
+    """Ratios against ggml's caches, where they were timed."""
+    return {
+        f"speedup_vs_ggml_{name}": timings[f"ggml {name}"].median_ms / timing.median_ms
+        for name in ggml.CACHE_TYPES
+        if f"ggml {name}" in timings
+    }
 
 
 def _read_rate(num_bytes: int, repeats: int = 10) -> float:

@@ -66,6 +66,7 @@ def attend(
     markdown: Markdown = False,
 ) -> None:
     """Time one decode step over packed pages, beside torch's attention in bfloat16 and float32."""
+    from svdq.benchmark import ggml
     from svdq.benchmark.attend import Shape, bench_attend, page_layout
     from svdq.benchmark.models import model_shape as find_shape
     from svdq.benchmark.timing import WARMUP
@@ -84,6 +85,8 @@ def attend(
     heads = (num_qo_heads, num_kv_heads, head_dim)
     shapes = [Shape(*heads, n, sink_tokens, residual_length, rope_theta) for n in kv_len]
     dtypes = [DTYPES[each.value] for each in dtype]
+    if ggml.missing():
+        typer.echo(ggml.missing(), err=True)
     for shape in shapes:
         page_layout(shape, schedule, rope[0].value, v_bits)  # says early what pages cannot hold
     bytes_asked = None if working_set is None else working_set * 1_000_000

@@ -85,6 +85,8 @@ COLUMNS: dict[str, list[tuple[str, str, Callable[[Any], str]]]] = {
         ("ns_per_token", "ns a token and KV head", _number(1)),
         ("speedup_vs_torch_best", "against torch's best", _times),
         ("speedup_vs_enable_gqa", "against enable_gqa", _times),
+        ("speedup_vs_ggml_f16", "against ggml f16", _times),
+        ("speedup_vs_ggml_q4_0", "ggml q4_0", _times),
         ("bytes", "MB read", _megabytes),
         ("gbytes_per_s", "GB/s", _number(1)),
         ("bandwidth_fraction", "of memory bandwidth", _percent),
