@@ -5,6 +5,7 @@ import torch
 
 from support import assert_same, make_inv_freq, make_keys, make_layout, rms
 from svdq import fitting, ops, reference
+from svdq.core import Core
 from svdq.fitting import fit_keys, thinned
 from svdq.layout import PageLayout
 
@@ -89,8 +90,9 @@ def test_dtypes(backend, dtype):
     rounded = fit_keys(keys.to(dtype), layout, inv_freq, 5)
     for got, want in zip(rounded[1:3], exact[1:3], strict=True):
         assert rms(got - want) < 0.1 * rms(want)
-    # The core has the keys' mean: what is left is little beside it.
-    assert rms(rounded[3] - exact[3]) < 0.01 * rms(exact[2])
+    # The core has the keys' mean: what is left is little beside it. But rounding may change which
+    # pairs the core spares.
+    assert rms(rounded[3] - exact[3]) < 0.02 * rms(exact[2])
 
 
 @pytest.mark.parametrize("position", [0, 5, 8])
@@ -129,6 +131,7 @@ def test_a_core_that_must_span_all_keys_sees_all(monkeypatch):
     layout, inv_freq = HYBRID["mixed"], make_inv_freq(64)
     keys = make_keys(2, 700, 64, inv_freq=inv_freq)
     keys[:, 601] *= 20  # an odd token: every second leaves it out
-    clipped = fitting.fit_bases(keys, layout, inv_freq).core[1]
-    spanning = fitting.fit_bases(keys, layout, inv_freq, clip=False).core[1]
+    own = Core.of(layout, inv_freq)
+    clipped = fitting.fit_bases(keys, own, inv_freq).core[1]
+    spanning = fitting.fit_bases(keys, own, inv_freq, clip=False).core[1]
     assert (spanning > 3 * clipped).any()

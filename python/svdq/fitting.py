@@ -6,21 +6,19 @@ no widths but those of a hybrid layout's core, :func:`fit_codes` needs all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from svdq import ops
+from svdq.core import Core
 from svdq.layout import PageLayout
+from svdq.weighting import score_spectrum
 
 # Keys of longer prompts are thinned out before a basis is fitted to them: neighbours say much the
 # same, and the error of the basis falls with the root of their number.
 BASIS_TOKENS = 12288
-
-# (components, variance) -> the same by falling importance, and that importance.
-Order = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Bases:
     ----------
     mean : [H, D] float32, of a hybrid layout's tail.
     components : [H, D, D] float32, rows by falling importance.
-    spectrum : [H, D] float32, that importance: variances, or what ``order`` made of them.
+    spectrum : [H, D] float32, that importance: variances, of scores where queries are known.
     core : basis rows, scales and mean [H, D] of a hybrid layout's core channels, else None.
     """
 
@@ -66,11 +64,11 @@ def thinned(
 
 def fit_bases(
     keys: Tensor,
-    core: PageLayout | None = None,
+    core: Core | None = None,
     inv_freq: Tensor | None = None,
     position: int = 0,
     clip: bool = True,
-    order: Order | None = None,
+    energy: Tensor | None = None,
 ) -> Bases:
     """Mean and components of keys or, with a core, of what it leaves.
 
@@ -80,25 +78,30 @@ def fit_bases(
     Parameters
     ----------
     keys, inv_freq, position, clip : as for :func:`svdq.ops.fit_quantizer`.
-    core : a hybrid layout, of whose tail nothing is read; None where keys are coded in one space.
-    order : what makes channels important; None for their variance.
+    core : of a hybrid layout; None where keys are coded in one space.
+    energy : [H, D] of the queries, by which channels count, see :func:`score_spectrum`; None: by
+        their variance.
     """
     if clip or core is None:
         keys, inv_freq, position = thinned(keys, inv_freq, position)
     mean, components, spectrum = ops.fit_basis(keys, inv_freq, position)
     fitted = None
     if core is not None:
-        if core.core is not None:
-            if order is not None:
-                components, _ = order(components, spectrum)
-            fitted = ops.fit_quantizer(keys, mean, components, core.core, inv_freq, position, clip)
+        layout = core.layout
+        if layout.core is not None:
+            components, spectrum = core.spare(components, spectrum, energy)
+            if energy is not None:
+                components, _ = score_spectrum(components, spectrum, energy)
+            fitted = ops.fit_quantizer(
+                keys, mean, components, layout.core, inv_freq, position, clip
+            )
         else:  # the rotated mean alone
-            empty = keys.new_zeros((0, core.head_dim), dtype=torch.bfloat16)
+            empty = keys.new_zeros((0, layout.head_dim), dtype=torch.bfloat16)
             fitted = empty, mean.new_zeros(0), mean
-        residual = ops.residual_keys(keys, *_spread(fitted, core), core, inv_freq, position)
+        residual = ops.residual_keys(keys, *_spread(fitted, layout), layout, inv_freq, position)
         mean, components, spectrum = ops.fit_basis(residual)
-    if order is not None:
-        components, spectrum = order(components, spectrum)
+    if energy is not None:
+        components, spectrum = score_spectrum(components, spectrum, energy)
     return Bases(mean, components, spectrum, fitted)
 
 
@@ -136,8 +139,8 @@ def fit_keys(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Fit basis, scales and means of a layer's keys.
 
-    A hybrid layout's core is fitted to the un-rotated keys, then its tail to what the decoded core
-    leaves of the rotated ones.
+    A hybrid layout's core is fitted to the un-rotated keys, but for the RoPE pairs that it spares
+    (svdq/core.py), then its tail to what the decoded core leaves of the rotated ones.
 
     Parameters
     ----------
@@ -151,8 +154,7 @@ def fit_keys(
     mean : [H, D] float32; of a hybrid layout the core's, which is rotated.
     tail_mean : [H, D] float32 of a hybrid layout, else None.
     """
-    core = layout if layout.rope == "hybrid" else None
-    bases = fit_bases(keys, core, inv_freq, position, clip)
+    bases = fit_bases(keys, Core.of(layout, inv_freq), inv_freq, position, clip)
     return fit_codes(keys, bases, layout, inv_freq, position, clip)
 
 

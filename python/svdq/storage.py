@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from svdq import ops
+from svdq.core import Core
 from svdq.fitting import Bases, fit_bases, fit_codes, thinned
 from svdq.landmarks import Landmarks
 from svdq.layout import PAGE_TOKENS, PageLayout
@@ -142,11 +143,11 @@ class PackedStore:
         what the keys are multiplied with first.
         """
         where = self.inv_freq, self.position[b] + slot
+        core = Core.of(self.layout, self.inv_freq)
         if clip:  # ranges are searched on a sample anyway
             keys, *where = thinned(keys, *where)
         keys = scaled(keys, factor)
         if bases is None:
-            core = self.layout if self.layout.rope == "hybrid" else None
             bases = fit_bases(keys, core, *where, clip)
         fitted = fit_codes(keys, bases, self.layout, *where, clip)
         for name, value in zip(self.coding, fitted, strict=False):

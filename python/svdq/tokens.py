@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,12 +9,13 @@ import torch
 from torch import Tensor
 
 from svdq.allocation import overhead_bits
+from svdq.core import Core
 from svdq.fitting import Bases, fit_bases, thinned
 from svdq.layout import PAGE_TOKENS, PageLayout
 from svdq.settings import Settings
 from svdq.storage import ROW_STEP, ExactRows, PackedStore, scaled
 from svdq.tensors import normal_tensors
-from svdq.weighting import QueryEnergy, key_weights, score_spectrum
+from svdq.weighting import QueryEnergy, key_weights
 
 # allocate(spectrum, overhead, taken, answer), see svdq.allocation.Allocator.ask.
 Allocate = Callable[[Tensor, float, float, Callable[[Tensor], None]], None]
@@ -325,6 +325,7 @@ class TokenStore:
         The first ``skip`` keys, sinks, are outliers and left out; ``position`` is the next one's.
         """
         where = self._inv_freq(keys.shape[1]), position
+        core = None if self._core is None else Core.of(self._core, where[0])
         # Before they are weighted: a copy of few keys, not of all.
         keys, inv_freq, position = thinned(keys[:, skip:], *where)
         half = 0 if inv_freq is None else inv_freq.numel()
@@ -336,9 +337,8 @@ class TokenStore:
             weight = self.weight[b].float() if self.packed_slots(b) else key_weights(energy)
             keys = keys * (weight / self.weight[b].float())[:, None].to(keys.dtype)
             energy = energy / weight.square()
-        order = None if energy is None else functools.partial(score_spectrum, energy=energy)
         clip = self.settings.clip
-        return Fit(weight, fit_bases(keys, self._core, inv_freq, position, clip, order))
+        return Fit(weight, fit_bases(keys, core, inv_freq, position, clip, energy))
 
     def _fit(self, b: int, keys: Tensor) -> Tensor | None:
         """Fit sequence b on its keys, [H, T, D] from the first slot of its store on.

@@ -17,6 +17,7 @@ from svdq.benchmark.attend import Shape, page_layout, synthetic_keys
 from svdq.benchmark.memory import peak_growth
 from svdq.benchmark.models import ModelShape
 from svdq.benchmark.timing import Timing, time_interleaved
+from svdq.core import Core
 from svdq.fitting import fit_bases
 from svdq.layout import PAGE_TOKENS
 from svdq.storage import PackedStore
@@ -43,9 +44,9 @@ class Prompt:
         return self.keys.nbytes + self.values.nbytes
 
     @property
-    def core(self):
+    def core(self) -> Core | None:
         """What :func:`svdq.fitting.fit_bases` takes for a core."""
-        return self.store.layout if self.store.layout.rope == "hybrid" else None
+        return Core.of(self.store.layout, self.store.inv_freq)
 
     def new_store(self) -> PackedStore:
         """An empty store like the prompt's own."""

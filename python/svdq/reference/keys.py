@@ -7,6 +7,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from svdq import _C
+from svdq.core import SPARED_VARIANCE
 from svdq.layout import WIDTHS, PageLayout
 from svdq.reference.pages import QUAD, band_counts
 
@@ -56,6 +58,28 @@ def fit_basis(
     components = components * largest.sign()
     variance = variance.flip(1).clamp(min=0)
     return _stored(mean, keys), _stored(components, keys), _stored(variance, keys)
+
+
+def core_components(
+    keys: Tensor, layout: PageLayout, inv_freq: Tensor, position: int = 0
+) -> Tensor:
+    """Components [H, D, D] without the pairs that each head's core spares; see svdq/core.py."""
+    mean, components, variance = fit_basis(keys.double(), inv_freq, position)
+    centred = _unrotated(keys, inv_freq, position) - mean[:, None]
+    half, found = inv_freq.numel(), torch.zeros_like(components)
+    for h, bands in enumerate(layout.core_bands):
+        rank = sum(bands)
+        held = variance[h, :rank] @ components[h, :rank].square()
+        pairs, left = held[:half] + held[half : 2 * half], SPARED_VARIANCE * held.sum()
+        kept = torch.ones(layout.head_dim, dtype=torch.bool)
+        for pair in pairs.argsort().tolist():
+            if inv_freq[pair] > _C.ABSORBED_FASTEST and left >= pairs[pair]:
+                left -= pairs[pair]
+                kept[[pair, pair + half]] = False
+        own = centred[h][:, kept]
+        found[h, : kept.sum(), kept] = torch.linalg.eigh(own.mT @ own).eigenvectors.mT.flip(0)
+        found[h, kept.sum() :, ~kept] = torch.eye(int((~kept).sum()), dtype=found.dtype)
+    return _stored(found, keys)
 
 
 def allocate_bits(variance: Tensor, schedule: list[int]) -> Tensor:
@@ -237,6 +261,7 @@ def fit_keys(
 
     core_slices, tail_slices = part_slices(layout)
     if layout.core is not None:
+        components = core_components(keys, layout, inv_freq, position)
         fitted = fit_quantizer(keys, mean, components, layout.core, inv_freq, position, clip)
         mean = place(fitted, layout.core, core_slices)
     residual = residual_keys(keys, basis, scale, mean, layout, inv_freq, position)
