@@ -76,6 +76,7 @@ inline void attend_page(const AttendPlan& plan, const AttendTask& task, const At
   if (visit.mask == 0) return;
   if (p.outliers) visit.outliers = page_outliers(plan, task, page);
   if (visit.columns.used()) reconstruct_page(plan, task, s, visit);
+  if (visit.columns.used() || visit.columns.num_means) turn_queries(plan, task, s, visit.page);
   for (int g = 0; g < p.layout.value.groups(); ++g)
     load_value_scales(p.layout.value, visit.bytes.values, g, visit.mask, s.value_scales[g]);
   for (int64_t first = 0; first < task.rows; first += kMaxRows) {

@@ -146,6 +146,10 @@ inline void page_scores(const AttendPlan& plan, const AttendTask& task, const At
     }
     scored = true;
   }
+  if (visit.columns.num_means) {
+    add_mean_scores<kRows>(visit.columns, p.mean + task.sequence_head * dim,
+                           plan.angles.column_cos(0), s.page_query + first * dim, dim, s.scores);
+  }
   if (plan.has_tail()) {
     const QueryCodes query = tail_codes(plan, task.sequence_head, head);
     const uint8_t* lines = visit.bytes.keys + head.core.page_bytes();
@@ -230,5 +234,4 @@ inline void reconstruct_page(const AttendPlan& plan, const AttendTask& task, con
     reconstruct_keys(s.codes, head.core, core_codes(plan, task.sequence_head, head), visit.columns,
                      plan.gathered() ? s.turns : plan.angles.column_cos(0), s.keys);
   }
-  turn_queries(plan, task, s, visit.page);
 }

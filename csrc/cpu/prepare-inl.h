@@ -47,17 +47,24 @@ inline void prepare_columns(const AttendPlan& plan, int64_t sequence_head, const
                             const CoreBasis& core, const float* mean) {
   const int dim = plan.p.layout.head_dim, half = plan.p.rope.half, rank = head.core.rank();
   int16_t* pairs = plan.column_pairs + sequence_head * half;
-  const auto any = [&](int channel) {
+  const auto coded = [&](int channel) {
     const float* x = core.row(channel);
-    return mean[channel] != 0 || !std::all_of(x, x + rank, [](float v) { return v == 0; });
+    return !std::all_of(x, x + rank, [](float v) { return v == 0; });
   };
-  int count = 0;
-  for (int i = 0; i < half; ++i) {
-    if (plan.absorbs && (plan.slow.slow(plan.p.rope.inv_freq[i]) || !(any(i) || any(i + half))))
-      continue;
-    pairs[count++] = static_cast<int16_t>(i);
-  }
-  const Columns columns{pairs, count, 2 * half, plan.absorbs ? 0 : dim - 2 * half, half};
+  int count = 0, means = 0;
+  const auto list = [&](bool with_codes, int& listed) {
+    for (int i = 0; i < half; ++i) {
+      if (plan.absorbs && plan.slow.slow(plan.p.rope.inv_freq[i])) continue;
+      const bool has_codes = !plan.absorbs || coded(i) || coded(i + half);
+      if (has_codes != with_codes) continue;
+      if (!has_codes && mean[i] == 0 && mean[i + half] == 0) continue;
+      pairs[count + means] = static_cast<int16_t>(i);
+      ++listed;
+    }
+  };
+  list(true, count);
+  list(false, means);
+  const Columns columns{pairs, count, means, 2 * half, plan.absorbs ? 0 : dim - 2 * half, half};
   plan.columns[sequence_head] = columns;
   ChannelRow weights{};
   for (int c = 0; c < columns.count(); ++c) {

@@ -149,10 +149,11 @@ inline void unpack_band(const uint8_t* lines, int count, uint8_t* bytes) {
 // Which channels of a head are reconstructed, as columns: the two channels of every listed RoPE pair
 // side by side, so that a tile of columns can be rotated as soon as it is made, then those from
 // `first_rest` on, which do not turn. Columns come in whole tiles of kMaxRows; what fills the last one
-// is zero.
+// is zero. Pairs in which a head has nothing but its mean are listed behind the others.
 struct Columns {
-  const int16_t* pairs;  // [num_pairs]
+  const int16_t* pairs;  // [num_pairs + num_means]
   int num_pairs;
+  int num_means;
   int first_rest;  // channel
   int num_rest;
   int half;
@@ -269,6 +270,38 @@ inline void add_pair_scores(const uint8_t* bytes, const Bands& bands, const Quer
           store(at, even + odd);
         }
       }
+    }
+  }
+}
+
+// s[r][t] += query[r] . mean, turned to every token, over the pairs that hold nothing else.
+template <int kRows>
+inline void add_mean_scores(const Columns& columns, const float* mean, const float* turns,
+                            const float* query, int head_dim, float* s) {
+  const int16_t* pairs = columns.pairs + columns.num_pairs;
+  for (int part = 0; part < kParts; ++part) {
+    F32 acc[kRows][kGroups];
+    for (int r = 0; r < kRows; ++r) {
+      for (int g = 0; g < kGroups; ++g)
+        acc[r][g] = load<F32>(s + r * kPageTokens + tokens_at(g, part));
+    }
+    for (int i = 0; i < columns.num_means; ++i) {
+      const int a = pairs[i], b = a + columns.half;
+      const float* turn = turns + int64_t{a} * 2 * kPageTokens;
+      F32 with_cosine[kRows], with_sine[kRows];
+      for (int r = 0; r < kRows; ++r) {
+        const float* q = query + r * head_dim;
+        with_cosine[r] = splat(q[a] * mean[a] + q[b] * mean[b]);
+        with_sine[r] = splat(q[b] * mean[a] - q[a] * mean[b]);
+      }
+      for (int g = 0; g < kGroups; ++g) {
+        const F32 cosine = load<F32>(turn + tokens_at(g, part));
+        const F32 sine = load<F32>(turn + kPageTokens + tokens_at(g, part));
+        for (int r = 0; r < kRows; ++r) acc[r][g] += cosine * with_cosine[r] + sine * with_sine[r];
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      for (int g = 0; g < kGroups; ++g) store(s + r * kPageTokens + tokens_at(g, part), acc[r][g]);
     }
   }
 }
