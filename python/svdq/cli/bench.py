@@ -85,10 +85,10 @@ def attend(
     heads = (num_qo_heads, num_kv_heads, head_dim)
     shapes = [Shape(*heads, n, sink_tokens, residual_length, rope_theta) for n in kv_len]
     dtypes = [DTYPES[each.value] for each in dtype]
-    if ggml.missing():
-        typer.echo(ggml.missing(), err=True)
     for shape in shapes:
         page_layout(shape, schedule, rope[0].value, v_bits)  # says early what pages cannot hold
+    if ggml.missing():
+        typer.echo(ggml.missing(), err=True)
     bytes_asked = None if working_set is None else working_set * 1_000_000
     ropes = [mode.value for mode in rope]
     rows = []
