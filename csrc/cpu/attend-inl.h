@@ -29,19 +29,19 @@ inline bool softmax_rows(const AttendScratch& s, const RowBlock& rows,
   return any;
 }
 
+// One part in so many of what is left to fetch goes out before each of three steps: visiting a page,
+// scoring it and weighing it.
+inline constexpr int kScoresShare = 9;
+
 template <int kRows>
 inline void attend_page_rows(const AttendPlan& plan, const AttendTask& task, const AttendScratch& s,
                              const RowBlock& head_rows, int64_t first, const PageVisit& visit,
                              Prefetcher& next) {
   const AttendParams& p = plan.p;
-  const int dim = p.layout.head_dim, groups = p.layout.value.groups();
+  const int dim = p.layout.head_dim, groups = plan.v_groups;
   const RowBlock rows = sub_block(head_rows, first, dim, groups);
   const uint64_t mask = visit.mask;
-  // Lines of the next page other than value codes, which are asked for while this page's are read.
-  const int64_t other_lines =
-      (plan.head(task.h).page_bytes() + p.layout.value.code_offset()) / kLineBytes;
-  const int share = static_cast<int>(other_lines / (kRows + 2) + 1);
-  next.fetch(share);
+  next.fetch(next.share(kScoresShare));
   page_scores<kRows>(plan, task, s, first, visit);
   if (!p.layout.value.packed()) {
     uint64_t masks[kRows];
@@ -51,14 +51,14 @@ inline void attend_page_rows(const AttendPlan& plan, const AttendTask& task, con
                               rows.out);
     return;
   }
-  next.fetch(share);
-  for (int r = 0; r < kRows; ++r, next.fetch(share))
-    weigh_row(rows, r, s.scores + r * kPageTokens, mask, p.layout.value, s.value_scales,
-              s.weights + r * groups);
+  next.fetch(next.share(kScoresShare));
+  if (mask != ~uint64_t{0}) mask_scores<kRows>(mask, s.scores);
+  weigh_rows<kRows>(rows, s.scores, p.layout.value, groups, s.value_scales, next, s.weights);
+  const uint8_t* codes = visit.bytes.values + plan.v_code_offset;
   if (p.layout.value.bits == 4)
-    accumulate_packed<4, kRows>(p.layout.value, visit.bytes.values, s.weights, next, rows.out);
+    accumulate_packed<4, kRows>(p.layout.value, groups, codes, s.weights, next, rows.out);
   if (p.layout.value.bits == 2)
-    accumulate_packed<2, kRows>(p.layout.value, visit.bytes.values, s.weights, next, rows.out);
+    accumulate_packed<2, kRows>(p.layout.value, groups, codes, s.weights, next, rows.out);
 }
 
 inline void attend_page(const AttendPlan& plan, const AttendTask& task, const AttendScratch& s,
@@ -75,10 +75,10 @@ inline void attend_page(const AttendPlan& plan, const AttendTask& task, const At
                   {}};
   if (visit.mask == 0) return;
   if (p.outliers) visit.outliers = page_outliers(plan, task, page);
+  next.fetch(next.share(kScoresShare));
   if (visit.columns.used()) reconstruct_page(plan, task, s, visit);
   if (visit.columns.used() || visit.columns.num_means) turn_queries(plan, task, s, visit.page);
-  for (int g = 0; g < p.layout.value.groups(); ++g)
-    load_value_scales(p.layout.value, visit.bytes.values, g, visit.mask, s.value_scales[g]);
+  load_value_scales(p.layout.value, plan.v_groups, visit.bytes.values, visit.mask, s.value_scales);
   for (int64_t first = 0; first < task.rows; first += kMaxRows) {
     with_count<kMaxRows>(static_cast<int>(task.rows - first), [&]<int kRows>() {
       attend_page_rows<kRows>(plan, task, s, rows, first, visit, next);
@@ -90,7 +90,7 @@ inline void attend_page(const AttendPlan& plan, const AttendTask& task, const At
 inline void attend_exact(const AttendPlan& plan, const AttendTask& task, const AttendScratch& s,
                          const RowBlock& head_rows, int64_t block) {
   const AttendParams& p = plan.p;
-  const int dim = p.layout.head_dim, groups = p.layout.value.groups();
+  const int dim = p.layout.head_dim, groups = plan.v_groups;
   const int64_t begin = block * kPageTokens;
   const int count =
       static_cast<int>(std::min<int64_t>(kPageTokens, plan.exact_len(task.b) - begin));
@@ -119,47 +119,35 @@ inline void attend_exact(const AttendPlan& plan, const AttendTask& task, const A
   }
 }
 
-// What a task will read after a page: another page of the same head, or of another.
-struct Upcoming {
-  AttendTask task;
-  int64_t page;
+// A task's way through its blocks: runs of `step`, each head's in turn.
+struct Walk {
+  int64_t heads, step, last;
+  int64_t run, head = 0, block = run;
+
+  bool done() const { return block >= last; }
+  bool at_run() const { return block == run; }
+  int64_t run_end() const { return std::min(run + step, last); }
+  Walk next() const {
+    if (block + 1 < run_end()) return {heads, step, last, run, head, block + 1};
+    if (head + 1 < heads) return {heads, step, last, run, head + 1};
+    return {heads, step, last, run + step};
+  }
 };
 
-inline Prefetcher prefetch(const AttendPlan& plan, const Upcoming& upcoming) {
-  if (upcoming.page >= plan.pages(upcoming.task.b)) return {};
-  const PageBytes page = page_bytes(plan, upcoming.task, upcoming.page);
-  return {{page.keys, page.keys + plan.head(upcoming.task.h).page_bytes()},
-          {page.values, page.values + plan.p.layout.value.page_bytes()}};
-}
-
-// One head's part of a run of blocks.
-inline void attend_run(const AttendPlan& plan, const AttendTask& task, const AttendScratch& s,
-                       const RowBlock& rows, int64_t first, int64_t last,
-                       const Upcoming& upcoming) {
-  const int64_t pages = plan.pages(task.b);
-  // Few pages are not worth the nodes.
-  const bool smooth = plan.absorbs && std::min(last, pages) - first > kNodes;
-  if (smooth) {
-    for (int64_t row = 0; row < task.rows; row += kMaxRows) {
-      const int64_t tile = (task.row + row) / kMaxRows;
-      absorb_nodes(plan.absorbed(task.sequence_head, tile), plan.slow,
-                   plan.page_middle(task.b, first), s.nodes + tile * kNodes * 2 * plan.lanes);
-    }
-  }
-  for (int64_t block = first; block < last; ++block) {
-    if (block < pages) {
-      Prefetcher next = prefetch(plan, block + 1 < last ? Upcoming{task, block + 1} : upcoming);
-      attend_page(plan, task, s, rows, block, static_cast<int>(block - first), smooth, next);
-    } else {
-      attend_exact(plan, task, s, rows, block - pages);
-    }
+// What smooth pairs add at the nodes of one head's run from block `first` on.
+inline void absorb_run(const AttendPlan& plan, const AttendTask& task, const AttendScratch& s,
+                       int64_t first) {
+  for (int64_t row = 0; row < task.rows; row += kMaxRows) {
+    const int64_t tile = (task.row + row) / kMaxRows;
+    absorb_nodes(plan.absorbed(task.sequence_head, tile), plan.slow,
+                 plan.page_middle(task.b, first), s.nodes + tile * kNodes * 2 * plan.lanes);
   }
 }
 
 // Writes the partial results of one head's rows.
 inline void store_partial(const AttendPlan& plan, const AttendTask& task, const RowBlock& rows,
                           int64_t split) {
-  const int dim = plan.p.layout.head_dim, groups = plan.p.layout.value.groups();
+  const int dim = plan.p.layout.head_dim, groups = plan.v_groups;
   for (int64_t r = 0; r < task.rows; ++r) {
     const int64_t at = (task.sequence_head * plan.rows + task.row + r) * plan.splits + split;
     float* out = plan.partial_out + at * dim;
@@ -171,14 +159,14 @@ inline void store_partial(const AttendPlan& plan, const AttendTask& task, const 
       }
       store(out + d, value);
     }
-    plan.partial_max[at] = rows.state[r].max;
-    plan.partial_sum[at] = reduce_add(load<F32>(rows.state[r].sum));
+    plan.partial_max[at] = rows.max[r];
+    plan.partial_sum[at] = reduce_add(load<F32>(rows.sum + r * kVecLanes));
   }
 }
 
 inline void attend_task(const AttendPlan& plan, int64_t index, const AttendScratch& s) {
   const AttendParams& p = plan.p;
-  const int dim = p.layout.head_dim, groups = p.layout.value.groups();
+  const int dim = p.layout.head_dim, groups = plan.v_groups;
   const auto take = [&](int64_t count) {
     const int64_t rest = index % count;
     index /= count;
@@ -195,15 +183,31 @@ inline void attend_task(const AttendPlan& plan, int64_t index, const AttendScrat
   reset_rows(s.rows, static_cast<int>(heads * count), dim, groups);
   const int64_t first = split * plan.split_blocks;
   const int64_t last = std::min(first + plan.split_blocks, plan.blocks(b));
+  const int64_t pages = plan.pages(b);
+  const auto is_page = [&](const Walk& at) { return !at.done() && at.block < pages; };
+  const auto bytes = [&](const Walk& at) { return page_bytes(plan, head_task(at.head), at.block); };
+  // Nothing to fetch behind the last page; what there is twice behind the last but one.
+  const auto prefetcher = [&](const Walk& next) {
+    if (!is_page(next)) return Prefetcher({}, {}, 0, 0);
+    const Walk after = next.next();
+    return Prefetcher(bytes(next), bytes(is_page(after) ? after : next),
+                      plan.head(head_task(next.head).h).page_bytes(), plan.v_page_bytes);
+  };
   // A page at a time where nothing is prepared for a run: its heads lie side by side.
-  const int64_t step = plan.has_core() ? kRunPages : 1;
-  for (int64_t run = first; run < last; run += step) {
-    for (int64_t i = 0; i < heads; ++i) {
-      const bool more = i + 1 < heads;
-      attend_run(plan, head_task(i), s, sub_block(s.rows, i * count, dim, groups), run,
-                 std::min(run + step, last),
-                 {head_task(more ? i + 1 : 0), more ? run : run + step});
+  Walk walk{heads, plan.has_core() ? kRunPages : 1, last, first};
+  for (Walk next = walk.next(); !walk.done(); walk = next, next = next.next()) {
+    const AttendTask task = head_task(walk.head);
+    const RowBlock rows = sub_block(s.rows, walk.head * count, dim, groups);
+    if (walk.block >= pages) {
+      attend_exact(plan, task, s, rows, walk.block - pages);
+      continue;
     }
+    // Few pages are not worth the nodes.
+    const bool smooth = plan.absorbs && std::min(walk.run_end(), pages) - walk.run > kNodes;
+    if (smooth && walk.at_run()) absorb_run(plan, task, s, walk.run);
+    Prefetcher lines = prefetcher(next);
+    attend_page(plan, task, s, rows, walk.block, static_cast<int>(walk.block - walk.run), smooth,
+                lines);
   }
   for (int64_t i = 0; i < heads; ++i)
     store_partial(plan, head_task(i), sub_block(s.rows, i * count, dim, groups), split);

@@ -18,7 +18,7 @@ struct AttendScratch {
 
 // Lays the scratch of one worker out from `base` (null: only to measure); returns its bytes.
 inline int64_t carve_scratch(const AttendPlan& plan, uint8_t* base, AttendScratch& s) {
-  const int64_t dim = plan.p.layout.head_dim, groups = plan.p.layout.value.groups();
+  const int64_t dim = plan.p.layout.head_dim, groups = plan.v_groups;
   const int64_t rows = std::min(plan.rows, kTaskRows), all_rows = plan.task_heads * rows;
   int64_t bytes = 0;
   carve(s.codes, base, bytes, dim * kPageTokens);
@@ -35,7 +35,8 @@ inline int64_t carve_scratch(const AttendPlan& plan, uint8_t* base, AttendScratc
     carve(s.absorbed.raw, base, bytes, kDegrees * plan.lanes);
   }
   if (plan.gathered()) carve(s.turns, base, bytes, 2 * plan.p.rope.half * kPageTokens);
-  carve(s.rows.state, base, bytes, all_rows);
+  carve(s.rows.max, base, bytes, all_rows);
+  carve(s.rows.sum, base, bytes, all_rows * kVecLanes);
   carve(s.rows.middle_sum, base, bytes, all_rows * groups * kVecLanes);
   carve(s.rows.out, base, bytes, all_rows * dim);
   return bytes;
@@ -70,15 +71,9 @@ inline uint64_t page_mask(const AttendPlan& plan, const AttendTask& task, int64_
 }
 
 inline RowBlock sub_block(const RowBlock& rows, int64_t first, int head_dim, int v_groups) {
-  return {rows.state + first, rows.middle_sum + first * v_groups * kVecLanes,
-          rows.out + first * head_dim};
+  return {rows.max + first, rows.sum + first * kVecLanes,
+          rows.middle_sum + first * v_groups * kVecLanes, rows.out + first * head_dim};
 }
-
-// One head's keys and values in a page of the sequence.
-struct PageBytes {
-  const uint8_t* keys;
-  const uint8_t* values;
-};
 
 // Outliers first .. first + count - 1 of a head's list.
 struct OutlierRange {
@@ -97,7 +92,7 @@ inline PageBytes page_bytes(const AttendPlan& plan, const AttendTask& task, int6
   const LayoutView& layout = plan.p.layout;
   const int64_t id = plan.p.page_table[task.b * plan.p.table_stride + page];
   return {plan.p.k_pages + id * layout.k_page_bytes + plan.head(task.h).k_offset,
-          plan.p.v_pages + id * layout.v_page_bytes + task.h * layout.value.page_bytes()};
+          plan.p.v_pages + id * layout.v_page_bytes + task.h * plan.v_page_bytes};
 }
 
 // A page of one head on its way through a task.

@@ -8,7 +8,7 @@ inline constexpr int64_t kTaskRows = 64;
 inline constexpr int64_t kMinSplitBlocks = kRunPages;
 // Tasks there should be: as few as keep the cores of a large machine busy. A task takes all heads of
 // its pages if there are enough tasks then: heads lie side by side in the pools.
-inline constexpr int64_t kTargetTasks = 64;
+inline constexpr int64_t kTargetTasks = 32;
 
 // Multiply-adds below which a step of the plan is not worth other threads: some 50 microseconds.
 inline constexpr int64_t kSerialProducts = 1 << 19;
@@ -48,6 +48,9 @@ struct AttendPlan {
   float* partial_sum = nullptr;     // [B, H, rows, splits]
   int lanes = 0;                    // of the head with most core channels
   bool absorbs = false;             // slow pairs of core channels into the queries
+  // Of the layout's values, which computes them by division.
+  int v_groups;
+  int64_t v_code_offset, v_page_bytes;
 
   bool gathered() const { return p.token_slots != nullptr; }
   bool has_core() const { return p.layout.rope != RopeMode::kPost; }
@@ -144,7 +147,10 @@ inline AttendPlan make_plan(const AttendParams& p, const PageAngles& angles) {
   AttendPlan plan{.p = p,
                   .angles = angles,
                   .slow = slow_pairs(p.rope),
-                  .rows = p.num_qo_heads / p.layout.num_heads * p.q_len};
+                  .rows = p.num_qo_heads / p.layout.num_heads * p.q_len,
+                  .v_groups = p.layout.value.groups(),
+                  .v_code_offset = p.layout.value.code_offset(),
+                  .v_page_bytes = p.layout.value.page_bytes()};
   plan.row_chunks = (plan.rows + kTaskRows - 1) / kTaskRows;
   if (plan.has_core()) {
     plan.absorbs = plan.rows <= kAbsorbRows && !plan.gathered();

@@ -239,6 +239,66 @@ inline float reduce_add(F32 v) {
 
 #endif
 
+// v[lane] in every lane.
+inline F32 splat_lane(F32 v, int lane) { return __builtin_shuffle(v, I32{} + lane); }
+
+// Numbers that belong to kRows rows lie in the first lanes of a vector, what lies in the others is of no
+// importance.
+template <int kRows>
+inline F32 load_first(const float* from) {
+#if SVDQ_TARGET == 512
+  return (F32)_mm512_maskz_loadu_ps((1 << kRows) - 1, from);
+#else
+  F32 v{};
+  for (int r = 0; r < kRows; ++r) v[r] = from[r];
+  return v;
+#endif
+}
+template <int kRows>
+inline bool any_above(F32 a, F32 b) {
+#if SVDQ_TARGET == 512
+  const __mmask16 above = _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
+  return (above & ((1 << kRows) - 1)) != 0;
+#else
+  bool above = false;
+  for (int r = 0; r < kRows; ++r) above |= a[r] > b[r];
+  return above;
+#endif
+}
+
+// Lanes of two vectors taken in runs of kRun, in turn from the first and the second: the first of every
+// two runs of each (kOdd = 0) or the second.
+template <int kRun, int kOdd>
+struct Runs {
+  alignas(kVecBytes) int32_t lane[kVecLanes];
+  constexpr Runs() : lane{} {
+    for (int i = 0; i < kVecLanes; ++i) {
+      lane[i] = i / (2 * kRun) * (2 * kRun) + i % kRun + i / kRun % 2 * kVecLanes + kOdd * kRun;
+    }
+  }
+};
+template <int kRun, int kOdd>
+inline constexpr Runs<kRun, kOdd> kRuns;
+
+// Of each two runs of kRun lanes the larger numbers, from a and b in turn.
+template <int kRun>
+inline F32 merge_maxima(F32 a, F32 b) {
+  return max(__builtin_shuffle(a, b, load<I32>(kRuns<kRun, 0>.lane)),
+             __builtin_shuffle(a, b, load<I32>(kRuns<kRun, 1>.lane)));
+}
+
+// The largest number of each of up to four vectors: lane i is that of vector i.
+template <int kRows>
+inline F32 row_maxima(const F32 (&v)[kRows]) {
+  static_assert(kRows >= 1 && kRows <= 4 && kVecLanes % 4 == 0);
+  constexpr int kLast = kRows - 1;
+  F32 all = merge_maxima<1>(v[0], v[kRows > 1 ? 1 : 0]);
+  all = merge_maxima<2>(all, kRows > 2 ? merge_maxima<1>(v[kRows > 2 ? 2 : 0], v[kLast]) : all);
+  if constexpr (kVecLanes > 4) all = merge_maxima<4>(all, all);
+  if constexpr (kVecLanes > 8) all = merge_maxima<8>(all, all);
+  return all;
+}
+
 // Rows of v become columns: every pass deals the first half of the vectors and the second like two
 // hands of cards.
 inline void transpose(F32 (&v)[kVecLanes]) {
