@@ -239,24 +239,30 @@ inline void add_pair_scores(const uint8_t* bytes, const Bands& bands, const Quer
                             int head_dim, float* s) {
   constexpr int kPairs = kMaxRows / 2;
   for (int c = 0; c < columns.count(); c += kMaxRows) {
-    const float *turn[kPairs], *channel[kPairs];
+    const float* turn[kPairs];
+    float channel[kMaxRows][kRows];  // of the queries
     for (int i = 0; i < kPairs; ++i) {
       // What fills up the last tile has weights of zero.
       const int pair = columns.pairs[std::min(c / 2 + i, columns.num_pairs - 1)];
       turn[i] = turns + int64_t{pair} * 2 * kPageTokens;
-      channel[i] = query + pair;
+      for (int r = 0; r < kRows; ++r) {
+        channel[2 * i][r] = query[r * head_dim + pair];
+        channel[2 * i + 1][r] = query[r * head_dim + pair + columns.half];
+      }
     }
+    const float *step = weights.step + c, *offset = weights.offset + c;
     for (int part = 0; part < kParts; ++part) {
       I32 acc[kMaxRows][kGroups];
       sum_products<true, false>(bytes, bands, weights.high + weights.at(c, 0), weights, part, acc);
+#pragma GCC unroll 4  // or sums would have to leave their registers
       for (int g = 0; g < kGroups; ++g) {
         const int t = tokens_at(g, part);
         F32 key[kMaxRows];
         for (int i = 0; i < kPairs; ++i) {
           const int x = 2 * i, y = x + 1;
           const F32 cosine = load<F32>(turn[i] + t), sine = load<F32>(turn[i] + kPageTokens + t);
-          const F32 a = to_float(acc[x][g]) * weights.step[c + x] + weights.offset[c + x];
-          const F32 b = to_float(acc[y][g]) * weights.step[c + y] + weights.offset[c + y];
+          const F32 a = to_float(acc[x][g]) * step[x] + offset[x];
+          const F32 b = to_float(acc[y][g]) * step[y] + offset[y];
           key[x] = a * cosine - b * sine;
           key[y] = b * cosine + a * sine;
         }
@@ -264,8 +270,8 @@ inline void add_pair_scores(const uint8_t* bytes, const Bands& bands, const Quer
           float* at = s + r * kPageTokens + t;
           F32 even = load<F32>(at), odd{};
           for (int i = 0; i < kPairs; ++i) {
-            even += key[2 * i] * channel[i][r * head_dim];
-            odd += key[2 * i + 1] * channel[i][r * head_dim + columns.half];
+            even += key[2 * i] * channel[2 * i][r];
+            odd += key[2 * i + 1] * channel[2 * i + 1][r];
           }
           store(at, even + odd);
         }
