@@ -69,7 +69,7 @@ inline void attend_page(const AttendPlan& plan, const AttendTask& task, const At
                   page_mask(plan, task, page),
                   page,
                   in_run,
-                  plan.absorbs && task.rows <= kMaxRows && plan.head(task.h).core.count[0] == 0,
+                  fuses_columns(plan, task),
                   smooth,
                   plan.has_core() ? plan.columns[task.sequence_head] : Columns{},
                   {}};

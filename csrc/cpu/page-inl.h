@@ -107,6 +107,19 @@ struct PageVisit {
   OutlierRange outliers;
 };
 
+// Whether a task scores columns as it makes them: where one tile of rows reads them, their codes are
+// narrow, and all of them turn.
+inline bool fuses_columns(const AttendPlan& plan, const AttendTask& task) {
+  const LayoutView& layout = plan.p.layout;
+  const bool all_turn =
+      plan.absorbs || (plan.gathered() && 2 * plan.p.rope.half == layout.head_dim);
+  return all_turn && task.rows <= kMaxRows && plan.head(task.h).core.count[0] == 0;
+}
+
+inline const float* column_turns(const AttendPlan& plan, const AttendScratch& s) {
+  return plan.gathered() ? s.turns : plan.angles.column_cos(0);
+}
+
 // Scores of a tile of rows, first of the task's, from all the page's codes.
 template <int kRows>
 inline void page_scores(const AttendPlan& plan, const AttendTask& task, const AttendScratch& s,
@@ -132,8 +145,9 @@ inline void page_scores(const AttendPlan& plan, const AttendTask& task, const At
   if (visit.columns.used()) {
     const float* query = s.page_query + first * dim;
     if (visit.fused) {
+      if (!scored) std::fill_n(s.scores, kRows * kPageTokens, 0.0f);
       add_pair_scores<kRows>(s.codes, head.core, core_codes(plan, task.sequence_head, head),
-                             visit.columns, plan.angles.column_cos(0), query, dim, s.scores);
+                             visit.columns, column_turns(plan, s), query, dim, s.scores);
     } else if (scored) {
       column_scores<kRows, true>(query, dim, visit.columns, s.keys, s.scores);
     } else {
@@ -227,6 +241,6 @@ inline void reconstruct_page(const AttendPlan& plan, const AttendTask& task, con
   unpack_codes(visit.bytes.keys, head.core, s.codes);
   if (!visit.fused) {
     reconstruct_keys(s.codes, head.core, core_codes(plan, task.sequence_head, head), visit.columns,
-                     plan.gathered() ? s.turns : plan.angles.column_cos(0), s.keys);
+                     column_turns(plan, s), s.keys);
   }
 }
