@@ -112,8 +112,8 @@ def bench_generate(
         raise ValueError("expected at least one token to prefill")
     check_length(model, len(token_ids) + new_tokens)
     runs = contenders(model, settings)
-    for _ in range(repeats):
-        for run in runs:
+    for repeat in range(repeats):
+        for run in runs if repeat % 2 == 0 else reversed(runs):
             begin(f"prefill, {run.name}")
             _prefill(model, token_ids[None], run)
     num_bytes = {run.name: _cache_bytes(run) for run in runs}
