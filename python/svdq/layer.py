@@ -193,8 +193,8 @@ class SVDqLayer(CacheLayerMixin):
         """The first tokens attend exactly; then everything but sinks and window is packed."""
         first_position = self._first_position(position_ids, padding)
         spans = [(pad, keys.shape[2]) for pad in padding]
-        # PyTorch's kernel is some per cent slower on rows that lie apart. The copies are gone before
-        # anything is packed.
+        # PyTorch's kernel is slower by some per cent where rows lie apart. The copies are gone
+        # before anything is packed.
         contiguous = keys.contiguous(), values.contiguous()
         out = ragged_attention(module, query, *contiguous, scaling, spans)
         del contiguous
