@@ -78,7 +78,9 @@ inline void attend_page(const AttendPlan& plan, const AttendTask& task, const At
   next.fetch(next.share(kScoresShare));
   if (visit.columns.used()) reconstruct_page(plan, task, s, visit);
   if (visit.columns.used() || visit.columns.num_means) turn_queries(plan, task, s, visit.page);
-  load_value_scales(p.layout.value, plan.v_groups, visit.bytes.values, visit.mask, s.value_scales);
+  if (plan.v_groups > 0)
+    load_value_scales(p.layout.value, plan.v_groups, visit.bytes.values, visit.mask,
+                      s.value_scales);
   for (int64_t first = 0; first < task.rows; first += kMaxRows) {
     with_count<kMaxRows>(static_cast<int>(task.rows - first), [&]<int kRows>() {
       attend_page_rows<kRows>(plan, task, s, rows, first, visit, next);
