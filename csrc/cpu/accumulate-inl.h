@@ -72,28 +72,21 @@ struct ValueScales {
 inline void load_value_scales(const ValueLayout& value, int groups, const uint8_t* page,
                               uint64_t mask, ValueScales* out) {
   const uint16_t* scales = reinterpret_cast<const uint16_t*>(page + value.scale_offset());
-  const uint16_t* zeros = scales + groups * kPageTokens;
+  const uint16_t* zeros = reinterpret_cast<const uint16_t*>(page + value.zero_offset());
   const float middle_code = mid_code(value.bits);
-  for (int first = 0; first < groups; first += 4) {
-    with_count<4>(groups - first, [&]<int kCount>() __attribute__((always_inline)) {
-      F32 most[kCount];
-      for (int g = 0; g < kCount; ++g, scales += kPageTokens, zeros += kPageTokens) {
-        most[g] = F32{};
-        for (int t = 0; t < kPageTokens; t += kVecLanes) {
-          F32 scale = load_half(scales + t);
-          F32 middle = load_half(zeros + t) + scale * middle_code;
-          if (mask != ~uint64_t{0}) {
-            scale = select_lanes(mask_lanes(mask, t), scale, F32{});
-            middle = select_lanes(mask_lanes(mask, t), middle, F32{});
-          }
-          most[g] = max(most[g], scale);
-          store(out[first + g].scale + t, scale);
-          store(out[first + g].middle + t, middle);
-        }
+  for (int g = 0; g < groups; ++g, scales += kPageTokens, zeros += kPageTokens) {
+    F32 largest{};
+    for (int t = 0; t < kPageTokens; t += kVecLanes) {
+      F32 scale = load_half(scales + t), middle = load_half(zeros + t) + scale * middle_code;
+      if (mask != ~uint64_t{0}) {
+        scale = select_lanes(mask_lanes(mask, t), scale, F32{});
+        middle = select_lanes(mask_lanes(mask, t), middle, F32{});
       }
-      const F32 largest = row_maxima(most);
-      for (int g = 0; g < kCount; ++g) out[first + g].largest = largest[g];
-    });
+      largest = max(largest, scale);
+      store(out[g].scale + t, scale);
+      store(out[g].middle + t, middle);
+    }
+    out[g].largest = reduce_max(largest);
   }
 }
 
@@ -124,6 +117,9 @@ struct PageBytes {
   const uint8_t* values;
 };
 
+// Asks for a line in the second cache: what is asked for far ahead would fill the first.
+inline void prefetch_line(const uint8_t* at) { __builtin_prefetch(at, 0, 2); }
+
 // Lines that will be needed soon, asked for a few at a time all along a page: those of the next page in
 // the nearest cache and of the one after that in the second, keys and then values. Pages lie too far
 // apart for the processor to guess them, and more lines at once than it has miss buffers would make it
@@ -152,8 +148,8 @@ struct Prefetcher {
         now = then;
         then.at = then.end;
       }
-      __builtin_prefetch(reinterpret_cast<const void*>(now.at), 0, 3);
-      __builtin_prefetch(reinterpret_cast<const void*>(now.at + now.after), 0, 2);
+      __builtin_prefetch(reinterpret_cast<const void*>(now.at));
+      prefetch_line(reinterpret_cast<const uint8_t*>(now.at + now.after));
       now.at += kLineBytes;
     }
   }
@@ -163,9 +159,6 @@ struct Prefetcher {
     return (left + times - 1) / times;
   }
 };
-
-// Asks for a line in the second cache: what is asked for far ahead would fill the first.
-inline void prefetch_line(const uint8_t* at) { __builtin_prefetch(at, 0, 2); }
 
 // One part in so many of what is left to fetch goes out while weights are made.
 inline constexpr int kWeighShare = 3;

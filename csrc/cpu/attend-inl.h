@@ -78,7 +78,7 @@ inline void attend_page(const AttendPlan& plan, const AttendTask& task, const At
   next.fetch(next.share(kScoresShare));
   if (visit.columns.used()) reconstruct_page(plan, task, s, visit);
   if (visit.columns.used() || visit.columns.num_means) turn_queries(plan, task, s, visit.page);
-  if (plan.v_groups > 0)
+  if (p.layout.value.packed())
     load_value_scales(p.layout.value, plan.v_groups, visit.bytes.values, visit.mask,
                       s.value_scales);
   for (int64_t first = 0; first < task.rows; first += kMaxRows) {
@@ -193,7 +193,7 @@ inline void attend_task(const AttendPlan& plan, int64_t index, const AttendScrat
     if (!is_page(next)) return Prefetcher({}, {}, 0, 0);
     const Walk after = next.next();
     return Prefetcher(bytes(next), bytes(is_page(after) ? after : next),
-                      plan.head(head_task(next.head).h).page_bytes(), plan.v_page_bytes);
+                      plan.head(head_task(next.head).h).page_bytes(), plan.v_head_bytes);
   };
   // A page at a time where nothing is prepared for a run: its heads lie side by side.
   Walk walk{heads, plan.has_core() ? kRunPages : 1, last, first};

@@ -92,7 +92,7 @@ inline PageBytes page_bytes(const AttendPlan& plan, const AttendTask& task, int6
   const LayoutView& layout = plan.p.layout;
   const int64_t id = plan.p.page_table[task.b * plan.p.table_stride + page];
   return {plan.p.k_pages + id * layout.k_page_bytes + plan.head(task.h).k_offset,
-          plan.p.v_pages + id * layout.v_page_bytes + task.h * plan.v_page_bytes};
+          plan.p.v_pages + id * layout.v_page_bytes + task.h * plan.v_head_bytes};
 }
 
 // A page of one head on its way through a task.

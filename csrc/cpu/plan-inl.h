@@ -48,9 +48,9 @@ struct AttendPlan {
   float* partial_sum = nullptr;     // [B, H, rows, splits]
   int lanes = 0;                    // of the head with most core channels
   bool absorbs = false;             // slow pairs of core channels into the queries
-  // Of the layout's values, which computes them by division.
+  // Of the layout's values, one head's: they are computed there by division.
   int v_groups;
-  int64_t v_code_offset, v_page_bytes;
+  int64_t v_code_offset, v_head_bytes;
 
   bool gathered() const { return p.token_slots != nullptr; }
   bool has_core() const { return p.layout.rope != RopeMode::kPost; }
@@ -150,7 +150,7 @@ inline AttendPlan make_plan(const AttendParams& p, const PageAngles& angles) {
                   .rows = p.num_qo_heads / p.layout.num_heads * p.q_len,
                   .v_groups = p.layout.value.groups(),
                   .v_code_offset = p.layout.value.code_offset(),
-                  .v_page_bytes = p.layout.value.page_bytes()};
+                  .v_head_bytes = p.layout.value.page_bytes()};
   plan.row_chunks = (plan.rows + kTaskRows - 1) / kTaskRows;
   if (plan.has_core()) {
     plan.absorbs = plan.rows <= kAbsorbRows && !plan.gathered();
