@@ -13,10 +13,10 @@ JOBS := $(shell nproc)
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 # The oldest transformers that the Hugging Face integration is tested with, beside the newest.
 COMPAT := 4.57
-COMPAT_TESTS := $(wildcard tests/test_cache*.py tests/test_generate*.py tests/test_hf_*.py)
+COMPAT_TESTS := $(wildcard tests/cache/*.py tests/hf/*.py)
 
-CXX_FILES := $(wildcard kernels/*.h kernels/*.cuh csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
-CXX_TESTS := $(wildcard tests/*/*.h tests/*/*.cpp scripts/*.cpp)
+CXX_FILES := $(wildcard $(foreach d,kernels kernels/* csrc/* csrc/*/*,$(addprefix $(d)/*.,h cuh cpp cu)))
+CXX_TESTS := $(wildcard tests/*/*.h tests/*/*.cpp tools/*.cpp)
 say = @printf '\n== %s\n'
 
 # Builds and runs the tests $(2) (svdq_...) of the folder $(1), those that ctest's $(3) names; of their output, what
@@ -46,7 +46,7 @@ test-cpp: build/cpp/CMakeCache.txt
 
 test-emulated: build/cpp/CMakeCache.txt
 	$(say) 'CUDA kernels, emulated'
-	$(call run_cpp_tests,build/cpp,svdq_emu_tests)
+	$(call run_cpp_tests,build/cpp,svdq_kernel_tests)
 
 # On a machine with a GPU, the tests of the CUDA kernels on it.
 test-cuda: $(STAMPS)/cuda
@@ -64,7 +64,7 @@ test-python: setup
 sanitize: build/sanitize/CMakeCache.txt  ## the C++ tests and emulated kernels under AddressSanitizer and UBSan
 	$(say) 'C++ tests under sanitizers'
 	$(call run_cpp_tests,build/sanitize,svdq_tests)
-	$(call run_cpp_tests,build/sanitize,svdq_emu_tests,-R /Shuffled)
+	$(call run_cpp_tests,build/sanitize,svdq_kernel_tests,-R /Shuffled)
 
 test-compat: setup $(STAMPS)/transformers-$(COMPAT)  ## the Hugging Face tests on the oldest supported transformers
 	$(say) 'Hugging Face tests on transformers $(COMPAT)'
@@ -75,13 +75,13 @@ test-compat: setup $(STAMPS)/transformers-$(COMPAT)  ## the Hugging Face tests o
 cuda-check: setup build/cpp/CMakeCache.txt  ## registers, spills and shared memory of the compiled CUDA kernels
 	$(say) 'Compiled CUDA kernels'
 	@cmake --build build/cpp -j $(JOBS) --target svdq_launches -- --no-print-directory | { grep -Ev '^(\[|-- )' || true; }
-	@$(BIN)/python scripts/check_kernels.py
+	@$(BIN)/python tools/check_kernels.py
 	@cd / && $(abspath $(BIN))/python -c 'from svdq import _C; assert _C.BUILT_WITH_CUDA; print("svdq._C imports")'
 
 count: build/cpp/CMakeCache.txt  ## instructions of every stage against the committed counts (valgrind)
 	$(say) 'Instruction counts'
 	@cmake --build build/cpp -j $(JOBS) --target svdq_count -- --no-print-directory | { grep -Ev '^(\[|-- )' || true; }
-	@$(PYTHON) scripts/count_instructions.py build/cpp/svdq_count $(COUNT_OPTIONS)
+	@$(PYTHON) tools/count_instructions.py build/cpp/svdq_count $(COUNT_OPTIONS)
 
 count-renew:  ## write docs/results/instructions.json anew
 	@$(MAKE) --no-print-directory count COUNT_OPTIONS=--renew
@@ -103,8 +103,8 @@ clean:  ## remove everything built, keep the packages of .venv
 
 # --- what the commands depend on ---
 
-$(STAMPS)/system: scripts/check_system.sh
-	@scripts/check_system.sh $(PYTHON)
+$(STAMPS)/system: build_tools/check_system.sh
+	@build_tools/check_system.sh $(PYTHON)
 	@[ -x $(BIN)/python ] || { echo 'Creating $(VENV)'; $(PYTHON) -m venv $(VENV); }
 	@mkdir -p $(STAMPS) && touch $@
 
@@ -114,8 +114,8 @@ $(STAMPS)/torch: pyproject.toml $(STAMPS)/system
 	@touch $@
 
 # The CUDA compiler of torch's own CUDA release; nothing for a torch without CUDA.
-$(STAMPS)/cuda: pyproject.toml scripts/cuda_build.py $(STAMPS)/torch
-	@$(BIN)/python scripts/cuda_build.py install
+$(STAMPS)/cuda: pyproject.toml build_tools/cuda_build.py $(STAMPS)/torch
+	@$(BIN)/python build_tools/cuda_build.py install
 	@touch $@
 
 $(STAMPS)/extension: $(CXX_FILES) setup.py $(STAMPS)/sources $(STAMPS)/build-options $(STAMPS)/cuda

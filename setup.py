@@ -1,7 +1,7 @@
 """Builds the extension ``svdq._C``; all else about the package stands in pyproject.toml.
 
-CUDA kernels are compiled when the toolkit is there (scripts/cuda_build.py; SVDQ_CUDA=0 leaves them
-out, SVDQ_CUDA=1 insists), their emulation when Boost.Context is.
+CUDA kernels are compiled when the toolkit is there (build_tools/cuda_build.py; SVDQ_CUDA=0 leaves
+them out, SVDQ_CUDA=1 insists), their emulation when Boost.Context is.
 """
 
 import os
@@ -13,17 +13,17 @@ from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "build_tools"))
 import cuda_build  # noqa: E402
 
 BUILD = ROOT / "build/extension"
 SOURCE_FOLDERS = ["csrc/core", "csrc/cpu", "csrc/torch"]
-EMULATION_FOLDERS = ["csrc/emu", "csrc/emulated"]
+EMULATION_FOLDERS = ["csrc/emulator"]
 
 
 def find_files(folders: list[str], *patterns: str) -> list[str]:
     """Files of these folders that match, relative to the repository root."""
-    paths = [p for f in folders for pattern in patterns for p in (ROOT / f).glob(pattern)]
+    paths = [p for f in folders for pattern in patterns for p in (ROOT / f).rglob(pattern)]
     return sorted(str(p.relative_to(ROOT)) for p in paths)
 
 

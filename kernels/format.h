@@ -27,12 +27,12 @@
 // multiple of 8, so every band ends on a line: b bits a channel take 64 * b / 8 bytes a channel and
 // page, without padding.
 //
-// A head's bands are those of its core channels, coded before RoPE, then those of its tail channels,
+// A head's bands are those of its pre-RoPE channels, coded before RoPE, then those of its post-RoPE channels,
 // coded after it; where both may occur (hybrid) the tail codes what the core leaves. With
 // mid(b) = (2^b - 1) / 2 and R_t the rotation to position t, a key is decoded as
 //
-//   k_t = R_t (mean + sum_core (code_j - mid(width_j)) * scale_j * basis_j)
-//         + tail_mean + sum_tail (code_j - mid(width_j)) * scale_j * basis_j,
+//   k_t = R_t (mean + sum_pre (code_j - mid(width_j)) * scale_j * basis_j)
+//         + post_mean + sum_post (code_j - mid(width_j)) * scale_j * basis_j,
 //
 // where one of the two lines is absent for "pre" (the second) and "post" (the first; its mean is
 // then the tail's); a value as v = zero + code * scale   per (token, group).
@@ -73,14 +73,14 @@ static_assert(4 * kPageTokens * 2 / 8 == kLineBytes, "four 2-bit channels fill o
 
 // Where the keys of a layer are coded. The numbers are part of the format.
 enum class RopeMode : int {
-  kPre = 0,   // un-rotated keys: core channels, rotated back while attending (the paper)
-  kPost = 1,  // rotated keys: tail channels, absorbed into the query
-  // Core channels, then what they leave of the rotated key as tail channels; each may be none.
-  // Without core channels the un-rotated mean alone is rotated: "rotated mean".
+  kPre = 0,   // un-rotated keys: pre-RoPE channels, rotated back while attending (the paper)
+  kPost = 1,  // rotated keys: post-RoPE channels, absorbed into the query
+  // pre-RoPE channels, then what they leave of the rotated key as post-RoPE channels; each may be none.
+  // Without pre-RoPE channels the un-rotated mean alone is rotated: "rotated mean".
   kHybrid = 2,
 };
 
-// Channels of one head by width, widest first. Core channels live before RoPE, tail channels after.
+// Channels of one head by width, widest first. pre-RoPE channels live before RoPE, post-RoPE channels after.
 struct Bands {
   int count[kNumWidths];
 
@@ -101,13 +101,14 @@ struct Bands {
 static_assert(Bands{{0, 4, 8, 8}}.page_bytes() == 320, "4*4 + 8*2 + 8*1 bits = 5 bytes a token");
 
 // Position of a code: a byte and a shift inside it.
-struct CodePlace {
+struct CodeAddress {
   int64_t byte;
   int shift;
 };
 
 // Place of unit `unit`, lane `lane`, element `element` (0..3) in a run of lines of one width.
-SVDQ_HOST_DEVICE constexpr CodePlace unit_place(int width, int unit, int lane, int element) {
+SVDQ_HOST_DEVICE constexpr CodeAddress code_tile_address(int width, int unit, int lane,
+                                                         int element) {
   const int units_per_line = 8 / width;
   return {int64_t{unit / units_per_line} * kLineBytes + lane * kQuad + element,
           unit % units_per_line * width};
@@ -119,28 +120,29 @@ SVDQ_HOST_DEVICE constexpr float mid_code(int width) {
 }
 
 // Key code of channel `channel` of a band (counted inside the band) and slot `token` of the page.
-SVDQ_HOST_DEVICE constexpr CodePlace key_code_place(int width, int channel, int token) {
-  return unit_place(width, channel / kQuad * kGroups + token / kLanes, token % kLanes,
-                    channel % kQuad);
+SVDQ_HOST_DEVICE constexpr CodeAddress key_code_address(int width, int channel, int token) {
+  return code_tile_address(width, channel / kQuad * kGroups + token / kLanes, token % kLanes,
+                           channel % kQuad);
 }
 
 // Value code of channel `channel` of a head and slot `token` of the page (0..63).
-SVDQ_HOST_DEVICE constexpr CodePlace value_code_place(int width, int channel, int token) {
-  return unit_place(width, channel / kLanes * kTokenQuads + token / kQuad, channel % kLanes,
-                    token % kQuad);
+SVDQ_HOST_DEVICE constexpr CodeAddress value_code_address(int width, int channel, int token) {
+  return code_tile_address(width, channel / kLanes * kTokenQuads + token / kQuad, channel % kLanes,
+                           token % kQuad);
 }
 
-static_assert(key_code_place(4, 5, 17).byte == 128 + 1 * 4 + 1 &&
-              key_code_place(4, 5, 17).shift == 4);
-static_assert(key_code_place(1, 7, 63).byte == 15 * 4 + 3 && key_code_place(1, 7, 63).shift == 7);
-static_assert(value_code_place(4, 17, 6).byte == 8 * 64 + 1 * 4 + 2 &&
-              value_code_place(4, 17, 6).shift == 4);
+static_assert(key_code_address(4, 5, 17).byte == 128 + 1 * 4 + 1 &&
+              key_code_address(4, 5, 17).shift == 4);
+static_assert(key_code_address(1, 7, 63).byte == 15 * 4 + 3 &&
+              key_code_address(1, 7, 63).shift == 7);
+static_assert(value_code_address(4, 17, 6).byte == 8 * 64 + 1 * 4 + 2 &&
+              value_code_address(4, 17, 6).shift == 4);
 
-SVDQ_HOST_DEVICE constexpr int get_code(const uint8_t* codes, CodePlace place, int width) {
+SVDQ_HOST_DEVICE constexpr int get_code(const uint8_t* codes, CodeAddress place, int width) {
   return (codes[place.byte] >> place.shift) & ((1 << width) - 1);
 }
 
-SVDQ_HOST_DEVICE constexpr void put_code(uint8_t* codes, CodePlace place, int width, int code) {
+SVDQ_HOST_DEVICE constexpr void put_code(uint8_t* codes, CodeAddress place, int width, int code) {
   const int mask = ((1 << width) - 1) << place.shift;
   codes[place.byte] = static_cast<uint8_t>((codes[place.byte] & ~mask) | (code << place.shift));
 }

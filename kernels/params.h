@@ -11,26 +11,24 @@ namespace svdq {
 
 enum class DataType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// Channels of one head and where they lie. Core and tail channels follow each other in the basis
+// Channels of one head and where they lie. Core and post-RoPE channels follow each other in the basis
 // and in the page.
 struct HeadPlan {
-  Bands core;
-  Bands tail;
+  Bands pre;
+  Bands post;
   int first_channel;  // row of this head's first channel in basis and scale
   int64_t k_offset;   // byte of this head's codes inside a key page
 
-  SVDQ_HOST_DEVICE constexpr int page_bytes() const {
-    return core.page_bytes() + tail.page_bytes();
-  }
-  SVDQ_HOST_DEVICE constexpr int rank() const { return core.rank() + tail.rank(); }
+  SVDQ_HOST_DEVICE constexpr int page_bytes() const { return pre.page_bytes() + post.page_bytes(); }
+  SVDQ_HOST_DEVICE constexpr int rank() const { return pre.rank() + post.rank(); }
   // Where the tail begins.
-  SVDQ_HOST_DEVICE constexpr int first_tail_channel() const { return first_channel + core.rank(); }
-  SVDQ_HOST_DEVICE constexpr int64_t tail_offset() const { return k_offset + core.page_bytes(); }
+  SVDQ_HOST_DEVICE constexpr int first_post_channel() const { return first_channel + pre.rank(); }
+  SVDQ_HOST_DEVICE constexpr int64_t post_offset() const { return k_offset + pre.page_bytes(); }
 };
 
 // Width of the head's channel j, counted in basis order.
 SVDQ_HOST_DEVICE constexpr int channel_width(const HeadPlan& head, int j) {
-  return j < head.core.rank() ? head.core.width(j) : head.tail.width(j - head.core.rank());
+  return j < head.pre.rank() ? head.pre.width(j) : head.post.width(j - head.pre.rank());
 }
 
 struct LayoutView {
@@ -44,11 +42,11 @@ struct LayoutView {
   const HeadPlan* heads;  // [H]
 };
 
-// Rotation of pair i (channels i and i + half) at position p: angle p * inv_freq[i]. half == 0:
+// Rotation of pair i (channels i and i + rotary_pairs) at position p: angle p * inv_freq[i]. rotary_pairs == 0:
 // none.
 struct Rope {
-  const float* inv_freq;  // [half]
-  int half;
+  const float* inv_freq;  // [rotary_pairs]
+  int rotary_pairs;
 };
 
 // Keys or values of one sequence, [H, T, D]; the last dimension is contiguous.
@@ -133,20 +131,20 @@ struct AttendParams {
   const uint16_t* basis;          // [B, R, D] bfloat16
   const float* scale;             // [B, R]
   const float* mean;              // [B, H, D], the core's for hybrid
-  const float* tail_mean;         // [B, H, D], hybrid only
+  const float* post_mean;         // [B, H, D], hybrid only
   const int32_t* first_position;  // [B], may be null: zeros
-  const void* exact_keys;         // [B, H, E, D]; strides in elements
-  const void* exact_values;
-  DataType exact_dtype;
-  int64_t exact_batch_stride;
-  int64_t exact_head_stride;
-  int exact_rows;  // E
+  const void* window_keys;        // [B, H, E, D]; strides in elements
+  const void* window_values;
+  DataType window_dtype;
+  int64_t window_batch_stride;
+  int64_t window_head_stride;
+  int window_rows;  // E
   // Keys held exact beside their codes, whose scores take the place of the codes'.
   const int32_t* outlier_slots;  // [B, H, N] ascending, then INT32_MAX; may be null
   const void* outlier_keys;      // [B, H, N, D]
   DataType outlier_dtype;
-  int outliers;               // N
-  const int32_t* exact_lens;  // [B]
+  int outliers;                // N
+  const int32_t* window_lens;  // [B]
   int sink_tokens;
   float sm_scale;
   bool causal;
@@ -159,10 +157,10 @@ struct AttendParams {
 
 // Key sparsity: which packed tokens are worth attending. Queries q of a KV head (rows: its query
 // heads times q_len) score slot t with the head's first `channels` channels in basis order, where
-// core channels are rotated as if they stood at the middle of their page, and pairs of a frequency
+// pre-RoPE channels are rotated as if they stood at the middle of their page, and pairs of a frequency
 // above kSelectFastest are left out of that:
-//   score(q, t) = sm_scale * (q . R_middle (mean + sum_core (code - mid) scale basis)
-//                             + q . (tail_mean + sum_tail (code - mid) scale basis)).
+//   score(q, t) = sm_scale * (q . R_middle (mean + sum_pre (code - mid) scale basis)
+//                             + q . (post_mean + sum_post (code - mid) scale basis)).
 // A token's weight is the sum over rows of exp(score(q, t) - norm(q)), where norm(q) is the
 // log-sum-exp of q's scores over a sample of pages (select_sample_stride), sinks left out. The `budget` tokens of
 // largest weight are selected, the earlier of equals, and the outliers with them.
@@ -182,16 +180,16 @@ struct SelectParams {
   const uint16_t* basis;          // [B, R, D] bfloat16
   const float* scale;             // [B, R]
   const float* mean;              // [B, H, D], the core's for hybrid
-  const float* tail_mean;         // [B, H, D], hybrid only
+  const float* post_mean;         // [B, H, D], hybrid only
   const int32_t* first_position;  // [B], may be null: zeros
   const int32_t* outlier_slots;   // [B, H, N] ascending, then INT32_MAX; may be null
   int outliers;                   // N
   int sink_tokens;                // leading slots whose weight is never looked at
   float sm_scale;
-  int channels;             // a multiple of 4, at most kMaxSelectChannels
-  int budget;               // tokens to select beside the outliers, at least 1
-  int32_t* slots;           // [B, H, budget + N] selected slots, ascending, then INT32_MAX
-  int32_t* outlier_places;  // [B, H, N] place of each outlier in slots; null without outliers
+  int channels;              // a multiple of 4, at most kMaxSelectChannels
+  int budget;                // tokens to select beside the outliers, at least 1
+  int32_t* slots;            // [B, H, budget + N] selected slots, ascending, then INT32_MAX
+  int32_t* outlier_indices;  // [B, H, N] place of each outlier in slots; null without outliers
 };
 
 inline constexpr int kMaxSelectChannels = 32;

@@ -3,7 +3,7 @@
 import importlib.util
 from pathlib import Path
 
-SCRIPT = Path(__file__).parent.parent / "scripts/count_instructions.py"
+SCRIPT = Path(__file__).parent.parent / "tools/count_instructions.py"
 spec = importlib.util.spec_from_file_location("count_instructions", SCRIPT)
 counting = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(counting)

@@ -1,5 +1,5 @@
-// What the CPU backends leave out where they absorb core channels into few queries
-// (csrc/cpu/absorb-inl.h): which RoPE pairs, and to what precision. A pair's part of a score is that
+// What the CPU backends leave out where they absorb pre-RoPE channels into few queries
+// (csrc/cpu/attend/absorb-inl.h): which RoPE pairs, and to what precision. A pair's part of a score is that
 // of the query's and the key's two numbers, |q_i| |k_i| at most; errors below are shares of it.
 #pragma once
 

@@ -19,7 +19,7 @@ namespace portable {
 extern const Backend kBackend;
 }
 #if defined(SVDQ_WITH_EMULATION)
-namespace emulated {
+namespace emulator {
 extern const Backend kBackend;
 }
 #endif
@@ -34,7 +34,7 @@ const Backend* const kBackends[] = {
 #endif
     &portable::kBackend,
 #if defined(SVDQ_WITH_EMULATION)
-    &emulated::kBackend,
+    &emulator::kBackend,
 #endif
 };
 
@@ -44,7 +44,7 @@ const Backend& find_backend(const std::string& name) {
     if (name == backend->name) return *backend;
     names += names.empty() ? backend->name : join(", ", backend->name);
   }
-  throw Error(join("backend '", name, "' is not available; this machine runs: ", names));
+  throw Error(join("backend '", name, "' is not available; this limits runs: ", names));
 }
 
 std::atomic<const Backend*> chosen{nullptr};

@@ -54,19 +54,19 @@ Layout::Layout(const std::vector<int64_t>& ints) {
     const int64_t* counts = ints.data() + kLayoutHeader + h * kLayoutPerHead;
     HeadPlan head{parse_bands(counts, h), parse_bands(counts + kNumWidths, h), rank_,
                   k_page_bytes_};
-    SVDQ_CHECK((head.core.rank() == 0 || rope_ != RopeMode::kPost) &&
-                   (head.tail.rank() == 0 || rope_ != RopeMode::kPre),
+    SVDQ_CHECK((head.pre.rank() == 0 || rope_ != RopeMode::kPost) &&
+                   (head.post.rank() == 0 || rope_ != RopeMode::kPre),
                "layout: head ", h, " has channels that its rope mode does not use");
-    for (const int rank : {head.core.rank(), head.tail.rank()}) {
+    for (const int rank : {head.pre.rank(), head.post.rank()}) {
       SVDQ_CHECK(rank <= ints[2], "layout: head ", h, " codes ", rank, " channels of head_dim ",
                  ints[2]);
     }
     rank_ += head.rank();
-    core_rank_ += head.core.rank();
+    pre_rank_ += head.pre.rank();
     k_page_bytes_ += head.page_bytes();
     heads_.push_back(head);
-    core_heads_.push_back({head.core, Bands{}, head.first_channel, head.k_offset});
-    tail_heads_.push_back({Bands{}, head.tail, head.first_tail_channel(), head.tail_offset()});
+    pre_heads_.push_back({head.pre, Bands{}, head.first_channel, head.k_offset});
+    post_heads_.push_back({Bands{}, head.post, head.first_post_channel(), head.post_offset()});
   }
   SVDQ_CHECK(rank_ > 0, "layout: no head has a coded channel");
 }
@@ -76,18 +76,18 @@ LayoutView Layout::view() const {
           rank_,       k_page_bytes_, v_page_bytes(), heads_.data()};
 }
 
-LayoutView Layout::core_view() const {
-  LayoutView core = view();
-  core.rope = RopeMode::kPre;
-  core.heads = core_heads_.data();
-  return core;
+LayoutView Layout::pre_view() const {
+  LayoutView pre = view();
+  pre.rope = RopeMode::kPre;
+  pre.heads = pre_heads_.data();
+  return pre;
 }
 
-LayoutView Layout::tail_view() const {
-  LayoutView tail = view();
-  tail.rope = RopeMode::kPost;
-  tail.heads = tail_heads_.data();
-  return tail;
+LayoutView Layout::post_view() const {
+  LayoutView post = view();
+  post.rope = RopeMode::kPost;
+  post.heads = post_heads_.data();
+  return post;
 }
 
 }  // namespace svdq

@@ -15,17 +15,17 @@ class Layout {
 
   // Valid as long as this object.
   LayoutView view() const;
-  // The same pages with nothing but the core channels, coded like "pre", or nothing but the tail
+  // The same pages with nothing but the pre-RoPE channels, coded like "pre", or nothing but the tail
   // channels, coded like "post": the stages that fit, pack and unpack run on one part of a hybrid
   // page and leave the other alone. Channels and bytes are where they are in view().
-  LayoutView core_view() const;
-  LayoutView tail_view() const;
+  LayoutView pre_view() const;
+  LayoutView post_view() const;
 
   int num_heads() const { return static_cast<int>(heads_.size()); }
   int head_dim() const { return value_.head_dim; }
   int rank() const { return rank_; }
-  int core_rank() const { return core_rank_; }
-  int tail_rank() const { return rank_ - core_rank_; }
+  int pre_rank() const { return pre_rank_; }
+  int post_rank() const { return rank_ - pre_rank_; }
   RopeMode rope() const { return rope_; }
   const ValueLayout& value() const { return value_; }
   int64_t k_page_bytes() const { return k_page_bytes_; }
@@ -35,11 +35,11 @@ class Layout {
   RopeMode rope_;
   ValueLayout value_;
   int rank_ = 0;
-  int core_rank_ = 0;
+  int pre_rank_ = 0;
   int64_t k_page_bytes_ = 0;
   std::vector<HeadPlan> heads_;
-  std::vector<HeadPlan> core_heads_;
-  std::vector<HeadPlan> tail_heads_;
+  std::vector<HeadPlan> pre_heads_;
+  std::vector<HeadPlan> post_heads_;
 };
 
 // Throws Error unless head_dim is one that the kernels take: a multiple of 16 up to kMaxHeadDim.

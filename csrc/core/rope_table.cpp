@@ -11,10 +11,10 @@ constexpr int64_t kFreshRuns = 64;
 }  // namespace
 
 void start_rotation(const Rope& rope, int64_t position, double* rotation) {
-  for (int i = 0; i < rope.half; ++i) {
+  for (int i = 0; i < rope.rotary_pairs; ++i) {
     const double angle = static_cast<double>(position) * static_cast<double>(rope.inv_freq[i]);
     rotation[i] = std::cos(angle);
-    rotation[rope.half + i] = std::sin(angle);
+    rotation[rope.rotary_pairs + i] = std::sin(angle);
   }
 }
 
@@ -27,10 +27,10 @@ void advance_rotation(double* rotation, const double* turn, int half) {
 }
 
 PageAngles::PageAngles(const Rope& rope)
-    : half_(rope.half),
-      page_turn_(sizeof(double) * 2 * rope.half),
-      rows_(sizeof(float) * 2 * kPageTokens * rope.half),
-      columns_(sizeof(float) * 2 * kPageTokens * rope.half) {
+    : half_(rope.rotary_pairs),
+      page_turn_(sizeof(double) * 2 * rope.rotary_pairs),
+      rows_(sizeof(float) * 2 * kPageTokens * rope.rotary_pairs),
+      columns_(sizeof(float) * 2 * kPageTokens * rope.rotary_pairs) {
   const AlignedBuffer step(sizeof(double) * 2 * half_);
   double* turn = page_turn_.as<double>();
   start_rotation(rope, 1, step.as<double>());
@@ -50,16 +50,17 @@ PageAngles::PageAngles(const Rope& rope)
 }
 
 RopeTable::RopeTable(const Rope& rope, int64_t first_position, int64_t num_runs)
-    : offsets_(rope), bases_(sizeof(float) * 2 * num_runs * rope.half) {
-  const AlignedBuffer rotation(sizeof(double) * 2 * rope.half);
+    : offsets_(rope), bases_(sizeof(float) * 2 * num_runs * rope.rotary_pairs) {
+  const AlignedBuffer rotation(sizeof(double) * 2 * rope.rotary_pairs);
   for (int64_t run = 0; run < num_runs; ++run) {
     if (run % kFreshRuns == 0) {
       start_rotation(rope, first_position + run * kPageTokens, rotation.as<double>());
     } else {
-      advance_rotation(rotation.as<double>(), offsets_.page_turn(), rope.half);
+      advance_rotation(rotation.as<double>(), offsets_.page_turn(), rope.rotary_pairs);
     }
-    float* row = bases_.as<float>() + run * 2 * rope.half;
-    for (int i = 0; i < 2 * rope.half; ++i) row[i] = static_cast<float>(rotation.as<double>()[i]);
+    float* row = bases_.as<float>() + run * 2 * rope.rotary_pairs;
+    for (int i = 0; i < 2 * rope.rotary_pairs; ++i)
+      row[i] = static_cast<float>(rotation.as<double>()[i]);
   }
 }
 

@@ -32,11 +32,11 @@ Slot find_slot(const UnpackParams& p, int64_t token, int64_t page_bytes) {
 template <typename Fn>
 void for_each_code(const HeadPlan& head, const uint8_t* codes, int token, const Fn& fn) {
   int channel = 0;
-  for (const Bands* bands : {&head.core, &head.tail}) {
+  for (const Bands* bands : {&head.pre, &head.post}) {
     for (int w = 0; w < kNumWidths; ++w) {
       const int width = kWidths[w];
       for (int j = 0; j < bands->count[w]; ++j) {
-        fn(channel++, get_code(codes, key_code_place(width, j, token), width), width);
+        fn(channel++, get_code(codes, key_code_address(width, j, token), width), width);
       }
       codes += int64_t{bands->count[w]} * width * kPageTokens / 8;
     }
@@ -106,7 +106,7 @@ void unpack_keys(const UnpackParams& p, const Executor& executor, const Rope& ro
                   });
     add_rows(mean + int64_t{h} * dim, latents, rows + int64_t{head.first_channel} * dim,
              head.rank(), dim, key);
-    rotate_forward(key, rotation, rope.half);
+    rotate_forward(key, rotation, rope.rotary_pairs);
     float* to = keys + (h * p.num_tokens + t) * dim;
     for (int d = 0; d < dim; ++d) to[d] = static_cast<float>(key[d]);
   };
@@ -118,7 +118,7 @@ void unpack_keys(const UnpackParams& p, const Executor& executor, const Rope& ro
     for (int64_t t = first; t < std::min(first + kPageTokens, p.num_tokens); ++t) {
       const Slot slot = find_slot(p, t, p.layout.k_page_bytes);
       for (int h = 0; h < p.layout.num_heads; ++h) unpack_key(h, t, slot, rotation);
-      advance_rotation(rotation, turn, rope.half);
+      advance_rotation(rotation, turn, rope.rotary_pairs);
     }
   });
 }
@@ -140,7 +140,7 @@ void unpack_values(const UnpackParams& p, const Executor& executor, DataType dty
         const float scale = load_scalar(page + value.scale_offset(), DataType::kFloat16, at);
         const float zero = load_scalar(page + value.zero_offset(), DataType::kFloat16, at);
         const int code = get_code(page + value.code_offset(),
-                                  value_code_place(value.bits, d, slot.token), value.bits);
+                                  value_code_address(value.bits, d, slot.token), value.bits);
         to[d] = zero + static_cast<float>(code) * scale;
       }
     }

@@ -5,14 +5,14 @@ namespace svdq::cuda {
 
 void attend(const AttendParams& params, const GpuContext& context) {
   const Range range("svdq.attend");
-  Queue queue(context);
-  gpu::attend(params, queue);
+  Stream stream(context);
+  gpu::attend(params, stream);
 }
 
 void merge(const MergeParams& params, const GpuContext& context) {
   const Range range("svdq.merge");
-  Queue queue(context);
-  gpu::merge(params, queue);
+  Stream stream(context);
+  gpu::merge(params, stream);
 }
 
 }  // namespace svdq::cuda

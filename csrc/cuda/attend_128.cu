@@ -1,7 +1,8 @@
 // The attend stage for head_dim up to 128, in a file of its own so that files compile side by side.
-#include "csrc/cuda/queue.cuh"
+#include "csrc/cuda/stream.cuh"
 #include "csrc/gpu/attend.h"
 
 namespace svdq::gpu {
-template void attend_class<128, cuda::Queue>(const AttendParams&, const AttendCut*, cuda::Queue&);
+template void attend_class<128, cuda::Stream>(const AttendParams&, const AttendTiling*,
+                                              cuda::Stream&);
 }  // namespace svdq::gpu

@@ -6,7 +6,7 @@
 #include <map>
 #include <memory>
 
-#include "csrc/cuda/check.h"
+#include "csrc/cuda/status.h"
 
 namespace svdq::cuda {
 namespace {

@@ -1,4 +1,4 @@
-// cuBLAS and cuSOLVER, as far as the basis stage needs them (csrc/gpu/basis.h says what each call
+// cuBLAS and cuSOLVER, as far as the basis stage needs them (csrc/gpu/covariance.h says what each call
 // does). No header of theirs is included here, so that kernels compile without.
 #pragma once
 

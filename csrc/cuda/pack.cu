@@ -1,20 +1,20 @@
 #include "csrc/gpu/pack.h"
 
-#include "csrc/cuda/queue.cuh"
+#include "csrc/cuda/stream.cuh"
 #include "csrc/cuda/stages.h"
 
 namespace svdq::cuda {
 
 void pack_keys(const PackKeysParams& params, const GpuContext& context) {
   const Range range("svdq.pack_keys");
-  Queue queue(context);
-  gpu::pack_keys(params, queue);
+  Stream stream(context);
+  gpu::pack_keys(params, stream);
 }
 
 void pack_values(const PackValuesParams& params, const GpuContext& context) {
   const Range range("svdq.pack_values");
-  Queue queue(context);
-  gpu::pack_values(params, queue);
+  Stream stream(context);
+  gpu::pack_values(params, stream);
 }
 
 }  // namespace svdq::cuda

@@ -5,23 +5,23 @@
 #include <numeric>
 #include <type_traits>
 
-#include "csrc/gpu/rotations.h"
-#include "kernels/attend_decode.cuh"
-#include "kernels/attend_exact.cuh"
-#include "kernels/attend_tiles.cuh"
-#include "kernels/merge.cuh"
+#include "csrc/gpu/rope.h"
+#include "kernels/attend/decode.cuh"
+#include "kernels/attend/window.cuh"
+#include "kernels/attend/tiles.cuh"
+#include "kernels/attend/merge.cuh"
 
 namespace svdq::gpu {
 
 // How a call is cut. The answer does not depend on it, but for rounding.
-struct AttendCut {
-  int split_pages;  // pages of a block, or of a warp of attend_decode, at least 1
-  int split_exact;  // exact rows of a block, a multiple of 64
-  int stages;       // pages in flight or in use, 2 to 4
+struct AttendTiling {
+  int split_pages;   // pages of a block, or of a warp of attend_decode, at least 1
+  int split_window;  // exact rows of a block, a multiple of 64
+  int stages;        // pages in flight or in use, 2 to 4
   // 8-row tiles of a block: 1, or an even number up to kMaxTiles. More than 1 asks for values,
-  // exact rows alike, that tiles_pages or tiles_exact takes.
+  // exact rows alike, that tiles_pages or tiles_window takes.
   int page_tiles = 1;
-  int exact_tiles = 1;
+  int window_tiles = 1;
 };
 
 // Bytes of a page that go through shared memory: the largest head's keys, and packed values.
@@ -40,15 +40,15 @@ int tiles_stage_bytes(const LayoutView& layout) {
 
 // Steps of 16 channels of the largest head's query operand.
 inline int query_steps(const LayoutView& layout) {
-  const int core = layout.rope == RopeMode::kPost ? 0 : layout.head_dim / 16;
-  if (layout.rope == RopeMode::kPre) return core;
+  const int pre = layout.rope == RopeMode::kPost ? 0 : layout.head_dim / 16;
+  if (layout.rope == RopeMode::kPre) return pre;
   int most = 0;
   for (int h = 0; h < layout.num_heads; ++h) {
     int steps = 0;
-    for (int count : layout.heads[h].tail.count) steps += device::band_steps(count);
+    for (int count : layout.heads[h].post.count) steps += device::band_steps(count);
     most = std::max(most, steps);
   }
-  return core + most;
+  return pre + most;
 }
 
 // Whether blocks may take several tiles. Float values have no tensor-core product of their
@@ -58,27 +58,27 @@ inline bool tiles_pages(const AttendParams& p) {
 }
 
 // Exact rows must be read in vectors, and queries rounded to the keys' dtype would not do.
-inline bool tiles_exact(const AttendParams& p) {
+inline bool tiles_window(const AttendParams& p) {
   const auto aligned = [](const void* data, int64_t to) {
     return reinterpret_cast<uintptr_t>(data) % to == 0;
   };
-  return p.exact_dtype != DataType::kFloat32 && p.exact_dtype == p.query_dtype &&
-         aligned(p.query, 4) && aligned(p.exact_keys, 16) && aligned(p.exact_values, 16) &&
-         p.exact_batch_stride % 8 == 0 && p.exact_head_stride % 8 == 0;
+  return p.window_dtype != DataType::kFloat32 && p.window_dtype == p.query_dtype &&
+         aligned(p.query, 4) && aligned(p.window_keys, 16) && aligned(p.window_values, 16) &&
+         p.window_batch_stride % 8 == 0 && p.window_head_stride % 8 == 0;
 }
 
 // Tiles of a block for so many query rows of a KV head. From the second tile on the tiled kernels
-// copy a page once for all rows of the block and reconstruct its core channels once
+// copy a page once for all rows of the block and reconstruct its pre-RoPE channels once
 // (docs/cuda.md, "Many query rows").
 template <int kDim>
 int tiles_of_block(int64_t rows) {
   if (rows <= device::kRowTile) return 1;
-  const int64_t pairs = divide_up(rows, device::kWarpRows);
+  const int64_t pairs = ceil_div(rows, device::kWarpRows);
   return static_cast<int>(std::min<int64_t>(device::kMaxTiles<kDim>, 2 * pairs));
 }
 
 // Whether a warp has registers for all channels of a page: it holds an output for each, and with
-// core channels some columns of the keys.
+// pre-RoPE channels some columns of the keys.
 inline bool fits_warp(const LayoutView& layout) {
   return layout.rope == RopeMode::kPost || layout.head_dim <= 256;
 }
@@ -106,7 +106,7 @@ struct Scorers {
 template <int kDim>
 using AbsorbedScorers = Scorers<device::AbsorbedDecode<kDim>, device::AbsorbedScores<kDim>,
                                 device::AbsorbedTiles<kDim>>;
-// kOwnSlots: for gathered pages. Tail channels alone do not ask where a token came from.
+// kOwnSlots: for gathered pages. post-RoPE channels alone do not ask where a token came from.
 template <int kDim, bool kOwnSlots>  // see fits_warp
 using ReconstructedScorers =
     Scorers<std::conditional_t<kDim <= 256, device::ReconstructedDecode<kDim, 4, kOwnSlots>, void>,
@@ -138,15 +138,15 @@ SharedBytes shared_bytes(const AttendParams& p, int page_tiles) {
 }
 
 // Warps of a block of attend_decode: the most that have room.
-inline int page_warps(const SharedBytes& bytes, int stages, const Machine& machine) {
+inline int page_warps(const SharedBytes& bytes, int stages, const DeviceLimits& limits) {
   int warps = device::kDecodeWarps;
-  while (warps > 1 && bytes.fixed + warps * stages * bytes.stage > machine.max_shared_bytes)
+  while (warps > 1 && bytes.fixed + warps * stages * bytes.stage > limits.max_shared_bytes)
     warps /= 2;
   return warps;
 }
 
 template <typename Scorers>
-AttendCut plan_cut(const AttendParams& p, const Machine& machine) {
+AttendTiling plan_tiling(const AttendParams& p, const DeviceLimits& limits) {
   constexpr int kDim = Scorers::kDim;
   constexpr int kBlocksPerSm = 4;       // enough to hide each other's barriers
   constexpr int kDecodeWarpsPerSm = 8;  // two to a scheduler, with their copies in flight
@@ -154,87 +154,88 @@ AttendCut plan_cut(const AttendParams& p, const Machine& machine) {
   constexpr int kLeastExact = 128;      // likewise
   const int64_t rows = device::query_rows(p);
   const auto share = [&](int64_t length, int64_t least, int tiles, int per_sm) {
-    const int64_t blocks = divide_up(rows, tiles * device::kRowTile) * p.layout.num_heads * p.batch;
-    const int64_t wanted = divide_up(int64_t{per_sm} * machine.num_sms, blocks);
-    return std::max(least, divide_up(length, wanted));
+    const int64_t blocks = ceil_div(rows, tiles * device::kRowTile) * p.layout.num_heads * p.batch;
+    const int64_t wanted = ceil_div(int64_t{per_sm} * limits.num_sms, blocks);
+    return std::max(least, ceil_div(length, wanted));
   };
 
-  AttendCut cut{};
-  cut.exact_tiles = tiles_exact(p) ? tiles_of_block<kDim>(rows) : 1;
-  cut.page_tiles = page_tiles_for(p, tiles_pages(p) ? tiles_of_block<kDim>(rows) : 1);
+  AttendTiling tiling{};
+  tiling.window_tiles = tiles_window(p) ? tiles_of_block<kDim>(rows) : 1;
+  tiling.page_tiles = page_tiles_for(p, tiles_pages(p) ? tiles_of_block<kDim>(rows) : 1);
   const auto stages = [&](int tiles) {
     const SharedBytes bytes = shared_bytes<Scorers>(p, tiles);
-    return std::min(4, (machine.max_shared_bytes - bytes.fixed) / bytes.stage);
+    return std::min(4, (limits.max_shared_bytes - bytes.fixed) / bytes.stage);
   };
   const int least_tiles = page_tiles_for(p, 1);
-  while (cut.page_tiles > least_tiles && stages(cut.page_tiles) < 2)
-    cut.page_tiles = std::max(least_tiles, cut.page_tiles - 2);
-  cut.stages = stages(cut.page_tiles);
+  while (tiling.page_tiles > least_tiles && stages(tiling.page_tiles) < 2)
+    tiling.page_tiles = std::max(least_tiles, tiling.page_tiles - 2);
+  tiling.stages = stages(tiling.page_tiles);
   const SharedBytes least = shared_bytes<Scorers>(p, least_tiles);
-  SVDQ_CHECK(cut.stages >= 2, "attend needs ", least.fixed + 2 * least.stage,
+  SVDQ_CHECK(tiling.stages >= 2, "attend needs ", least.fixed + 2 * least.stage,
              " bytes of shared memory a block for head_dim ", p.layout.head_dim, " and pages of ",
-             least.stage, " bytes a head; this device gives ", machine.max_shared_bytes);
-  const bool decode = decodes(p, cut.page_tiles);
+             least.stage, " bytes a head; this device gives ", limits.max_shared_bytes);
+  const bool decode = decodes(p, tiling.page_tiles);
   if (decode) {
     // One page in flight a warp is several times what hides the memory's latency, so room for more
     // blocks, which hide that of instructions, comes first.
-    const Machine quarter{machine.num_sms, machine.max_shared_bytes / 4};
-    while (cut.stages > 2 && page_warps(least, cut.stages, quarter) < device::kDecodeWarps)
-      --cut.stages;
+    const DeviceLimits quarter{limits.num_sms, limits.max_shared_bytes / 4};
+    while (tiling.stages > 2 && page_warps(least, tiling.stages, quarter) < device::kDecodeWarps)
+      --tiling.stages;
   }
-  cut.split_pages = static_cast<int>(share(p.table_stride, kLeastPages, cut.page_tiles,
-                                           decode ? kDecodeWarpsPerSm : kBlocksPerSm));
-  const int64_t exact = share(p.exact_rows, kLeastExact, cut.exact_tiles, kBlocksPerSm);
-  cut.split_exact = static_cast<int>(divide_up(exact, kPageTokens) * kPageTokens);
-  return cut;
+  tiling.split_pages = static_cast<int>(share(p.table_stride, kLeastPages, tiling.page_tiles,
+                                              decode ? kDecodeWarpsPerSm : kBlocksPerSm));
+  const int64_t exact = share(p.window_rows, kLeastExact, tiling.window_tiles, kBlocksPerSm);
+  tiling.split_window = static_cast<int>(ceil_div(exact, kPageTokens) * kPageTokens);
+  return tiling;
 }
 
-template <typename Scorers, typename Queue>
-device::AttendWork plan_work(const AttendParams& p, const AttendCut& cut, Queue& queue) {
+template <typename Scorers, typename Stream>
+device::AttendWorkspace plan_workspace(const AttendParams& p, const AttendTiling& tiling,
+                                       Stream& stream) {
   const LayoutView& layout = p.layout;
-  device::AttendWork work{};
-  work.page_tiles = page_tiles_for(p, cut.page_tiles);
-  const SharedBytes bytes = shared_bytes<Scorers>(p, work.page_tiles);
-  work.page_warps = page_warps(bytes, cut.stages, queue.machine());
-  work.exact_tiles = cut.exact_tiles;
-  work.query_steps = query_steps(layout);
-  const int64_t block_tiles = std::lcm(work.page_tiles, cut.exact_tiles);
-  const int64_t tiles = divide_up(device::query_rows(p), block_tiles * device::kRowTile);
-  work.row_tiles = static_cast<int>(tiles * block_tiles);
-  work.max_pages = static_cast<int>(p.table_stride);
-  work.split_pages = cut.split_pages;
-  work.page_splits = static_cast<int>(divide_up(work.max_pages, cut.split_pages));
-  work.split_exact = cut.split_exact;
-  work.exact_splits = static_cast<int>(divide_up(p.exact_rows, cut.split_exact));
-  work.stages = cut.stages;
-  work.stage_bytes = bytes.stage;
+  device::AttendWorkspace workspace{};
+  workspace.page_tiles = page_tiles_for(p, tiling.page_tiles);
+  const SharedBytes bytes = shared_bytes<Scorers>(p, workspace.page_tiles);
+  workspace.page_warps = page_warps(bytes, tiling.stages, stream.limits());
+  workspace.window_tiles = tiling.window_tiles;
+  workspace.query_steps = query_steps(layout);
+  const int64_t block_tiles = std::lcm(workspace.page_tiles, tiling.window_tiles);
+  const int64_t tiles = ceil_div(device::query_rows(p), block_tiles * device::kRowTile);
+  workspace.row_tiles = static_cast<int>(tiles * block_tiles);
+  workspace.max_pages = static_cast<int>(p.table_stride);
+  workspace.split_pages = tiling.split_pages;
+  workspace.page_splits = static_cast<int>(ceil_div(workspace.max_pages, tiling.split_pages));
+  workspace.split_window = tiling.split_window;
+  workspace.window_splits = static_cast<int>(ceil_div(p.window_rows, tiling.split_window));
+  workspace.stages = tiling.stages;
+  workspace.stage_bytes = bytes.stage;
 
   const int64_t heads = int64_t{p.batch} * layout.num_heads;
   const auto weights = [&](bool used, int64_t tiles) {
     if (!used) return device::Weights{};
     const int64_t all = heads * tiles;
-    return device::Weights{queue.template allocate<device::Words2>(
+    return device::Weights{stream.template allocate<device::Words2>(
                                all * device::max_steps(layout.head_dim) * device::kWarpSize),
-                           queue.template allocate<float>(all * device::kRowTile),
-                           queue.template allocate<float>(all * device::kRowTile)};
+                           stream.template allocate<float>(all * device::kRowTile),
+                           stream.template allocate<float>(all * device::kRowTile)};
   };
-  work.absorbed = weights(layout.rope != RopeMode::kPre, work.row_tiles);
-  work.columns = weights(layout.rope != RopeMode::kPost, layout.head_dim / device::kRowTile);
-  const int64_t slots = heads * work.row_tiles * device::kRowTile * work.splits();
-  work.partial_out = queue.template allocate<float>(slots * layout.head_dim);
-  work.partial_max = queue.template allocate<float>(slots);
-  work.partial_sum = queue.template allocate<float>(slots);
-  return work;
+  workspace.absorbed = weights(layout.rope != RopeMode::kPre, workspace.row_tiles);
+  workspace.columns = weights(layout.rope != RopeMode::kPost, layout.head_dim / device::kRowTile);
+  const int64_t slots = heads * workspace.row_tiles * device::kRowTile * workspace.splits();
+  workspace.partial_out = stream.template allocate<float>(slots * layout.head_dim);
+  workspace.partial_max = stream.template allocate<float>(slots);
+  workspace.partial_sum = stream.template allocate<float>(slots);
+  return workspace;
 }
 
-template <typename Scores, typename Queue>
-void attend_page_tiles(const AttendParams& p, const device::AttendWork& work,
-                       const device::HeadTable& heads, Queue& queue) {
+template <typename Scores, typename Stream>
+void attend_page_tiles(const AttendParams& p, const device::AttendWorkspace& workspace,
+                       const device::HeadTable& heads, Stream& stream) {
   constexpr int kDim = Scores::kDim;
   using Lean = typename Scores::Lean;  // exact values take registers for their probabilities' terms
   const auto run = [&]<typename Use, typename Values>() {
-    queue.launch("attend_page_tiles", device::attend_page_tiles_launch<Use>(p, work),
-                 device::attend_page_tiles_kernel<Use, Values>, p, work, heads);
+    stream.launch("attend_page_tiles", device::attend_page_tiles_launch<Use>(p, workspace),
+                  device::attend_page_tiles_kernel<Use, Values>, p, workspace, heads);
   };
   if constexpr (Scores::kGathered) {  // see page_tiles_for
     if constexpr (kDim > 256) {
@@ -254,96 +255,97 @@ void attend_page_tiles(const AttendParams& p, const device::AttendWork& work,
 }
 
 // The kernel over pages that the work is cut for.
-template <typename Scorers, typename Queue>
-void attend_pages(const AttendParams& p, const device::AttendWork& work,
-                  const device::HeadTable& heads, Queue& queue) {
+template <typename Scorers, typename Stream>
+void attend_pages(const AttendParams& p, const device::AttendWorkspace& workspace,
+                  const device::HeadTable& heads, Stream& stream) {
   using Decode = typename Scorers::Decode;
   using Plain = typename Scorers::Plain;
-  if (work.page_tiles > 1) {
-    attend_page_tiles<typename Scorers::Tiled>(p, work, heads, queue);
+  if (workspace.page_tiles > 1) {
+    attend_page_tiles<typename Scorers::Tiled>(p, workspace, heads, stream);
   } else if (decodes(p, 1)) {
     if constexpr (!std::is_void_v<Decode>) {
       const auto kernel = p.layout.value.bits == 4 ? device::attend_decode_kernel<Decode, 4>
                                                    : device::attend_decode_kernel<Decode, 2>;
-      queue.launch("attend_decode", device::attend_decode_launch<Decode>(p, work), kernel, p, work,
-                   heads);
+      stream.launch("attend_decode", device::attend_decode_launch<Decode>(p, workspace), kernel, p,
+                    workspace, heads);
     }
   } else {
-    queue.launch("attend_pages", device::attend_pages_launch<Plain>(p, work),
-                 device::attend_pages_kernel<Plain>, p, work, heads);
+    stream.launch("attend_pages", device::attend_pages_launch<Plain>(p, workspace),
+                  device::attend_pages_kernel<Plain>, p, workspace, heads);
   }
 }
 
-template <int kDim, typename Queue>
-void attend_exact(const AttendParams& p, const device::AttendWork& work, Queue& queue) {
-  if (work.exact_tiles == 1) {
-    queue.launch("attend_exact", device::attend_exact_launch<kDim>(p, work),
-                 device::attend_exact_kernel<kDim>, p, work);
+template <int kDim, typename Stream>
+void attend_window(const AttendParams& p, const device::AttendWorkspace& workspace,
+                   Stream& stream) {
+  if (workspace.window_tiles == 1) {
+    stream.launch("attend_window", device::attend_window_launch<kDim>(p, workspace),
+                  device::attend_window_kernel<kDim>, p, workspace);
     return;
   }
-  const auto kernel = p.exact_dtype == DataType::kBFloat16
-                          ? device::attend_exact_tiles_kernel<kDim, DataType::kBFloat16>
-                          : device::attend_exact_tiles_kernel<kDim, DataType::kFloat16>;
-  queue.launch("attend_exact_tiles", device::attend_exact_tiles_launch<kDim>(p, work), kernel, p,
-               work);
+  const auto kernel = p.window_dtype == DataType::kBFloat16
+                          ? device::attend_window_tiles_kernel<kDim, DataType::kBFloat16>
+                          : device::attend_window_tiles_kernel<kDim, DataType::kFloat16>;
+  stream.launch("attend_window_tiles", device::attend_window_tiles_launch<kDim>(p, workspace),
+                kernel, p, workspace);
 }
 
-// Prepares what multiplies the codes of core channels.
-template <int kDim, typename Queue>
-void prepare_core(const AttendParams& p, device::AttendWork& work, Queue& queue) {
-  if (p.token_slots && p.rope.half > 0) {
-    work.pair_turns = queue.template allocate<uint64_t>(p.rope.half);
-    queue.launch("pair_turns", device::pair_turns_launch(p.rope), device::pair_turns_kernel, p.rope,
-                 work.pair_turns);
+// Prepares what multiplies the codes of pre-RoPE channels.
+template <int kDim, typename Stream>
+void prepare_pre(const AttendParams& p, device::AttendWorkspace& workspace, Stream& stream) {
+  if (p.token_slots && p.rope.rotary_pairs > 0) {
+    workspace.pair_turns = stream.template allocate<uint64_t>(p.rope.rotary_pairs);
+    stream.launch("pair_turns", device::pair_turns_launch(p.rope), device::pair_turns_kernel,
+                  p.rope, workspace.pair_turns);
   } else {
-    const auto turns = rotations(p.rope, 0, p.first_position, p.batch, work.max_pages, queue);
-    work.offset_rotation = turns.slots;
-    work.page_rotation = turns.pages;
+    const auto turns = rotations(p.rope, 0, p.first_position, p.batch, workspace.max_pages, stream);
+    workspace.offset_rotation = turns.slots;
+    workspace.page_rotation = turns.pages;
   }
-  queue.launch("columns", device::columns_launch<kDim>(p, work), device::columns_kernel<kDim>, p,
-               work, head_table(p.layout));
+  stream.launch("columns", device::columns_launch<kDim>(p, workspace), device::columns_kernel<kDim>,
+                p, workspace, head_table(p.layout));
 }
 
-// Likewise of tail channels, which follow the core's in the basis and have a mean of their own.
-template <int kDim, typename Queue>
-void prepare_tail(const AttendParams& p, const device::AttendWork& work, Queue& queue) {
-  AttendParams tail = p;
-  if (p.layout.rope == RopeMode::kHybrid) tail.mean = p.tail_mean;
+// Likewise of post-RoPE channels, which follow the core's in the basis and have a mean of their own.
+template <int kDim, typename Stream>
+void prepare_post(const AttendParams& p, const device::AttendWorkspace& workspace, Stream& stream) {
+  AttendParams post = p;
+  if (p.layout.rope == RopeMode::kHybrid) post.mean = p.post_mean;
   device::HeadTable heads = head_table(p.layout);
   for (int h = 0; h < p.layout.num_heads; ++h)
-    heads.of[h].first_channel = p.layout.heads[h].first_tail_channel();
-  queue.launch("absorb", device::absorb_launch<kDim>(p, work), device::absorb_kernel<kDim>, tail,
-               work, heads);
+    heads.of[h].first_channel = p.layout.heads[h].first_post_channel();
+  stream.launch("absorb", device::absorb_launch<kDim>(p, workspace), device::absorb_kernel<kDim>,
+                post, workspace, heads);
 }
 
 // `cut` null: planned.
-template <int kDim, typename Scorers, typename Queue>
-void attend_keys(const AttendParams& p, const AttendCut* cut, Queue& queue) {
-  device::AttendWork work =
-      plan_work<Scorers>(p, cut ? *cut : plan_cut<Scorers>(p, queue.machine()), queue);
-  if (work.page_splits > 0) {
-    if (p.layout.rope != RopeMode::kPost) prepare_core<kDim>(p, work, queue);
-    if (p.layout.rope != RopeMode::kPre) prepare_tail<kDim>(p, work, queue);
-    attend_pages<Scorers>(p, work, head_table(p.layout), queue);
+template <int kDim, typename Scorers, typename Stream>
+void attend_keys(const AttendParams& p, const AttendTiling* tiling, Stream& stream) {
+  device::AttendWorkspace workspace = plan_workspace<Scorers>(
+      p, tiling ? *tiling : plan_tiling<Scorers>(p, stream.limits()), stream);
+  if (workspace.page_splits > 0) {
+    if (p.layout.rope != RopeMode::kPost) prepare_pre<kDim>(p, workspace, stream);
+    if (p.layout.rope != RopeMode::kPre) prepare_post<kDim>(p, workspace, stream);
+    attend_pages<Scorers>(p, workspace, head_table(p.layout), stream);
   }
-  if (work.exact_splits > 0) attend_exact<kDim>(p, work, queue);
-  queue.launch("merge_splits", device::merge_splits_launch(p, work), device::merge_splits_kernel, p,
-               work);
+  if (workspace.window_splits > 0) attend_window<kDim>(p, workspace, stream);
+  stream.launch("merge_splits", device::merge_splits_launch(p, workspace),
+                device::merge_splits_kernel, p, workspace);
 }
 
-template <int kDim, typename Queue>
-void attend_class(const AttendParams& p, const AttendCut* cut, Queue& queue) {
+template <int kDim, typename Stream>
+void attend_class(const AttendParams& p, const AttendTiling* tiling, Stream& stream) {
   SVDQ_CHECK(!p.token_slots || p.sink_tokens == 0,
              "attend over gathered pages takes no sink_tokens, got ", p.sink_tokens);
   const auto attend = [&]<bool kOwnSlots>() {
     if (p.layout.rope == RopeMode::kPre) {
-      attend_keys<kDim, ReconstructedScorers<kDim, kOwnSlots>>(p, cut, queue);
+      attend_keys<kDim, ReconstructedScorers<kDim, kOwnSlots>>(p, tiling, stream);
     } else {
-      attend_keys<kDim, HybridScorers<kDim, kOwnSlots>>(p, cut, queue);
+      attend_keys<kDim, HybridScorers<kDim, kOwnSlots>>(p, tiling, stream);
     }
   };
   if (p.layout.rope == RopeMode::kPost) {
-    attend_keys<kDim, AbsorbedScorers<kDim>>(p, cut, queue);
+    attend_keys<kDim, AbsorbedScorers<kDim>>(p, tiling, stream);
   } else if (p.token_slots) {
     attend.template operator()<true>();
   } else {
@@ -351,15 +353,15 @@ void attend_class(const AttendParams& p, const AttendCut* cut, Queue& queue) {
   }
 }
 
-template <typename Queue>
-void attend(const AttendParams& p, Queue& queue) {
-  with_dim_class(p.layout.head_dim, [&]<int kDim>() { attend_class<kDim>(p, nullptr, queue); });
+template <typename Stream>
+void attend(const AttendParams& p, Stream& stream) {
+  with_dim_class(p.layout.head_dim, [&]<int kDim>() { attend_class<kDim>(p, nullptr, stream); });
 }
 
-template <typename Queue>
-void merge(const MergeParams& p, Queue& queue) {
+template <typename Stream>
+void merge(const MergeParams& p, Stream& stream) {
   if (p.rows == 0) return;
-  queue.launch("merge", device::merge_launch(p), device::merge_kernel, p);
+  stream.launch("merge", device::merge_launch(p), device::merge_kernel, p);
 }
 
 }  // namespace svdq::gpu

@@ -1,13 +1,13 @@
 // The gather stage on a GPU: one launch.
 #pragma once
 
-#include "csrc/gpu/queue.h"
-#include "kernels/gather.cuh"
+#include "csrc/gpu/stream.h"
+#include "kernels/select/gather.cuh"
 
 namespace svdq::gpu {
 
-template <typename Queue>
-void gather(const GatherParams& p, Queue& queue) {
+template <typename Stream>
+void gather(const GatherParams& p, Stream& stream) {
   check_aligned(p.k_pages, "k_pages");
   check_aligned(p.v_pages, "v_pages");
   check_aligned(p.k_out, "k_out");
@@ -17,7 +17,7 @@ void gather(const GatherParams& p, Queue& queue) {
   const auto kernel = value.bits == 4   ? device::gather_kernel<4>
                       : value.bits == 2 ? device::gather_kernel<2>
                                         : device::gather_kernel<0>;
-  queue.launch("gather", device::gather_launch(p), kernel, p, head_table(p.layout));
+  stream.launch("gather", device::gather_launch(p), kernel, p, head_table(p.layout));
 }
 
 }  // namespace svdq::gpu

@@ -1,53 +1,53 @@
 // The pack stage on a GPU: keys and values of a prefill, or of a page that leaves the window.
 #pragma once
 
-#include "csrc/gpu/inspect.h"
+#include "csrc/gpu/unpack.h"
 #include "csrc/gpu/project.h"
-#include "kernels/pack.cuh"
+#include "kernels/pack/pack.cuh"
 
 namespace svdq::gpu {
 
 inline constexpr int64_t kErrorTokens = 2048;  // decoded at once
 
 // Decodes what was packed, some tokens after others, and writes how far it is off.
-template <typename Queue>
-void write_errors(const PackKeysParams& p, Queue& queue) {
+template <typename Stream>
+void write_errors(const PackKeysParams& p, Stream& stream) {
   const int64_t numbers = int64_t{p.layout.num_heads} * p.layout.head_dim;
   const int64_t most = std::min<int64_t>(p.keys.num_tokens, kErrorTokens);
-  float* decoded = queue.template allocate<float>(most * numbers);
+  float* decoded = stream.template allocate<float>(most * numbers);
   for (int64_t first = 0; first < p.keys.num_tokens; first += most) {
     const int64_t count = std::min(most, p.keys.num_tokens - first);
     unpack_keys({p.layout, p.pages, p.page_table, p.slot + first, count}, p.rope,
-                p.position + first, p.basis, p.scale, p.mean, decoded, queue);
-    queue.launch("key_errors", device::key_errors_launch(p.layout.num_heads, count),
-                 device::key_errors_kernel, p.keys, first, count, p.layout.head_dim, decoded,
-                 p.errors, p.errors_stride);
+                p.position + first, p.basis, p.scale, p.mean, decoded, stream);
+    stream.launch("key_errors", device::key_errors_launch(p.layout.num_heads, count),
+                  device::key_errors_kernel, p.keys, first, count, p.layout.head_dim, decoded,
+                  p.errors, p.errors_stride);
   }
 }
 
-template <int kDim, typename Queue>
-void pack_keys_class(const PackKeysParams& p, Queue& queue) {
+template <int kDim, typename Stream>
+void pack_keys_class(const PackKeysParams& p, Stream& stream) {
   check_aligned(p.basis, "basis");
   check_aligned(p.pages, "k_pages");
   const device::HeadTable heads = head_table(p.layout);
   const int64_t pages = device::spanned_pages(p.slot, p.keys.num_tokens);
   const int64_t first_position = p.position - p.slot % kPageTokens;
-  const auto rows = token_rows(p.keys, p.rope, first_position, pages, queue);
+  const auto rows = token_rows(p.keys, p.rope, first_position, pages, stream);
   for_each_page_run(p.page_table, p.slot, p.keys.num_tokens,
                     [&](const device::PageIds& ids, int64_t first, int count) {
-                      queue.launch("pack_keys", device::pack_keys_launch<kDim>(p, count),
-                                   device::pack_keys_kernel<kDim>, p, rows, heads, ids, first);
+                      stream.launch("pack_keys", device::pack_keys_launch<kDim>(p, count),
+                                    device::pack_keys_kernel<kDim>, p, rows, heads, ids, first);
                     });
 }
 
-template <typename Queue>
-void pack_keys(const PackKeysParams& p, Queue& queue) {
-  with_dim_class(p.layout.head_dim, [&]<int kDim>() { pack_keys_class<kDim>(p, queue); });
-  if (p.errors && p.keys.num_tokens > 0) write_errors(p, queue);
+template <typename Stream>
+void pack_keys(const PackKeysParams& p, Stream& stream) {
+  with_dim_class(p.layout.head_dim, [&]<int kDim>() { pack_keys_class<kDim>(p, stream); });
+  if (p.errors && p.keys.num_tokens > 0) write_errors(p, stream);
 }
 
-template <int kDim, typename Queue>
-void pack_values_class(const PackValuesParams& p, Queue& queue) {
+template <int kDim, typename Stream>
+void pack_values_class(const PackValuesParams& p, Stream& stream) {
   check_aligned(p.pages, "v_pages");
   const ValueLayout& value = p.layout.value;
   const auto pack =
@@ -59,16 +59,16 @@ void pack_values_class(const PackValuesParams& p, Queue& queue) {
                     [&](const device::PageIds& ids, int64_t first, int count) {
                       const auto shape = device::pack_values_launch<kDim>(p, count);
                       if (value.packed()) {
-                        queue.launch("pack_values", shape, pack, p, aligned, ids, first);
+                        stream.launch("pack_values", shape, pack, p, aligned, ids, first);
                       } else {
-                        queue.launch("copy_values", shape, copy, p, ids, first);
+                        stream.launch("copy_values", shape, copy, p, ids, first);
                       }
                     });
 }
 
-template <typename Queue>
-void pack_values(const PackValuesParams& p, Queue& queue) {
-  with_dim_class(p.layout.head_dim, [&]<int kDim>() { pack_values_class<kDim>(p, queue); });
+template <typename Stream>
+void pack_values(const PackValuesParams& p, Stream& stream) {
+  with_dim_class(p.layout.head_dim, [&]<int kDim>() { pack_values_class<kDim>(p, stream); });
 }
 
 }  // namespace svdq::gpu

@@ -4,10 +4,10 @@
 
 #include <vector>
 
-#include "csrc/gpu/rotations.h"
-#include "kernels/select_absorb.cuh"
-#include "kernels/select_scores.cuh"
-#include "kernels/select_top.cuh"
+#include "csrc/gpu/rope.h"
+#include "kernels/select/absorb.cuh"
+#include "kernels/select/score.cuh"
+#include "kernels/select/top.cuh"
 
 namespace svdq::gpu {
 
@@ -19,84 +19,86 @@ inline int select_rows(int64_t rows) {
 }
 
 // The heads with their leading channels alone, which are first in the basis and in a page.
-inline std::vector<HeadPlan> leading_heads(const SelectParams& p) {
+inline std::vector<HeadPlan> proxy_heads(const SelectParams& p) {
   std::vector<HeadPlan> heads;
   for (int h = 0; h < p.layout.num_heads; ++h)
-    heads.push_back(device::leading_channels(p.layout.heads[h], p.channels));
+    heads.push_back(device::proxy_channels(p.layout.heads[h], p.channels));
   return heads;
 }
 
-template <typename Queue>
-device::SelectWork plan_select(const SelectParams& p, const std::vector<HeadPlan>& leading,
-                               Queue& queue) {
-  device::SelectWork work{};
-  work.tile_rows = select_rows(device::query_rows(p));
-  work.row_tiles = static_cast<int>(divide_up(device::query_rows(p), work.tile_rows));
+template <typename Stream>
+device::SelectWorkspace plan_select(const SelectParams& p, const std::vector<HeadPlan>& leading,
+                                    Stream& stream) {
+  device::SelectWorkspace workspace{};
+  workspace.tile_rows = select_rows(device::query_rows(p));
+  workspace.row_tiles = static_cast<int>(ceil_div(device::query_rows(p), workspace.tile_rows));
   int channels = 0;
   for (const HeadPlan& head : leading) {
     channels = std::max(channels, head.rank());
-    work.code_bytes = std::max(work.code_bytes, device::leading_bytes(head));
+    workspace.code_bytes = std::max(workspace.code_bytes, device::proxy_bytes(head));
   }
-  work.output_tiles = static_cast<int>(divide_up((channels + 1) * work.tile_rows, 8));
-  work.turn_steps = static_cast<int>(divide_up(device::select_half(p), 8));
-  work.max_pages = static_cast<int>(p.table_stride);
+  workspace.output_tiles = static_cast<int>(ceil_div((channels + 1) * workspace.tile_rows, 8));
+  workspace.turn_steps = static_cast<int>(ceil_div(device::select_half(p), 8));
+  workspace.max_pages = static_cast<int>(p.table_stride);
 
-  const int64_t heads = int64_t{p.batch} * p.layout.num_heads, tiles = heads * work.row_tiles;
-  const int64_t outputs = tiles * work.output_tiles;
-  work.fragments =
-      queue.template allocate<device::Words2>(outputs * work.turn_steps * device::kWarpSize);
-  work.step = queue.template allocate<float>(outputs * 8);
-  work.constant = queue.template allocate<float>(outputs * 8);
-  const int64_t samples = tiles * device::kSampleRuns * work.tile_rows;
-  work.sample_max = queue.template allocate<float>(samples);
-  work.sample_sum = queue.template allocate<float>(samples);
-  work.weights = queue.template allocate<float>(heads * work.max_pages * kPageTokens);
-  return work;
+  const int64_t heads = int64_t{p.batch} * p.layout.num_heads, tiles = heads * workspace.row_tiles;
+  const int64_t outputs = tiles * workspace.output_tiles;
+  workspace.fragments =
+      stream.template allocate<device::Words2>(outputs * workspace.turn_steps * device::kWarpSize);
+  workspace.step = stream.template allocate<float>(outputs * 8);
+  workspace.constant = stream.template allocate<float>(outputs * 8);
+  const int64_t samples = tiles * device::kSampleRuns * workspace.tile_rows;
+  workspace.sample_max = stream.template allocate<float>(samples);
+  workspace.sample_sum = stream.template allocate<float>(samples);
+  workspace.weights = stream.template allocate<float>(heads * workspace.max_pages * kPageTokens);
+  return workspace;
 }
 
-template <int kRows, typename Queue>
-void score_tokens(const SelectParams& p, const device::SelectWork& work,
-                  const device::HeadTable& heads, Queue& queue) {
-  queue.launch("select_norms", device::select_norms_launch(p, work),
-               device::select_norms_kernel<kRows>, p, work, heads);
-  queue.launch("select_scores", device::select_scores_launch(p, work),
-               device::select_scores_kernel<kRows>, p, work, heads);
+template <int kRows, typename Stream>
+void score_tokens(const SelectParams& p, const device::SelectWorkspace& workspace,
+                  const device::HeadTable& heads, Stream& stream) {
+  stream.launch("select_norms", device::select_norms_launch(p, workspace),
+                device::select_norms_kernel<kRows>, p, workspace, heads);
+  stream.launch("select_scores", device::select_scores_launch(p, workspace),
+                device::select_scores_kernel<kRows>, p, workspace, heads);
 }
 
-template <typename Queue>
-void select(const SelectParams& p, Queue& queue) {
+template <typename Stream>
+void select(const SelectParams& p, Stream& stream) {
   SVDQ_CHECK(p.channels % kQuad == 0 && p.channels > 0 && p.channels <= kMaxSelectChannels,
              "select takes a multiple of ", kQuad, " channels up to ", kMaxSelectChannels, ", got ",
              p.channels);
   SVDQ_CHECK(p.budget >= 1, "select needs a budget of at least 1 token, got ", p.budget);
   check_aligned(p.k_pages, "k_pages");
-  const std::vector<HeadPlan> leading = leading_heads(p);
-  device::SelectWork work = plan_select(p, leading, queue);
-  if (work.max_pages > 0) {
+  const std::vector<HeadPlan> leading = proxy_heads(p);
+  device::SelectWorkspace workspace = plan_select(p, leading, stream);
+  if (workspace.max_pages > 0) {
     LayoutView layout = p.layout;
     layout.heads = leading.data();
     const device::HeadTable heads = head_table(layout);
     const Rope rope{p.rope.inv_freq, device::select_half(p)};
-    work.page_rotation =
-        rotations(rope, kPageTokens / 2, p.first_position, p.batch, work.max_pages, queue).pages;
-    queue.launch("select_absorb", device::select_absorb_launch(p, work),
-                 device::select_absorb_kernel, p, work, heads);
-    switch (work.tile_rows) {
+    workspace.page_rotation =
+        rotations(rope, kPageTokens / 2, p.first_position, p.batch, workspace.max_pages, stream)
+            .pages;
+    stream.launch("select_absorb", device::select_absorb_launch(p, workspace),
+                  device::select_absorb_kernel, p, workspace, heads);
+    switch (workspace.tile_rows) {
       case 1:
-        score_tokens<1>(p, work, heads, queue);
+        score_tokens<1>(p, workspace, heads, stream);
         break;
       case 2:
-        score_tokens<2>(p, work, heads, queue);
+        score_tokens<2>(p, workspace, heads, stream);
         break;
       case 4:
-        score_tokens<4>(p, work, heads, queue);
+        score_tokens<4>(p, workspace, heads, stream);
         break;
       default:
-        score_tokens<8>(p, work, heads, queue);
+        score_tokens<8>(p, workspace, heads, stream);
         break;
     }
   }
-  queue.launch("select_top", device::select_top_launch(p), device::select_top_kernel, p, work);
+  stream.launch("select_top", device::select_top_launch(p), device::select_top_kernel, p,
+                workspace);
 }
 
 }  // namespace svdq::gpu

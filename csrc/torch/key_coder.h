@@ -16,13 +16,13 @@ struct KeyCoder {
   const uint16_t* basis;
   const float* scale;
   const float* mean;
-  const float* tail_mean;  // hybrid only
+  const float* post_mean;  // hybrid only
   Rope rope;
 };
 
 inline KeyCoder key_coder(const Checker& check, const Layout& layout, const at::Tensor& basis,
                           const at::Tensor& scale, const at::Tensor& mean,
-                          const std::optional<at::Tensor>& tail_mean,
+                          const std::optional<at::Tensor>& post_mean,
                           const std::optional<at::Tensor>& inv_freq) {
   const int64_t heads = layout.num_heads(), dim = layout.head_dim();
   check.tensor(basis, "basis", at::kBFloat16, {layout.rank(), dim});
@@ -32,7 +32,7 @@ inline KeyCoder key_coder(const Checker& check, const Layout& layout, const at::
           static_cast<const uint16_t*>(basis.const_data_ptr()),
           scale.const_data_ptr<float>(),
           mean.const_data_ptr<float>(),
-          check.tail_mean(tail_mean, layout.rope(), {heads, dim}),
+          check.post_mean(post_mean, layout.rope(), {heads, dim}),
           check.rope(inv_freq, layout.rope(), dim)};
 }
 
@@ -50,25 +50,25 @@ struct Destination {
   int64_t slot;
 };
 
-// Packs the core channels of keys, the first of which is at `position`.
-inline void pack_core(const Target& target, const KeyCoder& coder, const TokenSource& source,
-                      int64_t position, const Destination& to) {
-  if (coder.layout.core_rank() == 0) return;
-  target.pack_keys({source, coder.layout.core_view(), coder.rope, position, coder.basis,
-                    coder.scale, coder.mean, to.pages, to.page_table, to.slot});
+// Packs the pre-RoPE channels of keys, the first of which is at `position`.
+inline void pack_pre(const Target& target, const KeyCoder& coder, const TokenSource& source,
+                     int64_t position, const Destination& to) {
+  if (coder.layout.pre_rank() == 0) return;
+  target.pack_keys({source, coder.layout.pre_view(), coder.rope, position, coder.basis, coder.scale,
+                    coder.mean, to.pages, to.page_table, to.slot});
 }
 
-// What packed core channels leave of `keys`, a run of tokens after the other: fn(first, residual)
+// What packed pre-RoPE channels leave of `keys`, a run of tokens after the other: fn(first, residual)
 // gets the rotated keys from token `first` on less their decoded core, [H, n, D] float.
 template <typename Fn>
 void for_each_residual(const Target& target, const KeyCoder& coder, const at::Tensor& keys,
                        int64_t position, const Destination& from, const Fn& fn) {
-  const LayoutView core = coder.layout.core_view();
+  const LayoutView pre = coder.layout.pre_view();
   for (int64_t first = 0; first < keys.size(1); first += kResidualTokens) {
     const int64_t count = std::min(kResidualTokens, keys.size(1) - first);
     at::Tensor residual =
-        at::empty({core.num_heads, count, core.head_dim}, keys.options().dtype(at::kFloat));
-    target.unpack_keys({core, from.pages, from.page_table, from.slot + first, count}, coder.rope,
+        at::empty({pre.num_heads, count, pre.head_dim}, keys.options().dtype(at::kFloat));
+    target.unpack_keys({pre, from.pages, from.page_table, from.slot + first, count}, coder.rope,
                        position + first, coder.basis, coder.scale, coder.mean,
                        residual.mutable_data_ptr<float>());
     residual.neg_().add_(keys.narrow(1, first, count));

@@ -17,7 +17,7 @@ namespace py = pybind11;
 namespace svdq {
 namespace {
 
-std::pair<int64_t, int> place(const CodePlace& at) { return {at.byte, at.shift}; }
+std::pair<int64_t, int> place(const CodeAddress& at) { return {at.byte, at.shift}; }
 
 void check_place(int width, int channel, int token) {
   bool known = false;
@@ -62,7 +62,7 @@ PYBIND11_MODULE(_C, m) {
   format.attr("WIDTHS") = std::vector<int>(std::begin(kWidths), std::end(kWidths));
 
   m.attr("MAX_SELECT_CHANNELS") = kMaxSelectChannels;
-  // What the CPU backends leave out where they absorb core channels into queries.
+  // What the CPU backends leave out where they absorb pre-RoPE channels into queries.
   m.attr("ABSORB_ROWS") = kAbsorbRows;
   m.attr("ABSORBED_FASTEST") = kAbsorbedFastest;
   m.def(
@@ -82,18 +82,18 @@ PYBIND11_MODULE(_C, m) {
       "v_page_bytes", [](const std::vector<int64_t>& ints) { return Layout(ints).v_page_bytes(); },
       py::arg("layout"), "Bytes of a value page.");
   m.def(
-      "key_code_place",
+      "key_code_address",
       [](int width, int channel, int token) {
         check_place(width, channel, token);
-        return place(key_code_place(width, channel, token));
+        return place(key_code_address(width, channel, token));
       },
       py::arg("width"), py::arg("channel"), py::arg("token"),
       "Byte and shift of a key code inside its band.");
   m.def(
-      "value_code_place",
+      "value_code_address",
       [](int width, int channel, int token) {
         check_place(width, channel, token);
-        return place(value_code_place(width, channel, token));
+        return place(value_code_address(width, channel, token));
       },
       py::arg("width"), py::arg("channel"), py::arg("token"),
       "Byte and shift of a value code inside its codes.");
@@ -110,7 +110,7 @@ PYBIND11_MODULE(_C, m) {
         for (const Backend* backend : available_backends()) names.emplace_back(backend->name);
         return names;
       },
-      "CPU backends that run on this machine, best first.");
+      "CPU backends that run on this limits, best first.");
   m.def(
       "backend", [] { return std::string(current_backend().name); },
       "Name of the CPU backend in use.");

@@ -11,9 +11,9 @@ namespace svdq::torch_binding {
 namespace {
 
 // Exact rows [B, H, E, D] whose rows lie one after another; both tensors share strides.
-void check_exact_rows(const Checker& check, const at::Tensor& keys, const at::Tensor& values,
-                      int64_t batch, int64_t heads, int64_t dim) {
-  for (const auto& [tensor, name] : {std::pair{&keys, "exact_keys"}, {&values, "exact_values"}}) {
+void check_window_rows(const Checker& check, const at::Tensor& keys, const at::Tensor& values,
+                       int64_t batch, int64_t heads, int64_t dim) {
+  for (const auto& [tensor, name] : {std::pair{&keys, "window_keys"}, {&values, "window_values"}}) {
     check.on_device(*tensor, name);
     check.shape(*tensor, name, {batch, heads, -1, dim});
     check.float_type(*tensor, name);
@@ -22,10 +22,10 @@ void check_exact_rows(const Checker& check, const at::Tensor& keys, const at::Te
             (tensor->stride(3) == 1 && (tensor->size(2) == 1 || tensor->stride(2) == dim)),
         "svdq::attend: ", name, " must have contiguous rows, got strides ", tensor->strides());
   }
-  check.dtype(values, "exact_values", keys.scalar_type());
+  check.dtype(values, "window_values", keys.scalar_type());
   check.require(
       keys.sizes() == values.sizes() && (keys.numel() == 0 || keys.strides() == values.strides()),
-      "exact_keys and exact_values must have the same shape and strides");
+      "window_keys and window_values must have the same shape and strides");
 }
 
 struct Outliers {
@@ -59,8 +59,8 @@ std::tuple<at::Tensor, at::Tensor> attend(
     const at::Tensor& page_table, const at::Tensor& cache_seqlens, const at::Tensor& basis,
     const at::Tensor& scale, const at::Tensor& mean, at::IntArrayRef layout_ints,
     const std::optional<at::Tensor>& inv_freq, const std::optional<at::Tensor>& first_position,
-    const at::Tensor& exact_keys, const at::Tensor& exact_values, const at::Tensor& exact_lens,
-    int64_t sink_tokens, double sm_scale, bool causal, const std::optional<at::Tensor>& tail_mean,
+    const at::Tensor& window_keys, const at::Tensor& window_values, const at::Tensor& window_lens,
+    int64_t sink_tokens, double sm_scale, bool causal, const std::optional<at::Tensor>& post_mean,
     const std::optional<at::Tensor>& outlier_slots, const std::optional<at::Tensor>& outlier_keys,
     const std::optional<at::Tensor>& token_slots) {
   const Checker check("svdq::attend", query);
@@ -71,12 +71,13 @@ std::tuple<at::Tensor, at::Tensor> attend(
   const int64_t num_pages = std::min(k_pages.size(0), v_pages.size(0));
   const PackedQuery given =
       check_packed_query(check, layout, query, k_pages, page_table, cache_seqlens, num_pages, basis,
-                         scale, mean, tail_mean, inv_freq, first_position, sink_tokens, sm_scale);
+                         scale, mean, post_mean, inv_freq, first_position, sink_tokens, sm_scale);
   const int64_t batch = given.batch;
-  check_exact_rows(check, exact_keys, exact_values, batch, heads, dim);
-  check.require(exact_keys.size(2) <= INT32_MAX, "exact_keys must have fewer than 2^31 rows, got " +
-                                                     std::to_string(exact_keys.size(2)));
-  check.lengths(exact_lens, "exact_lens", batch, exact_keys.size(2));
+  check_window_rows(check, window_keys, window_values, batch, heads, dim);
+  check.require(
+      window_keys.size(2) <= INT32_MAX,
+      "window_keys must have fewer than 2^31 rows, got " + std::to_string(window_keys.size(2)));
+  check.lengths(window_lens, "window_lens", batch, window_keys.size(2));
   if (token_slots) {
     const int64_t slots = page_table.size(1) * kPageTokens;
     check.tensor(*token_slots, "token_slots", at::kInt, {batch, heads, slots});
@@ -110,19 +111,19 @@ std::tuple<at::Tensor, at::Tensor> attend(
           .basis = static_cast<const uint16_t*>(basis.const_data_ptr()),
           .scale = scale.const_data_ptr<float>(),
           .mean = mean.const_data_ptr<float>(),
-          .tail_mean = given.tail_mean,
+          .post_mean = given.post_mean,
           .first_position = given.first_position,
-          .exact_keys = exact_keys.const_data_ptr(),
-          .exact_values = exact_values.const_data_ptr(),
-          .exact_dtype = check.float_type(exact_keys, "exact_keys"),
-          .exact_batch_stride = exact_keys.stride(0),
-          .exact_head_stride = exact_keys.stride(1),
-          .exact_rows = static_cast<int>(exact_keys.size(2)),
+          .window_keys = window_keys.const_data_ptr(),
+          .window_values = window_values.const_data_ptr(),
+          .window_dtype = check.float_type(window_keys, "window_keys"),
+          .window_batch_stride = window_keys.stride(0),
+          .window_head_stride = window_keys.stride(1),
+          .window_rows = static_cast<int>(window_keys.size(2)),
           .outlier_slots = outliers.slots,
           .outlier_keys = outliers.keys,
           .outlier_dtype = outliers.dtype,
           .outliers = outliers.count,
-          .exact_lens = exact_lens.const_data_ptr<int32_t>(),
+          .window_lens = window_lens.const_data_ptr<int32_t>(),
           .sink_tokens = static_cast<int>(sink_tokens),
           .sm_scale = static_cast<float>(sm_scale),
           .causal = causal,
@@ -165,9 +166,9 @@ TORCH_LIBRARY_FRAGMENT(svdq, m) {
       "attend(Tensor query, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor "
       "cache_seqlens, Tensor basis,"
       " Tensor scale, Tensor mean, int[] layout, Tensor? inv_freq, Tensor? first_position, Tensor "
-      "exact_keys,"
-      " Tensor exact_values, Tensor exact_lens, int sink_tokens, float sm_scale, bool causal,"
-      " Tensor? tail_mean=None, Tensor? outlier_slots=None, Tensor? outlier_keys=None, "
+      "window_keys,"
+      " Tensor window_values, Tensor window_lens, int sink_tokens, float sm_scale, bool causal,"
+      " Tensor? post_mean=None, Tensor? outlier_slots=None, Tensor? outlier_keys=None, "
       "Tensor? token_slots=None) -> "
       "(Tensor out, Tensor lse)");
   m.def(

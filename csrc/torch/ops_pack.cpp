@@ -122,14 +122,14 @@ void pack_keys_(at::Tensor& k_pages, const at::Tensor& keys,
                 const std::optional<at::Tensor>& inv_freq, int64_t position,
                 const at::Tensor& basis, const at::Tensor& scale, const at::Tensor& mean,
                 at::IntArrayRef layout_ints, const at::Tensor& page_table, int64_t slot,
-                const std::optional<at::Tensor>& tail_mean,
+                const std::optional<at::Tensor>& post_mean,
                 const std::optional<at::Tensor>& errors) {
   const Checker check("svdq::pack_keys_", k_pages);
   const Layout layout = check.layout(layout_ints);
   const int64_t heads = layout.num_heads(), dim = layout.head_dim();
   const TokenSource source = check.tokens(keys, "keys", heads, dim);
   check.tensor(k_pages, "k_pages", at::kByte, {-1, layout.k_page_bytes()});
-  const KeyCoder coder = key_coder(check, layout, basis, scale, mean, tail_mean, inv_freq);
+  const KeyCoder coder = key_coder(check, layout, basis, scale, mean, post_mean, inv_freq);
   check.pages(page_table, slot, source.num_tokens, k_pages.size(0));
   if (errors) check.tensor(*errors, "errors", at::kFloat, {heads, source.num_tokens});
   check_finite(check, source, "keys", heads, dim);
@@ -144,11 +144,11 @@ void pack_keys_(at::Tensor& k_pages, const at::Tensor& keys,
     return;
   }
   const Destination to{pages, table, slot};
-  pack_core(target, coder, source, position, to);
-  if (layout.tail_rank() == 0 && !errors) return;
+  pack_pre(target, coder, source, position, to);
+  if (layout.post_rank() == 0 && !errors) return;
   for_each_residual(target, coder, keys, position, to, [&](int64_t first, const at::Tensor& rest) {
-    target.pack_keys({float_source(rest), layout.tail_view(), Rope{}, 0, coder.basis, coder.scale,
-                      coder.tail_mean, pages, table, slot + first,
+    target.pack_keys({float_source(rest), layout.post_view(), Rope{}, 0, coder.basis, coder.scale,
+                      coder.post_mean, pages, table, slot + first,
                       error_data ? error_data + first : nullptr, source.num_tokens});
   });
 }
@@ -176,7 +176,7 @@ at::Tensor residual_keys(const at::Tensor& keys, const std::optional<at::Tensor>
     const int64_t count = std::min(kResidualTokens, source.num_tokens - first);
     const at::Tensor some = keys.narrow(1, first, count);
     const Destination own{pages.mutable_data_ptr<uint8_t>(), table.data(), 0};
-    pack_core(target, coder, check.tokens(some, "keys", heads, dim), position + first, own);
+    pack_pre(target, coder, check.tokens(some, "keys", heads, dim), position + first, own);
     for_each_residual(
         target, coder, some, position + first, own,
         [&](int64_t, const at::Tensor& rest) { out.narrow(1, first, count).copy_(rest); });
@@ -200,20 +200,20 @@ void pack_values_(at::Tensor& v_pages, const at::Tensor& values, at::IntArrayRef
                     page_table.const_data_ptr<int32_t>(), slot});
 }
 
-void append_exact_(at::Tensor& exact_keys, at::Tensor& exact_values, const at::Tensor& keys,
-                   const at::Tensor& values, int64_t start) {
-  const Checker check("svdq::append_exact_", exact_keys);
-  check.shape(exact_keys, "exact_keys", {-1, -1, -1});
-  const int64_t heads = exact_keys.size(0), rows = exact_keys.size(1), dim = exact_keys.size(2);
-  check.tokens(exact_keys, "exact_keys", heads, dim);
-  check.tokens(exact_values, "exact_values", heads, dim);
-  check.shape(exact_values, "exact_values", {heads, rows, dim});
+void append_window_(at::Tensor& window_keys, at::Tensor& window_values, const at::Tensor& keys,
+                    const at::Tensor& values, int64_t start) {
+  const Checker check("svdq::append_window_", window_keys);
+  check.shape(window_keys, "window_keys", {-1, -1, -1});
+  const int64_t heads = window_keys.size(0), rows = window_keys.size(1), dim = window_keys.size(2);
+  check.tokens(window_keys, "window_keys", heads, dim);
+  check.tokens(window_values, "window_values", heads, dim);
+  check.shape(window_values, "window_values", {heads, rows, dim});
   const TokenSource new_keys = check.tokens(keys, "keys", heads, dim);
   const TokenSource new_values = check.tokens(values, "values", heads, dim);
   check.shape(values, "values", {heads, keys.size(1), dim});
-  check.dtype(exact_values, "exact_values", exact_keys.scalar_type());
-  check.dtype(keys, "keys", exact_keys.scalar_type());
-  check.dtype(values, "values", exact_keys.scalar_type());
+  check.dtype(window_values, "window_values", window_keys.scalar_type());
+  check.dtype(keys, "keys", window_keys.scalar_type());
+  check.dtype(values, "values", window_keys.scalar_type());
   check.require(dim % kLanes == 0,
                 "keys must have a head_dim that is a multiple of 16, got " + std::to_string(dim));
   check.require(start >= 0 && keys.size(1) <= rows && start <= rows - keys.size(1),
@@ -221,8 +221,8 @@ void append_exact_(at::Tensor& exact_keys, at::Tensor& exact_values, const at::T
                     std::to_string(rows) + " exact rows, got " + std::to_string(start));
   check_finite(check, new_keys, "keys", heads, dim);
   check_finite(check, new_values, "values", heads, dim);
-  exact_keys.narrow(1, start, keys.size(1)).copy_(keys);
-  exact_values.narrow(1, start, keys.size(1)).copy_(values);
+  window_keys.narrow(1, start, keys.size(1)).copy_(keys);
+  window_values.narrow(1, start, keys.size(1)).copy_(values);
 }
 
 UnpackParams unpack_params(const Checker& check, const Layout& layout, const at::Tensor& pages,
@@ -247,11 +247,11 @@ at::Tensor unpack_keys_op(const at::Tensor& k_pages, const std::optional<at::Ten
                           int64_t position, const at::Tensor& basis, const at::Tensor& scale,
                           const at::Tensor& mean, at::IntArrayRef layout_ints,
                           const at::Tensor& page_table, int64_t slot, int64_t num_tokens,
-                          const std::optional<at::Tensor>& tail_mean) {
+                          const std::optional<at::Tensor>& post_mean) {
   const Checker check("svdq::unpack_keys", k_pages);
   const Layout layout = check.layout(layout_ints);
   check.tensor(k_pages, "k_pages", at::kByte, {-1, layout.k_page_bytes()});
-  const KeyCoder coder = key_coder(check, layout, basis, scale, mean, tail_mean, inv_freq);
+  const KeyCoder coder = key_coder(check, layout, basis, scale, mean, post_mean, inv_freq);
   UnpackParams params = unpack_params(check, layout, k_pages, page_table, slot, num_tokens);
   const Target target(check.device());
   const auto decode = [&](const LayoutView& view, const Rope& rope, const float* centre) {
@@ -262,8 +262,8 @@ at::Tensor unpack_keys_op(const at::Tensor& k_pages, const std::optional<at::Ten
     return keys;
   };
   if (layout.rope() != RopeMode::kHybrid) return decode(layout.view(), coder.rope, coder.mean);
-  at::Tensor keys = decode(layout.core_view(), coder.rope, coder.mean);
-  return keys.add_(decode(layout.tail_view(), Rope{}, coder.tail_mean));
+  at::Tensor keys = decode(layout.pre_view(), coder.rope, coder.mean);
+  return keys.add_(decode(layout.post_view(), Rope{}, coder.post_mean));
 }
 
 at::Tensor unpack_values_op(const at::Tensor& v_pages, at::IntArrayRef layout_ints,
@@ -292,7 +292,7 @@ TORCH_LIBRARY_FRAGMENT(svdq, m) {
   m.def(
       "pack_keys_(Tensor(a!) k_pages, Tensor keys, Tensor? inv_freq, int position, Tensor basis, "
       "Tensor scale, Tensor mean,"
-      " int[] layout, Tensor page_table, int slot, Tensor? tail_mean=None, Tensor(b!)? errors=None)"
+      " int[] layout, Tensor page_table, int slot, Tensor? post_mean=None, Tensor(b!)? errors=None)"
       " -> ()");
   m.def(
       "residual_keys(Tensor keys, Tensor? inv_freq, int position, Tensor basis, Tensor scale, "
@@ -301,7 +301,8 @@ TORCH_LIBRARY_FRAGMENT(svdq, m) {
       "pack_values_(Tensor(a!) v_pages, Tensor values, int[] layout, Tensor page_table, int slot) "
       "-> ()");
   m.def(
-      "append_exact_(Tensor(a!) exact_keys, Tensor(b!) exact_values, Tensor keys, Tensor values, "
+      "append_window_(Tensor(a!) window_keys, Tensor(b!) window_values, Tensor keys, Tensor "
+      "values, "
       "int start) -> ()");
   m.def(
       "unpack_codes(Tensor k_pages, int[] layout, Tensor page_table, int slot, int num_tokens) -> "
@@ -309,7 +310,7 @@ TORCH_LIBRARY_FRAGMENT(svdq, m) {
   m.def(
       "unpack_keys(Tensor k_pages, Tensor? inv_freq, int position, Tensor basis, Tensor scale, "
       "Tensor mean, int[] layout,"
-      " Tensor page_table, int slot, int num_tokens, Tensor? tail_mean=None) -> Tensor");
+      " Tensor page_table, int slot, int num_tokens, Tensor? post_mean=None) -> Tensor");
   m.def(
       "unpack_values(Tensor v_pages, int[] layout, Tensor page_table, int slot, int num_tokens) -> "
       "Tensor");
@@ -323,7 +324,7 @@ static void register_stages(torch::Library& m) {
   m.impl("pack_keys_", &pack_keys_);
   m.impl("residual_keys", &residual_keys);
   m.impl("pack_values_", &pack_values_);
-  m.impl("append_exact_", &append_exact_);
+  m.impl("append_window_", &append_window_);
   m.impl("unpack_codes", &unpack_codes_op);
   m.impl("unpack_keys", &unpack_keys_op);
   m.impl("unpack_values", &unpack_values_op);

@@ -13,14 +13,14 @@ std::tuple<at::Tensor, at::Tensor> select(
     const at::Tensor& cache_seqlens, const at::Tensor& basis, const at::Tensor& scale,
     const at::Tensor& mean, at::IntArrayRef layout_ints, const std::optional<at::Tensor>& inv_freq,
     const std::optional<at::Tensor>& first_position, int64_t sink_tokens, double sm_scale,
-    int64_t budget, int64_t channels, const std::optional<at::Tensor>& tail_mean,
+    int64_t budget, int64_t channels, const std::optional<at::Tensor>& post_mean,
     const std::optional<at::Tensor>& outlier_slots) {
   const Checker check("svdq::select", query);
   const Layout layout = check.layout(layout_ints);
   check.shape(k_pages, "k_pages", {-1, layout.k_page_bytes()});
   const PackedQuery given = check_packed_query(
       check, layout, query, k_pages, page_table, cache_seqlens, k_pages.size(0), basis, scale, mean,
-      tail_mean, inv_freq, first_position, sink_tokens, sm_scale);
+      post_mean, inv_freq, first_position, sink_tokens, sm_scale);
   const int64_t batch = given.batch, heads = layout.num_heads();
   check.require(given.q_len > 0, "query must have tokens, got none");
   check.require(channels >= 4 && channels <= kMaxSelectChannels && channels % 4 == 0,
@@ -56,7 +56,7 @@ std::tuple<at::Tensor, at::Tensor> select(
           .basis = static_cast<const uint16_t*>(basis.const_data_ptr()),
           .scale = scale.const_data_ptr<float>(),
           .mean = mean.const_data_ptr<float>(),
-          .tail_mean = given.tail_mean,
+          .post_mean = given.post_mean,
           .first_position = given.first_position,
           .outlier_slots = outliers ? outlier_slots->const_data_ptr<int32_t>() : nullptr,
           .outliers = static_cast<int>(outliers),
@@ -65,7 +65,7 @@ std::tuple<at::Tensor, at::Tensor> select(
           .channels = static_cast<int>(channels),
           .budget = static_cast<int>(budget),
           .slots = slots.mutable_data_ptr<int32_t>(),
-          .outlier_places = outliers ? places.mutable_data_ptr<int32_t>() : nullptr,
+          .outlier_indices = outliers ? places.mutable_data_ptr<int32_t>() : nullptr,
       });
   return {slots, places};
 }
@@ -119,8 +119,8 @@ TORCH_LIBRARY_FRAGMENT(svdq, m) {
   m.def(
       "select(Tensor query, Tensor k_pages, Tensor page_table, Tensor cache_seqlens, Tensor basis,"
       " Tensor scale, Tensor mean, int[] layout, Tensor? inv_freq, Tensor? first_position,"
-      " int sink_tokens, float sm_scale, int budget, int channels, Tensor? tail_mean=None,"
-      " Tensor? outlier_slots=None) -> (Tensor slots, Tensor outlier_places)");
+      " int sink_tokens, float sm_scale, int budget, int channels, Tensor? post_mean=None,"
+      " Tensor? outlier_slots=None) -> (Tensor slots, Tensor outlier_indices)");
   m.def(
       "gather(Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor slots, int[] layout) ->"
       " (Tensor k_pages, Tensor v_pages)");

@@ -11,7 +11,7 @@ namespace svdq::torch_binding {
 struct PackedQuery {
   DataType dtype;
   int64_t batch, num_qo_heads, q_len;
-  const float* tail_mean;
+  const float* post_mean;
   const int32_t* first_position;
   Rope rope;
 };
@@ -21,7 +21,7 @@ inline PackedQuery check_packed_query(
     const Checker& check, const Layout& layout, const at::Tensor& query, const at::Tensor& k_pages,
     const at::Tensor& page_table, const at::Tensor& cache_seqlens, int64_t num_pages,
     const at::Tensor& basis, const at::Tensor& scale, const at::Tensor& mean,
-    const std::optional<at::Tensor>& tail_mean, const std::optional<at::Tensor>& inv_freq,
+    const std::optional<at::Tensor>& post_mean, const std::optional<at::Tensor>& inv_freq,
     const std::optional<at::Tensor>& first_position, int64_t sink_tokens, double sm_scale) {
   const int64_t heads = layout.num_heads(), dim = layout.head_dim(), rank = layout.rank();
   check.on_device(query, "query");
@@ -38,7 +38,7 @@ inline PackedQuery check_packed_query(
   check.tensor(basis, "basis", at::kBFloat16, {batch, rank, dim});
   check.tensor(scale, "scale", at::kFloat, {batch, rank});
   check.tensor(mean, "mean", at::kFloat, {batch, heads, dim});
-  const float* tail = check.tail_mean(tail_mean, layout.rope(), {batch, heads, dim});
+  const float* post = check.post_mean(post_mean, layout.rope(), {batch, heads, dim});
   if (first_position) check.tensor(*first_position, "first_position", at::kInt, {batch});
   check.require(sink_tokens >= 0 && sink_tokens <= INT32_MAX,
                 "sink_tokens must not be negative, got " + std::to_string(sink_tokens));
@@ -48,7 +48,7 @@ inline PackedQuery check_packed_query(
           batch,
           num_qo_heads,
           query.size(2),
-          tail,
+          post,
           first_position ? first_position->const_data_ptr<int32_t>() : nullptr,
           check.rope(inv_freq, layout.rope(), dim)};
 }

@@ -100,14 +100,14 @@ class Checker {
     }
   }
 
-  // The mean of the tail channels: required for hybrid layouts, refused for others.
-  const float* tail_mean(const std::optional<at::Tensor>& mean, RopeMode mode,
+  // The mean of the post-RoPE channels: required for hybrid layouts, refused for others.
+  const float* post_mean(const std::optional<at::Tensor>& mean, RopeMode mode,
                          std::vector<int64_t> sizes) const {
     TORCH_CHECK_VALUE(mean.has_value() == (mode == RopeMode::kHybrid), op_,
-                      mean ? ": tail_mean must be None for a layout that is not hybrid"
-                           : ": tail_mean is needed for a hybrid layout");
+                      mean ? ": post_mean must be None for a layout that is not hybrid"
+                           : ": post_mean is needed for a hybrid layout");
     if (!mean) return nullptr;
-    tensor(*mean, "tail_mean", at::kFloat, std::move(sizes));
+    tensor(*mean, "post_mean", at::kFloat, std::move(sizes));
     return mean->const_data_ptr<float>();
   }
 

@@ -4,11 +4,12 @@
 with ``attn_implementation="svdq"`` then accepts an :class:`SVDqCache` as ``past_key_values``.
 """
 
-from svdq import fakes, ops, presets  # noqa: F401  (fakes registers itself)
-from svdq.attention import register
-from svdq.cache import SVDqCache
+from svdq import ops
+from svdq.cache.cache import SVDqCache
+from svdq.config import presets
+from svdq.fit.profile import Profile
+from svdq.hf.attention import register
 from svdq.layout import PageLayout
-from svdq.profile import Profile
 
 __version__ = "0.1.0"
 __all__ = ["PageLayout", "Profile", "SVDqCache", "__version__", "ops", "presets"]

@@ -28,12 +28,12 @@ class PageLayout:
     bands : per KV head, the number of channels at each width of ``WIDTHS`` (8, 4, 2, 1 bits), as
         :func:`svdq.ops.allocate_bits` returns them. Channels left over get no bits.
     rope : ``"pre"`` codes un-rotated keys (the paper), ``"post"`` codes rotated keys, ``"hybrid"``
-        codes ``core_bands`` of the un-rotated keys and, as ``bands``, what those leave of the
+        codes ``pre_bands`` of the un-rotated keys and, as ``bands``, what those leave of the
         rotated keys.
     v_bits : 2 or 4 (packed per token and group), 16 or 32 (values exact in the model's dtype).
     v_group_size : channels that share a value scale; a multiple of 16 dividing head_dim.
     version : format version of the pages.
-    core_bands : per KV head, like ``bands``, for ``"hybrid"`` alone. None (the default) for all
+    pre_bands : per KV head, like ``bands``, for ``"hybrid"`` alone. None (the default) for all
         heads is the "rotated mean": the un-rotated keys' mean is rotated, all else is tail.
     """
 
@@ -43,22 +43,22 @@ class PageLayout:
     v_bits: int = 4
     v_group_size: int = 64
     version: int = FORMAT_VERSION
-    core_bands: Bands = ()
+    pre_bands: Bands = ()
 
     def __post_init__(self) -> None:
         if self.rope not in ROPE_MODES:
             raise ValueError(f"rope must be one of {ROPE_MODES}, got {self.rope!r}")
         none = ((0,) * len(WIDTHS),) * len(self.bands)
         if self.rope == "hybrid":
-            object.__setattr__(self, "core_bands", self.core_bands or none)
-        elif self.core_bands:
-            raise ValueError(f"core_bands are for rope 'hybrid' alone, got rope {self.rope!r}")
-        if self.core_bands and len(self.core_bands) != len(self.bands):
+            object.__setattr__(self, "pre_bands", self.pre_bands or none)
+        elif self.pre_bands:
+            raise ValueError(f"pre_bands are for rope 'hybrid' alone, got rope {self.rope!r}")
+        if self.pre_bands and len(self.pre_bands) != len(self.bands):
             raise ValueError(
-                f"core_bands must have one entry for each of {len(self.bands)} heads, got "
-                f"{len(self.core_bands)}"
+                f"pre_bands must have one entry for each of {len(self.bands)} heads, got "
+                f"{len(self.pre_bands)}"
             )
-        for name in ("bands", "core_bands"):
+        for name in ("bands", "pre_bands"):
             bands = tuple(tuple(int(n) for n in head) for head in getattr(self, name))
             object.__setattr__(self, name, bands)
         _C.check_layout(self.ints)
@@ -67,7 +67,7 @@ class PageLayout:
     def ints(self) -> list[int]:
         """The integers that describe it to operators (``kLayoutHeader`` in kernels/format.h)."""
         none = ((0,) * len(WIDTHS),) * len(self.bands)
-        core = self.bands if self.rope == "pre" else self.core_bands or none
+        core = self.bands if self.rope == "pre" else self.pre_bands or none
         tail = none if self.rope == "pre" else self.bands
         head_ints = [n for head in zip(core, tail, strict=True) for part in head for n in part]
         rope = ROPE_MODES.index(self.rope)
@@ -85,8 +85,8 @@ class PageLayout:
         core, tail = (tuple(tuple(h[at]) for h in heads) for at in (slice(n), slice(n, None)))
         mode = ROPE_MODES[rope]
         bands = core if mode == "pre" else tail
-        core_bands = core if mode == "hybrid" else ()
-        return cls(head_dim, bands, mode, v_bits, v_group_size, version, core_bands)
+        pre_bands = core if mode == "hybrid" else ()
+        return cls(head_dim, bands, mode, v_bits, v_group_size, version, pre_bands)
 
     @property
     def num_kv_heads(self) -> int:
@@ -96,12 +96,12 @@ class PageLayout:
     @functools.cached_property
     def rank(self) -> int:
         """Coded channels of all heads together: rows of the flattened basis, R."""
-        return sum(map(sum, (*self.bands, *self.core_bands)))
+        return sum(map(sum, (*self.bands, *self.pre_bands)))
 
     @property
     def core(self) -> PageLayout | None:
         """The channels coded before RoPE as a layout of their own; None where there are none."""
-        bands = self.core_bands if self.rope == "hybrid" else self.bands
+        bands = self.pre_bands if self.rope == "hybrid" else self.bands
         return None if self.rope == "post" else self._part("pre", bands)
 
     @property
@@ -111,12 +111,12 @@ class PageLayout:
 
     def _part(self, rope: str, bands: Bands) -> PageLayout | None:
         channels = sum(map(sum, bands))
-        return replace(self, rope=rope, bands=bands, core_bands=()) if channels else None
+        return replace(self, rope=rope, bands=bands, pre_bands=()) if channels else None
 
     @functools.cached_property
     def k_bits(self) -> float:
         """Code bits per key number, without any overhead."""
-        bands = (*self.bands, *self.core_bands)
+        bands = (*self.bands, *self.pre_bands)
         bits = sum(n * width for head in bands for n, width in zip(head, WIDTHS, strict=True))
         return bits / (self.num_kv_heads * self.head_dim)
 

@@ -21,10 +21,11 @@ pair that position ``p`` turns by ``p * inv_freq[i]`` (the "rotate half" convent
 ``rotary_dim`` on are not turned. ``position`` is the position of the first token of ``keys``.
 """
 
+from svdq.ops import fakes  # noqa: F401  (registers itself)
 from svdq.ops.attention import attend, gather, merge, select
 from svdq.ops.packing import (
     allocate_bits,
-    append_exact_,
+    append_window_,
     fit_basis,
     fit_quantizer,
     pack_keys_,
@@ -37,7 +38,7 @@ from svdq.ops.packing import (
 
 __all__ = [
     "allocate_bits",
-    "append_exact_",
+    "append_window_",
     "attend",
     "fit_basis",
     "fit_quantizer",

@@ -22,7 +22,7 @@ def select(
     inv_freq: Tensor | None = None,
     first_position: Tensor | None = None,
     sink_tokens: int = 0,
-    tail_mean: Tensor | None = None,
+    post_mean: Tensor | None = None,
     outlier_slots: Tensor | None = None,
     channels: int = 16,
 ) -> tuple[Tensor, Tensor]:
@@ -36,7 +36,7 @@ def select(
 
     Parameters
     ----------
-    query .. layout, sm_scale, inv_freq, first_position, sink_tokens, tail_mean, outlier_slots : as
+    query .. layout, sm_scale, inv_freq, first_position, sink_tokens, post_mean, outlier_slots : as
         for :func:`attend`; sinks are never selected.
     budget : tokens to select per KV head beside the outliers, at least 1.
     channels : leading channels that score, a multiple of 4 up to 32.
@@ -44,7 +44,7 @@ def select(
     Returns
     -------
     slots : [B, H, budget + N] int32, ascending, then 2^31 - 1 where there are no more tokens.
-    outlier_places : [B, H, N] int32, place of each outlier in ``slots``, 2^31 - 1 for none.
+    outlier_indices : [B, H, N] int32, place of each outlier in ``slots``, 2^31 - 1 for none.
     """
     return registered.OPERATORS.select(
         query,
@@ -61,7 +61,7 @@ def select(
         sm_scale,
         budget,
         channels,
-        tail_mean,
+        post_mean,
         outlier_slots,
     )
 
@@ -96,15 +96,15 @@ def attend(
     scale: Tensor,
     mean: Tensor,
     layout: PageLayout,
-    exact_keys: Tensor,
-    exact_values: Tensor,
-    exact_lens: Tensor,
+    window_keys: Tensor,
+    window_values: Tensor,
+    window_lens: Tensor,
     sm_scale: float,
     inv_freq: Tensor | None = None,
     first_position: Tensor | None = None,
     sink_tokens: int = 0,
     causal: bool = True,
-    tail_mean: Tensor | None = None,
+    post_mean: Tensor | None = None,
     outlier_slots: Tensor | None = None,
     outlier_keys: Tensor | None = None,
     token_slots: Tensor | None = None,
@@ -112,9 +112,9 @@ def attend(
     """Attend over packed pages and exact rows, dequantizing in registers.
 
     Sequence b's keys are the packed slots ``sink_tokens .. cache_seqlens[b] - 1`` and the exact
-    rows ``0 .. exact_lens[b] - 1`` (attention sinks, then the window, then the new tokens
+    rows ``0 .. window_lens[b] - 1`` (attention sinks, then the window, then the new tokens
     themselves). With ``causal`` the L queries are the last L exact rows: query i sees exact rows up
-    to ``exact_lens[b] - L + i``. All packed slots are visible to every query. A query that sees
+    to ``window_lens[b] - L + i``. All packed slots are visible to every query. A query that sees
     nothing gets zeros and ``lse = -inf``. Outliers are packed slots whose keys are held exact too:
     their scores are those of the exact keys, their values the packed ones.
 
@@ -125,13 +125,13 @@ def attend(
     page_table : [B, N] int32, page of each 64 slots; ``64 * N >= max(cache_seqlens)``.
     cache_seqlens : [B] int32, packed slots of each sequence.
     basis, scale, mean : [B, R, D] bfloat16, [B, R] float32, [B, H, D] float32.
-    exact_keys, exact_values : [B, H, E, D] float32, bfloat16 or float16, rotated keys.
-    exact_lens : [B] int32, at most E.
+    window_keys, window_values : [B, H, E, D] float32, bfloat16 or float16, rotated keys.
+    window_lens : [B] int32, at most E.
     sm_scale : softmax scale, usually ``D ** -0.5``.
     inv_freq : as for :func:`fit_basis`; needed where the layout says ``"pre"`` or ``"hybrid"``.
     first_position : [B] int32, position of slot 0 of each sequence (None: zeros).
     sink_tokens : leading slots that are held as exact rows and skipped here.
-    tail_mean : [B, H, D] float32, for hybrid layouts alone.
+    post_mean : [B, H, D] float32, for hybrid layouts alone.
     outlier_slots : [B, H, N] int32, contiguous; a head's outliers, ascending, then 2^31 - 1.
     outlier_keys : [B, H, N, D] float32, bfloat16 or float16, contiguous; rotated keys.
     token_slots : [B, H, 64 * N] int32, contiguous, for pages of :func:`gather`: the slot that each
@@ -155,13 +155,13 @@ def attend(
         layout.ints,
         inv_freq,
         first_position,
-        exact_keys,
-        exact_values,
-        exact_lens,
+        window_keys,
+        window_values,
+        window_lens,
         sink_tokens,
         sm_scale,
         causal,
-        tail_mean,
+        post_mean,
         outlier_slots,
         outlier_keys,
         token_slots,

@@ -98,7 +98,7 @@ def pack_keys_(
     slot: int,
     inv_freq: Tensor | None = None,
     position: int = 0,
-    tail_mean: Tensor | None = None,
+    post_mean: Tensor | None = None,
     errors: Tensor | None = None,
 ) -> None:
     """Project keys on the basis, quantize and write their codes into pages: prefill or append.
@@ -106,7 +106,7 @@ def pack_keys_(
     ``code = clamp(round((key - mean) . basis_j / scale_j + mid), 0, 2^b - 1)`` with
     ``mid = (2^b - 1) / 2``. Slots outside ``slot .. slot + T - 1`` keep their codes. With a hybrid
     layout that codes the core channels, of un-rotated keys; what they leave of the rotated keys,
-    less ``tail_mean``, is coded as tail channels.
+    less ``post_mean``, is coded as tail channels.
 
     Parameters
     ----------
@@ -116,7 +116,7 @@ def pack_keys_(
     page_table : [N] int32 on the CPU, pages of this sequence in order; ``64 * N >= slot + T``.
     slot : slot of ``keys[:, 0]`` in the sequence.
     inv_freq, position : as for :func:`fit_basis`.
-    tail_mean : [H, D] float32 of :func:`svdq.fitting.fit_keys`, for hybrid layouts alone.
+    post_mean : [H, D] float32 of :func:`svdq.fitting.fit_keys`, for hybrid layouts alone.
     errors : [H, T] float32, contiguous; if given, the squared error of every decoded key is written
         to it.
     """
@@ -131,7 +131,7 @@ def pack_keys_(
         layout.ints,
         page_table,
         slot,
-        tail_mean,
+        post_mean,
         errors,
     )
 
@@ -194,7 +194,7 @@ def unpack_keys(
     num_tokens: int,
     inv_freq: Tensor | None = None,
     position: int = 0,
-    tail_mean: Tensor | None = None,
+    post_mean: Tensor | None = None,
 ) -> Tensor:
     """Decode keys, for inspection: [H, num_tokens, D] float32, rotated to their positions.
 
@@ -211,7 +211,7 @@ def unpack_keys(
         page_table,
         slot,
         num_tokens,
-        tail_mean,
+        post_mean,
     )
 
 
@@ -222,14 +222,14 @@ def unpack_values(
     return registered.OPERATORS.unpack_values(v_pages, layout.ints, page_table, slot, num_tokens)
 
 
-def append_exact_(
-    exact_keys: Tensor, exact_values: Tensor, keys: Tensor, values: Tensor, start: int
+def append_window_(
+    window_keys: Tensor, window_values: Tensor, keys: Tensor, values: Tensor, start: int
 ) -> None:
     """Copy new tokens into one sequence's exact rows, after checking that all of them are finite.
 
     Parameters
     ----------
-    exact_keys, exact_values : [H, E, D], one dtype; rows ``start .. start + T - 1`` are written.
+    window_keys, window_values : [H, E, D], one dtype; rows ``start .. start + T - 1`` are written.
     keys, values : [H, T, D] of the same dtype; last dimension contiguous.
     """
-    registered.OPERATORS.append_exact_(exact_keys, exact_values, keys, values, start)
+    registered.OPERATORS.append_window_(window_keys, window_values, keys, values, start)

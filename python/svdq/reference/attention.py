@@ -23,11 +23,11 @@ def pack_keys_(
     slot: int,
     inv_freq: Tensor | None = None,
     position: int = 0,
-    tail_mean: Tensor | None = None,
+    post_mean: Tensor | None = None,
     errors: Tensor | None = None,
 ) -> None:
     """Project, quantize and store keys; see :func:`svdq.ops.pack_keys_`."""
-    coder = (basis, scale, mean.double(), layout, inv_freq, position, tail_mean)
+    coder = (basis, scale, mean.double(), layout, inv_freq, position, post_mean)
     codes = code_keys(keys, *coder)
     write_codes_(k_pages, codes.long(), layout, page_table, slot)
     if errors is not None:
@@ -45,11 +45,11 @@ def unpack_keys(
     num_tokens: int,
     inv_freq: Tensor | None = None,
     position: int = 0,
-    tail_mean: Tensor | None = None,
+    post_mean: Tensor | None = None,
 ) -> Tensor:
     """Decode keys and rotate them to their positions; see :func:`svdq.ops.unpack_keys`."""
     codes = unpack_codes(k_pages, layout, page_table, slot, num_tokens)
-    return decode_keys(codes, basis, scale, mean, layout, inv_freq, position, tail_mean)
+    return decode_keys(codes, basis, scale, mean, layout, inv_freq, position, post_mean)
 
 
 def gathered_keys(
@@ -63,20 +63,20 @@ def gathered_keys(
     num_tokens: int,
     inv_freq: Tensor | None,
     positions: Tensor,
-    tail_mean: Tensor | None = None,
+    post_mean: Tensor | None = None,
 ) -> Tensor:
     """As :func:`unpack_keys`, of tokens at ``positions`` [H, T]."""
     codes = unpack_codes(k_pages, layout, page_table, slot, num_tokens)
     coded = (codes, basis, scale, mean, layout, inv_freq)
-    return torch.stack([decode_keys(*coded, own, tail_mean)[h] for h, own in enumerate(positions)])
+    return torch.stack([decode_keys(*coded, own, post_mean)[h] for h, own in enumerate(positions)])
 
 
-def append_exact_(
-    exact_keys: Tensor, exact_values: Tensor, keys: Tensor, values: Tensor, start: int
+def append_window_(
+    window_keys: Tensor, window_values: Tensor, keys: Tensor, values: Tensor, start: int
 ) -> None:
-    """Copy new tokens into exact rows; see :func:`svdq.ops.append_exact_`."""
-    exact_keys[:, start : start + keys.shape[1]] = keys
-    exact_values[:, start : start + values.shape[1]] = values
+    """Copy new tokens into exact rows; see :func:`svdq.ops.append_window_`."""
+    window_keys[:, start : start + keys.shape[1]] = keys
+    window_values[:, start : start + values.shape[1]] = values
 
 
 def attend_keys(
@@ -120,15 +120,15 @@ def attend(
     scale: Tensor,
     mean: Tensor,
     layout: PageLayout,
-    exact_keys: Tensor,
-    exact_values: Tensor,
-    exact_lens: Tensor,
+    window_keys: Tensor,
+    window_values: Tensor,
+    window_lens: Tensor,
     sm_scale: float,
     inv_freq: Tensor | None = None,
     first_position: Tensor | None = None,
     sink_tokens: int = 0,
     causal: bool = True,
-    tail_mean: Tensor | None = None,
+    post_mean: Tensor | None = None,
     outlier_slots: Tensor | None = None,
     outlier_keys: Tensor | None = None,
     token_slots: Tensor | None = None,
@@ -139,7 +139,7 @@ def attend(
         packed = max(int(cache_seqlens[b]) - sink_tokens, 0)
         at = (layout, page_table[b], sink_tokens, packed)
         first = int(first_position[b]) if first_position is not None else 0
-        tail = tail_mean[b] if tail_mean is not None else None
+        tail = post_mean[b] if post_mean is not None else None
         fitted = (basis[b], scale[b], mean[b].double())
         if token_slots is None:
             k = unpack_keys(k_pages, *fitted, *at, inv_freq, sink_tokens + first, tail)
@@ -149,9 +149,9 @@ def attend(
         if outlier_slots is not None:
             k = replace_keys(k, outlier_slots[b] - sink_tokens, outlier_keys[b])
         v = unpack_values(v_pages, *at)
-        exact = int(exact_lens[b])
-        k = torch.cat([k.double(), exact_keys[b, :, :exact].double()], dim=1)
-        v = torch.cat([v.double(), exact_values[b, :, :exact].double()], dim=1)
+        exact = int(window_lens[b])
+        k = torch.cat([k.double(), window_keys[b, :, :exact].double()], dim=1)
+        v = torch.cat([v.double(), window_values[b, :, :exact].double()], dim=1)
         visible = visible_tokens(query.shape[2], packed, exact, causal)
         if token_slots is not None:
             there = token_slots[b, :, :packed] < NO_SLOT

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from svdq import _C
-from svdq.core import SPARED_VARIANCE
+from svdq.fit.pre_channels import SPARED_VARIANCE
 from svdq.layout import WIDTHS, PageLayout
 from svdq.reference.pages import QUAD, band_counts
 
@@ -67,7 +67,7 @@ def core_components(
     mean, components, variance = fit_basis(keys.double(), inv_freq, position)
     centred = _unrotated(keys, inv_freq, position) - mean[:, None]
     half, found = inv_freq.numel(), torch.zeros_like(components)
-    for h, bands in enumerate(layout.core_bands):
+    for h, bands in enumerate(layout.pre_bands):
         rank = sum(bands)
         held = variance[h, :rank] @ components[h, :rank].square()
         pairs, left = held[:half] + held[half : 2 * half], SPARED_VARIANCE * held.sum()
@@ -181,7 +181,7 @@ def code_keys(
     layout: PageLayout,
     inv_freq: Tensor | None = None,
     position: int = 0,
-    tail_mean: Tensor | None = None,
+    post_mean: Tensor | None = None,
 ) -> Tensor:
     """Codes [T, R] of rotated keys [H, T, D]."""
     core, tail = part_slices(layout)
@@ -200,7 +200,7 @@ def code_keys(
         return codes
     rows = decode(codes, basis, scale, widths, core) + mean.double()[:, None]
     residual = keys.double() - _rotated(rows, inv_freq, position)
-    return fill(residual, tail_mean, tail)
+    return fill(residual, post_mean, tail)
 
 
 def decode_keys(
@@ -211,7 +211,7 @@ def decode_keys(
     layout: PageLayout,
     inv_freq: Tensor | None = None,
     position: int | Tensor = 0,
-    tail_mean: Tensor | None = None,
+    post_mean: Tensor | None = None,
 ) -> Tensor:
     """Rotated keys [H, T, D] that codes [T, R] stand for; ``position`` of the first, or of each."""
     slices, widths = part_slices(layout), channel_widths(layout)
@@ -220,7 +220,7 @@ def decode_keys(
         return _stored(tail + mean.double()[:, None], mean)
     keys = _rotated(core + mean.double()[:, None], inv_freq, position)
     if layout.rope == "hybrid":
-        keys = keys + tail + tail_mean.double()[:, None]
+        keys = keys + tail + post_mean.double()[:, None]
     return _stored(keys, mean)
 
 
@@ -265,8 +265,8 @@ def fit_keys(
         fitted = fit_quantizer(keys, mean, components, layout.core, inv_freq, position, clip)
         mean = place(fitted, layout.core, core_slices)
     residual = residual_keys(keys, basis, scale, mean, layout, inv_freq, position)
-    tail_mean, components, _ = fit_basis(residual)
+    post_mean, components, _ = fit_basis(residual)
     if layout.tail is not None:
-        fitted = fit_quantizer(residual, tail_mean, components, layout.tail, clip=clip)
-        tail_mean = place(fitted, layout.tail, tail_slices)
-    return basis, scale, mean, tail_mean
+        fitted = fit_quantizer(residual, post_mean, components, layout.tail, clip=clip)
+        post_mean = place(fitted, layout.tail, tail_slices)
+    return basis, scale, mean, post_mean

@@ -51,7 +51,7 @@ def join_codes(codes: Tensor, places: tuple[Tensor, Tensor]) -> Tensor:
 def band_counts(layout: PageLayout) -> list[tuple[int, ...]]:
     """Channels at each width of every head's core, then tail, in the order of basis and page."""
     none = [(0,) * len(WIDTHS)] * layout.num_kv_heads
-    core = layout.bands if layout.rope == "pre" else layout.core_bands or none
+    core = layout.bands if layout.rope == "pre" else layout.pre_bands or none
     tail = none if layout.rope == "pre" else layout.bands
     return [bands for head in zip(core, tail, strict=True) for bands in head]
 

@@ -25,7 +25,7 @@ def select_weights(
     inv_freq: Tensor | None,
     position: int,
     sink_tokens: int,
-    tail_mean: Tensor | None,
+    post_mean: Tensor | None,
     channels: int,
 ) -> Tensor:
     """Weights [H, T] of one sequence's slots for queries [Hq, L, D], from its codes [T, R].
@@ -56,7 +56,7 @@ def select_weights(
             rows = latent[:, core] @ basis[core].double() + mean[h].double()
             score += (turned[:, page] * rows).sum(-1)
         if layout.rope != "pre":
-            own_mean = mean[h] if tail_mean is None else tail_mean[h]
+            own_mean = mean[h] if post_mean is None else post_mean[h]
             score += own @ (latent[:, tail] @ basis[tail].double() + own_mean.double()).T
         stride = max(-(-pages // SAMPLE_PAGES), 1)
         sampled = (page % stride == stride // 2) & (torch.arange(num_tokens) >= sink_tokens)
@@ -79,7 +79,7 @@ def select(
     inv_freq: Tensor | None = None,
     first_position: Tensor | None = None,
     sink_tokens: int = 0,
-    tail_mean: Tensor | None = None,
+    post_mean: Tensor | None = None,
     outlier_slots: Tensor | None = None,
     channels: int = 16,
 ) -> tuple[Tensor, Tensor]:
@@ -103,7 +103,7 @@ def select(
             inv_freq,
             int(first_position[b]) if first_position is not None else 0,
             sink_tokens,
-            None if tail_mean is None else tail_mean[b],
+            None if post_mean is None else post_mean[b],
             channels,
         )
         weights[:, :sink_tokens] = -1

@@ -1,0 +1,1 @@
+"""What measures svdq: speed, quality, and the ``svdq`` command."""

@@ -1,0 +1,154 @@
+"""``svdq bench``: speed, always beside what it is compared with, in the same run."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from svdq_bench.cli import fit, generate, sparse
+from svdq_bench.cli.errors import reports_errors
+from svdq_bench.cli.options import (
+    CACHE_PANEL,
+    MODEL_PANEL,
+    SHAPE_PANEL,
+    Clip,
+    Dtype,
+    GgufFile,
+    HeadDim,
+    JsonFile,
+    KeyBits,
+    KvHeads,
+    KvLens,
+    Markdown,
+    Model,
+    PackedValueBits,
+    QoHeads,
+    Rope,
+    Ropes,
+    RopeTheta,
+    Rounds,
+    ShapeModel,
+    SinkTokens,
+    TextFile,
+    Window,
+    WorkingSet,
+)
+from svdq_bench.cli.progress import quiet_transformers, step_progress
+from svdq_bench.cli.table import report
+
+app = typer.Typer(
+    help="Measure speed beside torch and the model, in one run.", no_args_is_help=True
+)
+
+
+@app.command()
+@reports_errors
+def attend(
+    rope: Ropes = [Rope.post, Rope.pre],  # noqa: B006  (typer reads it, nothing mutates it)
+    preset: KeyBits = "paper-1.25",
+    v_bits: PackedValueBits = 4,
+    sink_tokens: SinkTokens = 8,
+    residual_length: Window = 64,
+    kv_len: KvLens = [32768],  # noqa: B006
+    model_shape: ShapeModel = None,
+    num_qo_heads: QoHeads = 32,
+    num_kv_heads: KvHeads = 8,
+    head_dim: HeadDim = 128,
+    rope_theta: RopeTheta = 5e5,
+    dtype: Annotated[
+        list[Dtype],
+        typer.Option(help="Number formats; repeatable.", rich_help_panel=SHAPE_PANEL),
+    ] = [Dtype.bfloat16, Dtype.float32],  # noqa: B006
+    repeats: Rounds = 30,
+    working_set: WorkingSet = None,
+    json_file: JsonFile = None,
+    markdown: Markdown = False,
+) -> None:
+    """Time one decode step over packed pages, beside torch's attention in bfloat16 and float32."""
+    from svdq_bench.quality.methods import parse_schedule
+    from svdq_bench.quality.models import DTYPES
+    from svdq_bench.speed import ggml
+    from svdq_bench.speed.attend import Shape, bench_attend, page_layout
+    from svdq_bench.speed.models import model_shape as find_shape
+    from svdq_bench.speed.timing import WARMUP
+
+    schedule = parse_schedule(preset)
+    if schedule is None:
+        raise ValueError(f"bench attend times packed keys; {preset!r} packs nothing")
+    if v_bits not in (2, 4):
+        raise ValueError(f"v_bits must be 2 or 4, got {v_bits}")
+    if model_shape is not None:
+        model = find_shape(model_shape)
+        num_qo_heads, num_kv_heads = model.num_qo_heads, model.num_kv_heads
+        head_dim, rope_theta = model.head_dim, model.rope_theta
+    heads = (num_qo_heads, num_kv_heads, head_dim)
+    shapes = [Shape(*heads, n, sink_tokens, residual_length, rope_theta) for n in kv_len]
+    dtypes = [DTYPES[each.value] for each in dtype]
+    for shape in shapes:
+        page_layout(shape, schedule, rope[0].value, v_bits)  # says early what pages cannot hold
+    if ggml.missing():
+        typer.echo(ggml.missing(), err=True)
+    bytes_asked = None if working_set is None else working_set * 1_000_000
+    ropes = [mode.value for mode in rope]
+    rows = []
+    with step_progress(len(shapes) * (1 + WARMUP + repeats)) as begin:
+        for shape in shapes:
+            rows += bench_attend(
+                shape, schedule, ropes, v_bits, repeats, bytes_asked, begin, dtypes
+            )
+    title = f"one decode step, {num_qo_heads} query / {num_kv_heads} KV heads of {head_dim}"
+    report(rows, json_file, markdown, title)
+
+
+@app.command()
+@reports_errors
+def prefill(
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens to prefill.", rich_help_panel=MODEL_PANEL)
+    ] = 8192,
+    preset: KeyBits = "paper-1.25",
+    rope: Annotated[
+        Rope, typer.Option(help="Where keys are coded.", rich_help_panel=CACHE_PANEL)
+    ] = Rope.pre,
+    v_bits: Annotated[
+        int, typer.Option(help="Bits per value, 4 or 2.", rich_help_panel=CACHE_PANEL)
+    ] = 4,
+    clip: Clip = True,
+    model: Model = None,
+    gguf_file: GgufFile = None,
+    text_file: TextFile = None,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Number format of the model.", rich_help_panel=MODEL_PANEL)
+    ] = Dtype.bfloat16,
+    repeats: Annotated[int, typer.Option(min=1, help="Prefills and compressions to time.")] = 3,
+    json_file: JsonFile = None,
+    markdown: Markdown = False,
+) -> None:
+    """Time fitting and packing a prompt's keys and values, beside the model's prefill of it."""
+    from svdq_bench.quality import models
+    from svdq_bench.quality.methods import parse_schedule
+    from svdq_bench.speed.prefill import bench_prefill
+
+    schedule = parse_schedule(preset)
+    if schedule is None:
+        raise ValueError(f"bench prefill times packing; {preset!r} packs nothing")
+    text = models.load_text(text_file)
+    source = models.find_model(model, gguf_file)
+    with quiet_transformers():
+        token_ids = models.tokenize(models.load_tokenizer(source), text)
+        if len(token_ids) < tokens:
+            raise ValueError(f"the text has {len(token_ids)} tokens, {tokens} are asked for")
+        loaded = models.load_model(source, models.DTYPES[dtype.value])
+    with step_progress(2 * repeats) as begin:
+        rows = bench_prefill(
+            loaded, token_ids[:tokens], schedule, rope.value, v_bits, clip, repeats, begin
+        )
+    for row in rows:
+        row["model"] = str(source)
+    report(rows, json_file, markdown, title=f"{source}, {dtype.value}")
+
+
+app.command()(sparse.sparse)
+app.command()(fit.fit)
+app.command()(generate.generate)

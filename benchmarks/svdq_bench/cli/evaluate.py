@@ -1,0 +1,140 @@
+"""``svdq eval``: what compression does to a model's predictions."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from svdq.store.sparsity import DEFAULT_CHANNELS
+from svdq_bench.cli import harness, keys, retrieval, sparsity
+from svdq_bench.cli.errors import reports_errors
+from svdq_bench.cli.methods import make_methods, with_budgets
+from svdq_bench.cli.options import (
+    CACHE_PANEL,
+    MODEL_PANEL,
+    Across,
+    AllocateAcross,
+    Averages,
+    Clip,
+    CsvFile,
+    DenseLayers,
+    Dtype,
+    GgufFile,
+    HtmlFile,
+    JsonFile,
+    Markdown,
+    Model,
+    OutlierFraction,
+    Peers,
+    Presets,
+    Prices,
+    ProfileFile,
+    Rope,
+    ScorerName,
+    SinkTokens,
+    SparseBudgets,
+    SparseChannels,
+    SparseScorers,
+    TextFile,
+    ValueBits,
+    Weighted,
+)
+from svdq_bench.cli.progress import quiet_transformers, step_progress
+from svdq_bench.cli.table import report
+
+app = typer.Typer(
+    help="Measure what compression does to a model's predictions.", no_args_is_help=True
+)
+
+
+@app.callback()
+def group() -> None:
+    """Measure what compression does to a model's predictions."""
+
+
+@app.command()
+@reports_errors
+def perplexity(
+    preset: Presets = None,
+    k_bits: Averages = None,
+    price: Prices = None,
+    allocate_across: AllocateAcross = Across.model,
+    weighted: Weighted = None,
+    profile: ProfileFile = None,
+    outlier_fraction: OutlierFraction = 0.0,
+    peer: Peers = [],  # noqa: B006  (typer reads it, nothing mutates it)
+    clip: Clip = True,
+    rope: Annotated[
+        Rope, typer.Option(help="Where keys are coded.", rich_help_panel=CACHE_PANEL)
+    ] = Rope.pre,
+    v_bits: ValueBits = "exact",
+    sink_tokens: SinkTokens = 8,
+    residual_length: Annotated[
+        int,
+        typer.Option(min=0, help="Last tokens that svdq keeps exact.", rich_help_panel=CACHE_PANEL),
+    ] = 0,
+    sparse_budget: SparseBudgets = None,
+    sparse_scorer: SparseScorers = [ScorerName.latent],  # noqa: B006
+    sparse_channels: SparseChannels = DEFAULT_CHANNELS,
+    dense_layers: DenseLayers = 0,
+    model: Model = None,
+    gguf_file: GgufFile = None,
+    text_file: TextFile = None,
+    prefill_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Tokens of a window that are compressed.", rich_help_panel=MODEL_PANEL
+        ),
+    ] = 3072,
+    predict_tokens: Annotated[
+        int,
+        typer.Option(min=1, help="Tokens after them to predict.", rich_help_panel=MODEL_PANEL),
+    ] = 1024,
+    window_start: Annotated[
+        list[int],
+        typer.Option(help="First token of a window; repeatable.", rich_help_panel=MODEL_PANEL),
+    ] = [5000, 40000],  # noqa: B006
+    dtype: Annotated[
+        Dtype, typer.Option(help="Number format of the model.", rich_help_panel=MODEL_PANEL)
+    ] = Dtype.float32,
+    json_file: JsonFile = None,
+    csv_file: CsvFile = None,
+    html_file: HtmlFile = None,
+    markdown: Markdown = False,
+) -> None:
+    """Perplexity and KL divergence of text whose past is compressed, against the full cache.
+
+    Of every window the first tokens are prefilled exactly and their keys compressed; the next ones
+    are predicted in one forward pass that sees the former through the cache and one another
+    exactly. With --sparse-budget all svdq caches are fed one token at a time instead, since only
+    such steps are sparse, and pack what leaves their window.
+    """
+    from svdq_bench.quality import models
+    from svdq_bench.quality.perplexity import Task, evaluate_perplexity
+
+    allocated = (k_bits, price, allocate_across, weighted, profile, outlier_fraction)
+    methods = make_methods(
+        preset, peer, v_bits, rope, clip, sink_tokens, residual_length, *allocated
+    )
+    methods = with_budgets(methods, sparse_budget, sparse_scorer, sparse_channels, dense_layers)
+    task = Task(tuple(window_start), prefill_tokens, predict_tokens)
+    text = models.load_text(text_file)
+    source = models.find_model(model, gguf_file)
+    with quiet_transformers():
+        token_ids = models.tokenize(models.load_tokenizer(source), text)
+        task.windows(token_ids)  # a window that does not fit is said before the model is loaded
+        loaded = models.load_model(source, models.DTYPES[dtype.value])
+    steps = len(task.window_starts) * (1 + len(methods))
+    with step_progress(steps) as begin:
+        rows = evaluate_perplexity(loaded, token_ids, methods, task, begin)
+    for row in rows:
+        row["model"] = str(source)
+    title = f"{source}, {dtype.value}"
+    report(rows, json_file, markdown, title, csv_file, html_file)
+
+
+app.command()(keys.keys)
+app.command()(retrieval.retrieval)
+app.command()(sparsity.sparsity)
+app.command()(harness.harness)

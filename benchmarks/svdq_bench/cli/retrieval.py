@@ -1,0 +1,172 @@
+"""``svdq eval retrieval``: does a model still find what is in a compressed context?"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import replace
+from typing import Annotated
+
+import typer
+
+from svdq.store.sparsity import DEFAULT_CHANNELS
+from svdq_bench.cli.errors import reports_errors
+from svdq_bench.cli.methods import make_methods, with_budgets
+from svdq_bench.cli.options import (
+    CACHE_PANEL,
+    MODEL_PANEL,
+    SPARSE_PANEL,
+    Across,
+    AllocateAcross,
+    Averages,
+    Clip,
+    CsvFile,
+    DenseLayers,
+    Dtype,
+    GgufFile,
+    HtmlFile,
+    JsonFile,
+    Markdown,
+    Model,
+    Peers,
+    Presets,
+    Prices,
+    Rope,
+    ScorerName,
+    SinkTokens,
+    SparseBudgets,
+    SparseChannels,
+    SparseScorers,
+    TextFile,
+    ValueBits,
+    Weighted,
+)
+from svdq_bench.cli.progress import quiet_transformers, step_progress
+from svdq_bench.cli.table import report
+
+TASK_PANEL = "Questions"
+
+
+class Haystack(str, enum.Enum):
+    """What needles are hidden in."""
+
+    text = "text"
+    noise = "noise"
+
+
+@reports_errors
+def retrieval(
+    preset: Presets = None,
+    k_bits: Averages = None,
+    price: Prices = None,
+    allocate_across: AllocateAcross = Across.model,
+    weighted: Weighted = None,
+    peer: Peers = [],  # noqa: B006  (typer reads it, nothing mutates it)
+    clip: Clip = True,
+    rope: Annotated[
+        Rope, typer.Option(help="Where keys are coded.", rich_help_panel=CACHE_PANEL)
+    ] = Rope.pre,
+    v_bits: ValueBits = "exact",
+    sink_tokens: SinkTokens = 8,
+    residual_length: Annotated[
+        int,
+        typer.Option(min=0, help="Last tokens that svdq keeps exact.", rich_help_panel=CACHE_PANEL),
+    ] = 0,
+    sparse_budget: SparseBudgets = None,
+    sparse_scorer: SparseScorers = [ScorerName.latent],  # noqa: B006
+    sparse_channels: SparseChannels = DEFAULT_CHANNELS,
+    dense_layers: DenseLayers = 0,
+    sparse_question: Annotated[
+        bool,
+        typer.Option(
+            "--sparse-question/--dense-question",
+            help="With a budget, feed the question one token at a time, or at once as generate() "
+            "does, so that it sees all tokens.",
+            rich_help_panel=SPARSE_PANEL,
+        ),
+    ] = True,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="niah_single, niah_multikey, niah_multivalue, variable_tracking, common_words; "
+            "repeatable. Default: all.",
+            rich_help_panel=TASK_PANEL,
+            show_default=False,
+        ),
+    ] = None,
+    context_tokens: Annotated[
+        list[int],
+        typer.Option(min=1, help="Length of a context; repeatable.", rich_help_panel=TASK_PANEL),
+    ] = [1024, 2048, 4096],  # noqa: B006
+    depth: Annotated[
+        list[float],
+        typer.Option(
+            min=0,
+            max=1,
+            help="Where a needle is hidden, 0 (front) to 1 (end); repeatable.",
+            rich_help_panel=TASK_PANEL,
+        ),
+    ] = [0.0, 0.25, 0.5, 0.75, 1.0],  # noqa: B006
+    samples: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Questions of a task, length and depth.", rich_help_panel=TASK_PANEL
+        ),
+    ] = 4,
+    seed: Annotated[
+        str, typer.Option(help="Other seeds, other questions.", rich_help_panel=TASK_PANEL)
+    ] = "0",
+    haystack: Annotated[
+        Haystack,
+        typer.Option(
+            help="Hide needles in the text, or in repeated sentences.", rich_help_panel=TASK_PANEL
+        ),
+    ] = Haystack.text,
+    model: Model = None,
+    gguf_file: GgufFile = None,
+    text_file: TextFile = None,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Number format of the model.", rich_help_panel=MODEL_PANEL)
+    ] = Dtype.float32,
+    json_file: JsonFile = None,
+    csv_file: CsvFile = None,
+    html_file: HtmlFile = None,
+    markdown: Markdown = False,
+) -> None:
+    """Questions about a long context that was compressed before they came, against the full cache.
+
+    Every context is prefilled exactly, once for all methods, and compressed; then come the question
+    and a greedy answer. A score is the share of the expected strings that the answer holds. With
+    --sparse-budget svdq caches take the question one token at a time, too, since only such steps
+    are sparse, unless --dense-question is given.
+    """
+    from svdq_bench.quality import models
+    from svdq_bench.quality.methods import CacheSettings
+    from svdq_bench.quality.retrieval import Sweep, evaluate_retrieval
+    from svdq_bench.quality.tasks import NOISE, TASKS, SampleMaker
+
+    allocated = (k_bits, price, allocate_across, weighted)
+    methods = make_methods(
+        preset, peer, v_bits, rope, clip, sink_tokens, residual_length, *allocated
+    )
+    methods = with_budgets(methods, sparse_budget, sparse_scorer, sparse_channels, dense_layers)
+    if not sparse_question:
+        methods = [
+            replace(one, one_by_one=False) if isinstance(one, CacheSettings) else one
+            for one in methods
+        ]
+    tasks = tuple(task or TASKS)
+    sweep = Sweep(tasks, tuple(context_tokens), tuple(depth), samples, seed)
+    text = NOISE if haystack is Haystack.noise else models.load_text(text_file)
+    source = models.find_model(model, gguf_file)
+    with quiet_transformers():
+        tokenizer = models.load_tokenizer(source)
+        questions = sweep.make_samples(SampleMaker(tokenizer, text))
+        loaded = models.load_model(source, models.DTYPES[dtype.value])
+    with step_progress(samples * len(questions)) as begin:
+        rows = evaluate_retrieval(loaded, tokenizer, methods, questions, begin)
+    for row in rows:
+        row |= {"model": str(source), "haystack": haystack.value, "seed": seed}
+        if sparse_budget:
+            row["sparse_question"] = sparse_question
+    title = f"{source}, {dtype.value}, retrieval"
+    report(rows, json_file, markdown, title, csv_file, html_file)

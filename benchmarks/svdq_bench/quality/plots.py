@@ -1,0 +1,339 @@
+"""The plots of a report, each as SVG text that stands in a page by itself."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+
+from svdq_bench.quality.budgets import budget_text
+
+# A page must not depend on the day or on what is installed where it is read: no date, no outlines
+# of letters whose names would clash between plots.
+SVG_STYLE = {"svg.fonttype": "none", "font.family": "sans-serif", "text.parse_math": False}
+NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+MARKERS = "osD^vP*X<>"
+HEAT_COLUMNS = 3
+
+
+def to_svg(benchmark: str, rows: Sequence[dict]) -> str:
+    """The plot of a benchmark's rows as an ``<svg>`` element, one of each benchmark a page.
+
+    Parameters
+    ----------
+    benchmark : one of :data:`PLOTS`.
+    """
+    _, draw = PLOTS[benchmark]
+    buffer = io.StringIO()
+    with matplotlib.rc_context(SVG_STYLE | {"svg.hashsalt": benchmark}):
+        draw(rows).savefig(buffer, format="svg", metadata=NO_METADATA)
+    text = buffer.getvalue()
+    # Groups are numbered anew in every picture, and ids of a page must differ. No one refers to
+    # them; the salt above keeps apart those that are referred to.
+    return re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])
+
+
+def _figure(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _plain(value: float, _: int) -> str:
+    return f"{value:g}"
+
+
+def _log_scale(axes: Axes) -> None:
+    """A logarithmic scale of y with numbers at 1, 2 and 5, without superscripts."""
+    axes.set_yscale("log")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axes.yaxis.set_major_formatter(_plain)
+    axes.yaxis.set_minor_formatter(_plain)
+
+
+def error_against_bits(rows: Sequence[dict]) -> Figure:
+    """KL divergence against the true bits of a key, a marker for each family of methods.
+
+    Parameters
+    ----------
+    rows : of ``"perplexity"``; those without a divergence (the full cache) have no point.
+    """
+    figure = _figure(8, 4.8)
+    axes = figure.subplots()
+    families: dict[str, list[dict]] = {}
+    for row in rows:
+        if row.get("kl", 0) > 0:
+            families.setdefault(family_of(row), []).append(row)
+    for index, (family, group) in enumerate(families.items()):
+        group.sort(key=lambda row: row["all_in_bits"])
+        bits, kl = ([row[key] for row in group] for key in ("all_in_bits", "kl"))
+        marker = MARKERS[index % len(MARKERS)]
+        axes.plot(bits, kl, marker, label=family, color=f"C{index % 10}")
+        for row in group:
+            place = (row["all_in_bits"], row["kl"])
+            axes.annotate(
+                row["method"], place, (5, 4), textcoords="offset points", fontsize=7, alpha=0.8
+            )
+    axes.set(xlabel="bits a key number, everything counted", ylabel="KL to the full cache, nats")
+    if families:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(_plain)
+        _log_scale(axes)
+        axes.margins(x=0.15)
+        axes.legend()
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def perplexity_plot(rows: Sequence[dict]) -> Figure:
+    """Error against budget where some rows have one, else against bits."""
+    budgets = any("budget" in row for row in rows)
+    return error_against_budget(rows) if budgets else error_against_bits(rows)
+
+
+def error_against_budget(rows: Sequence[dict]) -> Figure:
+    """KL divergence against the budget, a line for each scorer, and without a budget.
+
+    Parameters
+    ----------
+    rows : of ``"perplexity"``; those of other caches than svdq are left out.
+    """
+    figure = _figure(8, 4.8)
+    axes = figure.subplots()
+    lines: dict[str, list[dict]] = {}
+    for row in rows:
+        if "budget" in row:
+            lines.setdefault(scorer_of(row), []).append(row)
+        elif "preset" in row and row["kl"] > 0:
+            axes.axhline(row["kl"], ls="--", color="gray", label=row["method"])
+    for index, (scorer, group) in enumerate(lines.items()):
+        _budget_line(axes, index, scorer, group, "kl")
+    _budget_scale(axes, [row for group in lines.values() for row in group])
+    axes.set(ylabel="KL to the full cache, nats")
+    _log_scale(axes)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def scorer_of(row: dict) -> str:
+    """What chose the tokens of a row with a budget."""
+    return row["method"].replace(f"{budget_text(row['budget'])} ", "")
+
+
+def recall(rows: Sequence[dict]) -> Figure:
+    """Attention mass that is read against the budget, a line for each choice.
+
+    Parameters
+    ----------
+    rows : of ``"sparsity"``: method, budget, recall.
+    """
+    figure = _figure(8, 4.8)
+    axes = figure.subplots()
+    for index, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+        group = [row for row in rows if row["method"] == method]
+        _budget_line(axes, index, method, group, "recall")
+    _budget_scale(axes, rows)
+    axes.set(ylabel="attention mass that is read")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def decode_time(rows: Sequence[dict]) -> Figure:
+    """Time of a decode step against the length of the context, a line for each case.
+
+    Parameters
+    ----------
+    rows : of ``"sparse"``: case, kv_len, ms.
+    """
+    figure = _figure(8, 4.8)
+    axes = figure.subplots()
+    for index, case in enumerate(dict.fromkeys(row["case"] for row in rows)):
+        group = sorted((r for r in rows if r["case"] == case), key=lambda row: row["kv_len"])
+        lengths, times = ([row[key] for row in group] for key in ("kv_len", "ms"))
+        marker, color = MARKERS[index % len(MARKERS)], f"C{index % 10}"
+        axes.plot(lengths, times, f"{marker}-", label=case, color=color, ms=4, lw=1)
+    lengths = sorted({row["kv_len"] for row in rows})
+    axes.set_xscale("log")
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.minorticks_off()
+    axes.set(xlabel="tokens in the cache", ylabel="attention of one step, ms")
+    _log_scale(axes)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _budget_line(axes: Axes, index: int, label: str, group: Sequence[dict], key: str) -> None:
+    group = sorted(group, key=lambda row: row["budget"])
+    budgets, values = ([row[name] for row in group] for name in ("budget", key))
+    marker, color = MARKERS[index % len(MARKERS)], f"C{index % 10}"
+    axes.plot(budgets, values, f"{marker}-", label=label, color=color, ms=4, lw=1)
+
+
+def _budget_scale(axes: Axes, rows: Sequence[dict]) -> None:
+    budgets = sorted({row["budget"] for row in rows})
+    axes.set_xscale("log")
+    axes.set_xticks(budgets, [budget_text(budget) for budget in budgets])
+    axes.minorticks_off()
+    axes.set_xlabel("budget")
+    axes.grid(alpha=0.3)
+
+
+def family_of(row: dict) -> str:
+    """What kind of method a row is of."""
+    return row.get("family") or row["method"].split()[0]
+
+
+def retrieval_heat(rows: Sequence[dict]) -> Figure:
+    """Accuracy by context length and depth, a panel for each method.
+
+    Parameters
+    ----------
+    rows : of ``"retrieval"``; those without a depth are left out.
+    """
+    rows = [row for row in rows if row.get("depth") is not None]
+    methods = list(dict.fromkeys(method_of(row) for row in rows))
+    lengths = sorted({row["context_tokens"] for row in rows})
+    depths = sorted({row["depth"] for row in rows})
+    columns = min(HEAT_COLUMNS, len(methods))
+    lines = -(-len(methods) // columns)
+    figure = _figure(4 * columns, 0.8 + 2.6 * lines)
+    panels = figure.subplots(lines, columns, squeeze=False)
+    for axes in panels.flat[len(methods) :]:
+        axes.set_axis_off()
+    for axes, method in zip(panels.flat, methods, strict=False):
+        values = np.full((len(depths), len(lengths)), np.nan)
+        for i, depth in enumerate(depths):
+            for j, length in enumerate(lengths):
+                cell = [
+                    row
+                    for row in rows
+                    if (method_of(row), row["depth"], row["context_tokens"])
+                    == (method, depth, length)
+                ]
+                if cell:
+                    weights = [row["samples"] for row in cell]
+                    values[i, j] = np.average([row["accuracy"] for row in cell], weights=weights)
+        image = _heat(axes, 100 * values, 0, 100, "RdYlGn", "{:.0f}")
+        axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+        axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
+        axes.set(xlabel="context, tokens", ylabel="depth of the needle")
+        axes.set_title(method, fontsize=9)
+    figure.colorbar(image, ax=panels, label="accuracy, %")
+    return figure
+
+
+def method_of(row: dict) -> str:
+    """The method of a row; a matched peer is one whatever settings it was given."""
+    return row.get("matched") or row["method"]
+
+
+def bits_heat(rows: Sequence[dict]) -> Figure:
+    """Bits a key number by layer and KV head, a panel for each method.
+
+    Parameters
+    ----------
+    rows : of ``"bits"``: layer, head, bits; method where there are several.
+    """
+    layers = sorted({row["layer"] for row in rows})
+    heads = sorted({row["head"] for row in rows})
+    methods = list(dict.fromkeys(row.get("method") for row in rows))
+    height = 1.6 + 0.35 * len(heads)
+    figure = _figure(max(5, 1 + 0.38 * len(layers)), height * len(methods))
+    most = max(row["bits"] for row in rows)
+    panels = figure.subplots(len(methods), squeeze=False)[:, 0]
+    for axes, method in zip(panels, methods, strict=True):
+        values = np.full((len(heads), len(layers)), np.nan)
+        for row in rows:
+            if row.get("method") == method:
+                values[heads.index(row["head"]), layers.index(row["layer"])] = row["bits"]
+        image = _heat(axes, values, 0, most, "viridis", "{:.2g}")
+        axes.set_xticks(range(len(layers)), layers)
+        axes.set_yticks(range(len(heads)), heads)
+        axes.set(xlabel="layer", ylabel="KV head")
+        axes.set_title(method, fontsize=9)
+    figure.colorbar(image, ax=panels, label="bits")
+    return figure
+
+
+def _heat(
+    axes: Axes, values: np.ndarray, low: float, high: float | None, colors: str, write: str
+) -> QuadMesh:
+    """Cells with their numbers in them, the first row on top; empty where there is none."""
+    y_edges, x_edges = (np.arange(n + 1) - 0.5 for n in values.shape)
+    image = axes.pcolormesh(x_edges, y_edges, values, vmin=low, vmax=high, cmap=colors)
+    axes.invert_yaxis()
+    for (i, j), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            red, green, blue, _ = image.cmap(image.norm(value))
+            ink = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.45 else "white"
+            text = write.format(value)
+            axes.text(j, i, text, ha="center", va="center", fontsize=7, color=ink)
+    return image
+
+
+def spectrum(rows: Sequence[dict]) -> Figure:
+    """Deviation of the latent channels, a line for each layer, the median of its heads.
+
+    Parameters
+    ----------
+    rows : of ``"spectrum"``: layer, head, variances (largest first).
+    """
+    figure = _figure(8, 4.8)
+    axes = figure.subplots()
+    layers = sorted({row["layer"] for row in rows})
+    colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.95, len(layers)))
+    for color, layer in zip(colors, layers, strict=True):
+        heads = [row["variances"] for row in rows if row["layer"] == layer]
+        longest = max(map(len, heads))
+        padded = np.full((len(heads), longest), np.nan)
+        for line, variances in zip(padded, heads, strict=True):
+            line[: len(variances)] = np.sqrt(np.maximum(variances, 0))
+        label = f"layer {layer}" if layer in (layers[0], layers[-1]) else None
+        channels = range(1, longest + 1)
+        axes.plot(channels, np.nanmedian(padded, axis=0), color=color, label=label, lw=1)
+    axes.set(xlabel="latent channel", ylabel="standard deviation")
+    _log_scale(axes)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def key_error(rows: Sequence[dict]) -> Figure:
+    """Relative error of the keys by layer, a line for each method.
+
+    Parameters
+    ----------
+    rows : of ``"key_error"``: layer, method, relative_error, bits.
+    """
+    figure = _figure(10, 4.8)
+    axes = figure.subplots()
+    methods = list(dict.fromkeys(method_of(row) for row in rows))
+    for index, method in enumerate(methods):
+        group = sorted((r for r in rows if method_of(r) == method), key=lambda row: row["layer"])
+        layers, errors = ([row[key] for row in group] for key in ("layer", "relative_error"))
+        marker = MARKERS[index % len(MARKERS)]
+        color = matplotlib.colormaps["tab20"](index % 20)
+        axes.plot(layers, errors, f"{marker}-", color=color, label=method, ms=4, lw=1)
+    axes.set(xlabel="layer", ylabel="relative error of the keys")
+    _log_scale(axes)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8)
+    return figure
+
+
+# Benchmark of rows -> what its plots are called, and how they are drawn; in the order of a page.
+PLOTS: dict[str, tuple[str, Callable[[Sequence[dict]], Figure]]] = {
+    "perplexity": ("Error of predictions", perplexity_plot),
+    "sparsity": ("Attention mass that is read", recall),
+    "sparse": ("Time of a decode step", decode_time),
+    "retrieval": ("Retrieval by length and depth", retrieval_heat),
+    "bits": ("Bits by layer and head", bits_heat),
+    "spectrum": ("Decay of the keys' latent channels", spectrum),
+    "key_error": ("Error of the keys by layer", key_error),
+}

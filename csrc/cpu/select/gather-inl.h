@@ -1,0 +1,188 @@
+// The gather stage: codes of selected tokens, copied into pages of their own.
+//
+// Per token, D = 128, 1.25-bit keys and 4-bit values: 12 lanes of keys, one scalar each, and 8
+// blocks of values, 5 vector operations each. The lines these come from are asked for a page ahead:
+// selected tokens lie anywhere.
+
+// Where the token of a slot lies.
+struct TokenPlace {
+  const uint8_t* keys;  // of its head in its page
+  const uint8_t* values;
+  int token;  // in the page; -1: no token
+};
+
+// Line of unit (quad, group) of a band of keys, and where in its lanes the unit lies.
+template <int kWidth>
+inline uint32_t key_line(uint32_t quad, uint32_t group) {
+  return (quad * kGroups + group) / (8 / kWidth) * kLineBytes;
+}
+template <int kWidth>
+inline uint32_t key_shift(uint32_t quad, uint32_t group) {
+  return (quad * kGroups + group) % (8 / kWidth) * kWidth;
+}
+
+// Copies lanes of one band of keys for 64 tokens; `to` is zeros before.
+template <int kWidth>
+inline void gather_band(const TokenPlace* places, int64_t offset, int count, uint8_t* to) {
+  constexpr uint32_t kMask = kWidth == 8 ? ~0u : ((1u << kWidth % 8) - 1) * 0x01010101u;
+  const uint32_t quads = static_cast<uint32_t>(count) / kQuad;
+  for (uint32_t t = 0; t < kPageTokens; ++t) {
+    if (places[t].token < 0) continue;
+    const uint32_t token = static_cast<uint32_t>(places[t].token);
+    const uint8_t* source = places[t].keys + offset + token % kLanes * kQuad;
+    uint8_t* target = to + offset + t % kLanes * kQuad;
+    for (uint32_t quad = 0; quad < quads; ++quad) {
+      uint32_t lane, own;
+      uint8_t* at = target + key_line<kWidth>(quad, t / kLanes);
+      std::memcpy(&lane, source + key_line<kWidth>(quad, token / kLanes), 4);
+      std::memcpy(&own, at, 4);
+      lane = lane >> key_shift<kWidth>(quad, token / kLanes) & kMask;
+      own |= lane << key_shift<kWidth>(quad, t / kLanes);
+      std::memcpy(at, &own, 4);
+    }
+  }
+}
+
+inline void gather_keys(const HeadPlan& head, const TokenPlace* places, uint8_t* to) {
+  std::memset(to, 0, head.page_bytes());
+  int64_t offset = 0;
+  for (const Bands* bands : {&head.pre, &head.post}) {
+    for_each_band(*bands, [&]<int kWidth>(int count, int) {
+      gather_band<kWidth>(places, offset, count, to);
+      offset += band_bytes<kWidth, false>(count);
+    });
+  }
+}
+
+// Codes of packed values: a line is made of its units, a unit of four tokens' bytes.
+template <int kWidth>
+inline void gather_value_codes(const ValueLayout& value, const TokenPlace* places, uint8_t* to) {
+  constexpr int kLineTokens = 8 / kWidth * kQuad;
+  constexpr int kBlockBytes = kPageTokens / kLineTokens * kLineBytes;
+  constexpr uint32_t kMask = (1u << kWidth) - 1;
+  // Bit of a token's codes in a lane.
+  const auto shift = [](int token) {
+    return token % kQuad * 8 + token / kQuad % (8 / kWidth) * kWidth;
+  };
+  const int blocks = value.head_dim / kLanes;
+  uint8_t* codes = to + value.code_offset();
+  for (int first = 0; first < kPageTokens; first += kLineTokens) {
+    const uint8_t* source[kLineTokens];
+    int down[kLineTokens], up[kLineTokens], count = 0;
+    for (int t = first; t < first + kLineTokens; ++t) {
+      if (places[t].token < 0) continue;
+      source[count] =
+          places[t].values + value.code_offset() + places[t].token / kLineTokens * kLineBytes;
+      down[count] = shift(places[t].token);
+      up[count++] = shift(t);
+    }
+    for (int block = 0; block < blocks; ++block) {
+      const int64_t offset = int64_t{block} * kBlockBytes;
+      for (int part = 0; part < kParts; ++part) {
+        U32 line{};
+        for (int i = 0; i < count; ++i) {
+          const U32 lanes = load<U32>(source[i] + offset + part * kVecBytes);
+          line |= (lanes >> down[i] & kMask) << up[i];
+        }
+        store(codes + offset + first / kLineTokens * kLineBytes + part * kVecBytes, line);
+      }
+    }
+  }
+}
+
+inline void gather_values(const ValueLayout& value, const TokenPlace* places, uint8_t* to) {
+  if (!value.packed()) {
+    const int64_t bytes = int64_t{value.head_dim} * value.bits / 8;
+    for (int t = 0; t < kPageTokens; ++t) {
+      if (places[t].token < 0) {
+        std::memset(to + t * bytes, 0, bytes);
+      } else {
+        std::memcpy(to + t * bytes, places[t].values + places[t].token * bytes, bytes);
+      }
+    }
+    return;
+  }
+  for (const int64_t offset : {value.scale_offset(), value.zero_offset()}) {
+    for (int group = 0; group < value.groups(); ++group) {
+      uint16_t* halves = reinterpret_cast<uint16_t*>(to + offset) + group * kPageTokens;
+      for (int t = 0; t < kPageTokens; ++t) {
+        halves[t] = 0;
+        if (places[t].token < 0) continue;
+        std::memcpy(halves + t,
+                    places[t].values + offset + (group * kPageTokens + places[t].token) * 2, 2);
+      }
+    }
+  }
+  if (value.bits == 4) gather_value_codes<4>(value, places, to);
+  if (value.bits == 2) gather_value_codes<2>(value, places, to);
+}
+
+// Asks for the lines that hold a token.
+inline void prefetch_token(const HeadPlan& head, const ValueLayout& value, const TokenPlace& from) {
+  if (from.token < 0) return;
+  const uint32_t token = static_cast<uint32_t>(from.token);
+  const uint8_t* lines = from.keys;
+  for (const Bands* bands : {&head.pre, &head.post}) {
+    for_each_band(*bands, [&]<int kWidth>(int count, int) {
+      for (uint32_t quad = 0; quad < static_cast<uint32_t>(count) / kQuad; ++quad)
+        prefetch_line(lines + key_line<kWidth>(quad, token / kLanes));
+      lines += band_bytes<kWidth, false>(count);
+    });
+  }
+  if (!value.packed()) {
+    const int64_t bytes = int64_t{value.head_dim} * value.bits / 8;
+    const uint8_t* row = from.values + from.token * bytes;
+    for (int64_t at = 0; at < bytes; at += kLineBytes) prefetch_line(row + at);
+    return;
+  }
+  for (int group = 0; group < value.groups(); ++group) {
+    const int64_t at = int64_t{group * kPageTokens + from.token} * 2;
+    prefetch_line(from.values + value.scale_offset() + at);
+    prefetch_line(from.values + value.zero_offset() + at);
+  }
+  const int block_lines = kPageTokens * value.bits / 32;  // 16 channels of 64 tokens
+  const uint8_t* line = from.values + value.code_offset() + token * value.bits / 32 * kLineBytes;
+  for (int block = 0; block < value.head_dim / kLanes; ++block, line += block_lines * kLineBytes)
+    prefetch_line(line);
+}
+
+inline void gather(const GatherParams& p, const Executor& executor) {
+  const LayoutView& layout = p.layout;
+  const int64_t pages = (p.num_slots + kPageTokens - 1) / kPageTokens;
+  const auto find = [&](int64_t b, int64_t h, int64_t page, TokenPlace* places) {
+    const int32_t* slots = p.slots + (b * layout.num_heads + h) * p.num_slots;
+    for (int t = 0; t < kPageTokens; ++t) {
+      const int64_t i = page * kPageTokens + t;
+      places[t] = {nullptr, nullptr, -1};
+      if (i >= p.num_slots || slots[i] == INT32_MAX) continue;
+      const int64_t id = p.page_table[b * p.table_stride + slots[i] / kPageTokens];
+      places[t] = {p.k_pages + id * layout.k_page_bytes + layout.heads[h].k_offset,
+                   p.v_pages + id * layout.v_page_bytes + h * layout.value.page_bytes(),
+                   slots[i] % kPageTokens};
+    }
+  };
+  // All heads of a page in turn, since their codes lie on the same pages of the machine's memory; each
+  // asks for what the next one needs.
+  constexpr int64_t kRun = 4;
+  const int64_t runs = (pages + kRun - 1) / kRun, heads = layout.num_heads;
+  for_each_task(executor, p.batch * runs, [&](int64_t task, int) {
+    const int64_t b = task / runs, first = task % runs * kRun;
+    const int64_t steps = (std::min(first + kRun, pages) - first) * heads;
+    TokenPlace places[2][kPageTokens];
+    find(b, 0, first, places[0]);
+    for (int64_t step = 0; step < steps; ++step) {
+      const int64_t page = first + step / heads, h = step % heads, next = step + 1;
+      if (next < steps) {
+        TokenPlace* ahead = places[next % 2];
+        find(b, next % heads, first + next / heads, ahead);
+        for (int t = 0; t < kPageTokens; ++t)
+          prefetch_token(layout.heads[next % heads], layout.value, ahead[t]);
+      }
+      const int64_t row = b * pages + page;
+      gather_keys(layout.heads[h], places[step % 2],
+                  p.k_out + row * layout.k_page_bytes + layout.heads[h].k_offset);
+      gather_values(layout.value, places[step % 2],
+                    p.v_out + row * layout.v_page_bytes + h * layout.value.page_bytes());
+    }
+  });
+}

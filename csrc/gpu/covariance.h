@@ -1,0 +1,69 @@
+// The basis stage on a GPU. Beside what csrc/gpu/stream.h lists, a Queue has
+//   add_gram(rows, heads, tokens, dim, gram)   gram [heads, dim, dim] += rows^T rows of each head;
+//                                              rows [heads, tokens, dim]
+//   eigenvectors(matrices, values, heads, dim, info)
+//                                              symmetric matrices [heads, dim, dim] become their
+//                                              eigenvectors, one a row, by rising eigenvalue, and
+//                                              values [heads, dim] the eigenvalues; info [heads] is
+//                                              0 where that succeeded
+#pragma once
+
+#include <vector>
+
+#include "csrc/gpu/project.h"
+#include "kernels/fit/covariance.cuh"
+
+namespace svdq::gpu {
+
+// Rows take `scratch` numbers at a time, or those of 64 tokens.
+template <typename Stream>
+void covariance(const CovarianceParams& p, Stream& stream, int64_t scratch = kScratchNumbers) {
+  constexpr int64_t kMostTokens = 4096;  // longer products gain nothing
+  const int64_t row = int64_t{p.num_heads} * p.head_dim, matrices = row * p.head_dim;
+  const int64_t num_runs = ceil_div(p.keys.num_tokens, kPageTokens);
+  const int64_t chunk_runs =
+      std::clamp<int64_t>(std::min(scratch / row, kMostTokens) / kPageTokens, 1, num_runs);
+
+  device::CovarianceWorkspace w{};
+  w.keys = token_rows(p.keys, p.rope, p.position, num_runs, stream);
+  w.num_heads = p.num_heads;
+  w.head_dim = p.head_dim;
+  w.num_slots = static_cast<int>(chunk_runs);
+  w.shift = stream.template allocate<float>(row);
+  w.delta = stream.template allocate<float>(row);
+  w.sums = stream.template allocate<float>(chunk_runs * row);
+  w.rows =
+      stream.template allocate<float>(std::min(chunk_runs * kPageTokens, p.keys.num_tokens) * row);
+  w.gram = stream.template allocate<float>(matrices);
+  stream.launch("shift", device::shift_launch(w), device::shift_kernel, w);
+  for (w.first_run = 0; w.first_run < num_runs; w.first_run += chunk_runs) {
+    const int64_t runs = std::min(chunk_runs, num_runs - w.first_run);
+    w.first = w.first_run == 0;
+    w.chunk_tokens = std::min(runs * kPageTokens, p.keys.num_tokens - w.first_run * kPageTokens);
+    stream.launch("rows", device::rows_launch(w, static_cast<int>(runs)), device::rows_kernel, w);
+    stream.add_gram(w.rows, p.num_heads, w.chunk_tokens, p.head_dim, w.gram);
+  }
+  stream.launch("mean", device::mean_launch(w), device::mean_kernel, w, p.mean);
+  stream.launch("covariance", device::covariance_launch(w), device::covariance_kernel, w,
+                p.covariance);
+}
+
+// components [H, D, D], rows by falling variance, and variance [H, D] of `covariance` [H, D, D],
+// which is overwritten. Waits for the solver's report; throws Error if a head has no eigenvectors.
+template <typename Stream>
+void components(float* covariance, int num_heads, int head_dim, float* components, float* variance,
+                Stream& stream) {
+  float* values = stream.template allocate<float>(int64_t{num_heads} * head_dim);
+  int* info = stream.template allocate<int>(num_heads);
+  stream.eigenvectors(covariance, values, num_heads, head_dim, info);
+  const device::ComponentsParams p{num_heads, head_dim, covariance, values, components, variance};
+  stream.launch("components", device::components_launch(p), device::components_kernel, p);
+  std::vector<int> found(num_heads);
+  stream.read(found.data(), info, num_heads);
+  for (int h = 0; h < num_heads; ++h) {
+    SVDQ_CHECK(found[h] == 0, "no eigenvectors found for the covariance of head ", h,
+               ": the solver reports ", found[h]);
+  }
+}
+
+}  // namespace svdq::gpu

@@ -1,0 +1,65 @@
+// Reading pages back on a GPU; same results as csrc/core/unpack.h, which says what the outputs are.
+#pragma once
+
+#include "csrc/gpu/rope.h"
+#include "kernels/pack/unpack.cuh"
+
+namespace svdq::gpu {
+
+template <typename Stream>
+void unpack_codes(const UnpackParams& p, uint8_t* codes, Stream& stream) {
+  const device::HeadTable heads = head_table(p.layout);
+  for_each_page_run(p.page_table, p.slot, p.num_tokens,
+                    [&](const device::PageIds& ids, int64_t first, int count) {
+                      stream.launch("unpack_codes", device::inspect_launch(p, count),
+                                    device::unpack_codes_kernel, p, heads, ids, first, codes);
+                    });
+}
+
+template <int kDim, typename Stream>
+void unpack_keys_class(const UnpackParams& p, device::DecodeParams d, int64_t position,
+                       Stream& stream) {
+  const device::HeadTable heads = head_table(p.layout);
+  const auto turns = rotations(d.rope, position - p.slot % kPageTokens, nullptr, 1,
+                               device::spanned_pages(p.slot, p.num_tokens), stream);
+  d.offset_rotation = turns.slots;
+  d.page_rotation = turns.pages;
+  for_each_page_run(p.page_table, p.slot, p.num_tokens,
+                    [&](const device::PageIds& ids, int64_t first, int count) {
+                      stream.launch(
+                          "unpack_keys",
+                          device::inspect_launch(p, count, sizeof(device::InspectPlan<kDim>)),
+                          device::unpack_keys_kernel<kDim>, p, heads, ids, first, d);
+                    });
+}
+
+// `position` is that of the first slot read.
+template <typename Stream>
+void unpack_keys(const UnpackParams& p, const Rope& rope, int64_t position, const uint16_t* basis,
+                 const float* scale, const float* mean, float* keys, Stream& stream) {
+  if (p.num_tokens == 0) return;
+  const device::DecodeParams d{rope, nullptr, nullptr, basis, scale, mean, keys};
+  with_dim_class(p.layout.head_dim,
+                 [&]<int kDim>() { unpack_keys_class<kDim>(p, d, position, stream); });
+}
+
+// `dtype` is that of exact values.
+template <typename Stream>
+void unpack_values(const UnpackParams& p, DataType dtype, float* values, Stream& stream) {
+  for_each_page_run(p.page_table, p.slot, p.num_tokens,
+                    [&](const device::PageIds& ids, int64_t first, int count) {
+                      const device::LaunchShape shape = device::inspect_launch(p, count);
+                      if (p.layout.value.bits == 4) {
+                        stream.launch("unpack_values", shape, device::unpack_values_kernel<4>, p,
+                                      ids, first, values);
+                      } else if (p.layout.value.bits == 2) {
+                        stream.launch("unpack_values", shape, device::unpack_values_kernel<2>, p,
+                                      ids, first, values);
+                      } else {
+                        stream.launch("widen_values", shape, device::widen_values_kernel, p, ids,
+                                      first, dtype, values);
+                      }
+                    });
+}
+
+}  // namespace svdq::gpu

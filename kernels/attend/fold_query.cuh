@@ -1,0 +1,186 @@
+// What multiplies the codes of a head, prepared once for all pages, as tensor-core fragments.
+//
+// Channels coded after RoPE are absorbed into the queries:
+//   q . k = q . mean + sum_j (code_j - mid_j) * w_j,   w_j = scale_j * (q . basis_j),
+// so a coded channel costs one multiply-add a token and query row. Channels coded before RoPE are
+// reconstructed: column d of a key is the same sum with w_j = scale_j * basis_jd and mean_d for the
+// constant. Either way 8 rows of weights (query rows, or columns of the key) make a tile: B
+// fragments of halves, each row in a unit of its own. What the middle codes contribute is taken off
+// with the rounded weights, so that their rounding meets code - mid and not the larger code.
+#pragma once
+
+#include "kernels/attend/plan.cuh"
+#include "kernels/pages/code_fragments.cuh"
+
+namespace svdq::device {
+
+// The parts of a head whose lines a scorer reads: for_each_band over them, and their bytes.
+struct PrePart {
+  template <typename Fn>
+  SVDQ_DEVICE static void for_each(const HeadPlan& head, const Fn& fn) {
+    for_each_band(head.pre, fn);
+  }
+  SVDQ_DEVICE static int bytes(const HeadPlan& head) { return head.pre.page_bytes(); }
+};
+struct PostPart {
+  template <typename Fn>
+  SVDQ_DEVICE static void for_each(const HeadPlan& head, const Fn& fn) {
+    for_each_band(head.post, fn);
+  }
+  SVDQ_DEVICE static int bytes(const HeadPlan& head) { return head.post.page_bytes(); }
+};
+struct BothParts {
+  template <typename Fn>
+  SVDQ_DEVICE static void for_each(const HeadPlan& head, const Fn& fn) {
+    for_each_part(head, fn);
+  }
+  SVDQ_DEVICE static int bytes(const HeadPlan& head) { return head.page_bytes(); }
+};
+
+// Rows' largest weight in their unit: high in the range of a half, so that small weights keep their
+// digits, and low enough that no rounding overflows.
+inline constexpr float kLargestWeight = 256.0f;
+
+template <int kDim>
+struct AbsorbPlan {
+  float query[kRowTile][kDim];  // absorbed channels only
+  float weights[kRowTile][kDim];
+  float constant[kRowTile];
+  float step[kRowTile];
+  float middle[kAttendWarps][kRowTile];  // sum of mid * rounded weight, by warp
+};
+
+// Turns the rows in s.weights and s.constant into fragments, units and offsets of tile `tile`.
+template <int kDim>
+SVDQ_DEVICE void finish_tile(AbsorbPlan<kDim>& s, const Bands& bands, const Weights& weights,
+                             int64_t tile, int dim) {
+  const int lane = lane_index(), warp = warp_index(), rank = bands.rank();
+  // Unit of every row.
+  for (int row = warp; row < kRowTile; row += kAttendWarps) {
+    float largest = 0.0f;
+    for (int j = lane; j < rank; j += kWarpSize) {
+      const float w = load(&s.weights[row][j]), magnitude = w < 0.0f ? -w : w;
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    largest = warp_max(largest);
+    if (lane == 0) store(&s.step[row], largest / kLargestWeight);
+  }
+  sync_threads();
+
+  // Fragments: lane 4 n + c holds quad c of row n.
+  const int row = lane / 4;
+  const float step = load(&s.step[row]), inverse = step > 0.0f ? 1.0f / step : 0.0f;
+  Words2* fragments = weights.fragments + tile * max_steps(dim) * kWarpSize;
+  float middle = 0.0f;
+  int first_channel = 0, first_step = 0;
+  for_each_band(bands, [&]<int kWidth>(int count) {
+    for (int i = warp; i < band_steps(count); i += kAttendWarps) {
+      float w[kQuad];
+      SVDQ_UNROLL
+      for (int e = 0; e < kQuad; ++e) {
+        const int channel = i * 16 + lane % 4 * kQuad + quad_element(e);
+        w[e] = channel < count ? load(&s.weights[row][first_channel + channel]) * inverse : 0.0f;
+        w[e] = half_to_float(float_to_half(w[e]));
+        middle += w[e] * (static_cast<float>((1 << kWidth) - 1) / 2);
+      }
+      store(&fragments[(first_step + i) * kWarpSize + lane],
+            Words2{{pack_half2(w[0], w[1]), pack_half2(w[2], w[3])}});
+    }
+    first_channel += count;
+    first_step += band_steps(count);
+  });
+  middle += shuffle_xor(middle, 1);
+  middle += shuffle_xor(middle, 2);
+  if (lane % 4 == 0) store(&s.middle[warp][row], middle);
+  sync_threads();
+
+  if (thread_index() < kRowTile) {
+    const int own = thread_index();
+    float sum = 0.0f;
+    for (int w = 0; w < kAttendWarps; ++w) sum += load(&s.middle[w][own]);
+    store(&weights.step[tile * kRowTile + own], load(&s.step[own]));
+    store(&weights.offset[tile * kRowTile + own],
+          load(&s.constant[own]) - load(&s.step[own]) * sum);
+  }
+}
+
+// `heads` and p.mean are the tail's. Grid: x = head and row tile, z = sequence.
+template <int kDim>
+SVDQ_KERNEL(kAttendThreads)
+absorb_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads) {
+  AbsorbPlan<kDim>& s = shared_memory<AbsorbPlan<kDim>>();
+  const BlockRows rows = block_rows(p, workspace);
+  const HeadPlan head = head_plan(heads, rows.head);
+  const int dim = p.layout.head_dim, rank = head.post.rank();
+  const int lane = lane_index(), warp = warp_index();
+
+  // Queries; rows that do not exist are zero.
+  for (int i = thread_index(); i < kRowTile * dim; i += kAttendThreads) {
+    const int row = i / dim;
+    store(&s.query[row][i % dim], row < rows.count ? load_query(p, rows, row, i % dim) : 0.0f);
+  }
+  sync_threads();
+
+  // A warp per channel: products with the 8 queries. Channel `rank` stands for the mean.
+  const int64_t channel = int64_t{rows.sequence} * p.layout.rank + head.first_channel;
+  const uint16_t* basis = p.basis + channel * dim;
+  const float* mean = p.mean + rows.sequence_head * dim;
+  for (int j = warp; j <= rank; j += kAttendWarps) {
+    float products[kRowTile] = {};
+    for (int d = lane; d < dim; d += kWarpSize) {
+      const float x =
+          j < rank ? bfloat16_to_float(load(&basis[int64_t{j} * dim + d])) : load(&mean[d]);
+      SVDQ_UNROLL
+      for (int row = 0; row < kRowTile; ++row) products[row] += x * load(&s.query[row][d]);
+    }
+    const float sum = sum_rows(products);
+    if (lane % 4 == 0 && j < rank)
+      store(&s.weights[lane / 4][j], sum * load(&p.scale[channel + j]));
+    if (lane % 4 == 0 && j == rank) store(&s.constant[lane / 4], sum);
+  }
+  sync_threads();
+  finish_tile(s, head.post, workspace.absorbed,
+              rows.sequence_head * workspace.row_tiles + rows.tile, dim);
+}
+
+// Channel of column `column` of a reconstructed key: the two channels of a RoPE pair side by side.
+SVDQ_HOST_DEVICE constexpr int column_channel(int column, int half) {
+  return column < 2 * half ? column / 2 + (column & 1) * half : column;
+}
+
+// `heads` and p.mean are the core's. Grid: x = column tile, y = head, z = sequence.
+template <int kDim>
+SVDQ_KERNEL(kAttendThreads)
+columns_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads) {
+  AbsorbPlan<kDim>& s = shared_memory<AbsorbPlan<kDim>>();
+  const HeadPlan head = head_plan(heads, block_y());
+  const int dim = p.layout.head_dim, rank = head.pre.rank();
+  const int64_t sequence_head = int64_t{block_z()} * p.layout.num_heads + block_y();
+  const int64_t first = int64_t{block_z()} * p.layout.rank + head.first_channel;
+  for (int i = thread_index(); i < rank * kRowTile; i += kAttendThreads) {
+    const int j = i / kRowTile, column = i % kRowTile;
+    const int channel = column_channel(block_x() * kRowTile + column, p.rope.rotary_pairs);
+    store(&s.weights[column][j], bfloat16_to_float(load(&p.basis[(first + j) * dim + channel])) *
+                                     load(&p.scale[first + j]));
+  }
+  if (thread_index() < kRowTile) {
+    const int channel = column_channel(block_x() * kRowTile + thread_index(), p.rope.rotary_pairs);
+    store(&s.constant[thread_index()], load(&p.mean[sequence_head * dim + channel]));
+  }
+  sync_threads();
+  finish_tile(s, head.pre, workspace.columns, sequence_head * grid_x() + block_x(), dim);
+}
+
+template <int kDim>
+LaunchShape absorb_launch(const AttendParams& p, const AttendWorkspace& workspace) {
+  return {p.layout.num_heads * workspace.row_tiles, 1, p.batch, kAttendThreads,
+          static_cast<int>(sizeof(AbsorbPlan<kDim>))};
+}
+
+template <int kDim>
+LaunchShape columns_launch(const AttendParams& p, const AttendWorkspace&) {
+  return {p.layout.head_dim / kRowTile, p.layout.num_heads, p.batch, kAttendThreads,
+          static_cast<int>(sizeof(AbsorbPlan<kDim>))};
+}
+
+}  // namespace svdq::device

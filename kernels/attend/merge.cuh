@@ -1,0 +1,68 @@
+// The merge stage: partial results over disjoint sets of keys become one, in a fixed order.
+#pragma once
+
+#include "kernels/attend/plan.cuh"
+
+namespace svdq::device {
+
+inline constexpr int kMergeThreads = 128;
+
+// Merges the splits of one query row of attend. Grid: x = query row of a KV head, y = KV head,
+// z = sequence. A split without keys has maximum -inf and its output is not read.
+SVDQ_KERNEL(kMergeThreads) merge_splits_kernel(AttendParams p, AttendWorkspace workspace) {
+  const int64_t sequence_head = int64_t{block_z()} * p.layout.num_heads + block_y();
+  const int64_t row = sequence_head * query_rows(p) + block_x();
+  const int64_t slot = sequence_head * workspace.row_tiles * kRowTile + block_x();
+  const int splits = workspace.splits(), dim = p.layout.head_dim;
+  const float* maxima = workspace.partial_max + slot * splits;
+  const float* sums = workspace.partial_sum + slot * splits;
+
+  RowState state = empty_row();
+  for (int i = 0; i < splits; ++i) {
+    const float max = load(&maxima[i]);
+    if (max > state.max) state.max = max;
+  }
+  for (int i = 0; i < splits; ++i) {
+    const float weight = probability(load(&maxima[i]), state.max);
+    if (weight != 0.0f) state.sum += weight * load(&sums[i]);
+  }
+  const float inverse = state.sum > 0.0f ? 1.0f / state.sum : 0.0f;
+  for (int d = thread_index(); d < dim; d += kMergeThreads) {
+    float out = 0.0f;
+    for (int i = 0; i < splits; ++i) {
+      const float weight = probability(load(&maxima[i]), state.max);
+      if (weight != 0.0f)
+        out += weight * load(&workspace.partial_out[(slot * splits + i) * dim + d]);
+    }
+    store_number(p.out, p.query_dtype, row * dim + d, out * inverse);
+  }
+  if (thread_index() == 0) store(&p.lse[row], log_sum(state));
+}
+
+inline LaunchShape merge_splits_launch(const AttendParams& p, const AttendWorkspace&) {
+  return {static_cast<int>(query_rows(p)), p.layout.num_heads, p.batch, kMergeThreads, 0};
+}
+
+// The operator: two partial results of the same rows. Grid: x = row.
+SVDQ_KERNEL(kMergeThreads) merge_kernel(MergeParams p) {
+  const int64_t row = block_x();
+  const float a = load(&p.lse_a[row]) * kLog2E, b = load(&p.lse_b[row]) * kLog2E;
+  const float most = a > b ? a : b;
+  const float weight_a = probability(a, most), weight_b = probability(b, most);
+  const RowState state{most, weight_a + weight_b};
+  const float inverse = state.sum > 0.0f ? 1.0f / state.sum : 0.0f;
+  for (int64_t d = thread_index(); d < p.head_dim; d += kMergeThreads) {
+    const int64_t i = row * p.head_dim + d;
+    // An empty side may hold anything; it must not turn into NaN times zero.
+    const float from_a = weight_a > 0.0f ? load_number(p.out_a, p.dtype, i) * weight_a : 0.0f;
+    const float from_b = weight_b > 0.0f ? load_number(p.out_b, p.dtype, i) * weight_b : 0.0f;
+    store_number(p.out, p.dtype, i, (from_a + from_b) * inverse);
+  }
+  if (thread_index() == 0) store(&p.lse[row], log_sum(state));
+}
+
+inline LaunchShape merge_launch(const MergeParams& p) {
+  return {static_cast<int>(p.rows), 1, 1, kMergeThreads, 0};
+}
+
+}  // namespace svdq::device

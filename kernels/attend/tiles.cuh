@@ -1,0 +1,237 @@
+// The attend stage for more than 8 query rows a KV head, as in speculation and chunked prefill: the
+// counterparts of attend_pages_kernel and attend_exact_kernel with up to 64 rows a block
+// (kernels/attend/tile_rows.cuh). Exact rows take this path where they and the queries share a dtype of 16
+// bits; others keep plain arithmetic. Tokens that causality hides from all rows of a block are
+// neither read nor multiplied.
+//
+// Copies are 16 bytes a thread; shared memory is read and written without bank conflicts, ldmatrix
+// included. Up to 255 registers a thread and no spills: 8 warps an SM.
+#pragma once
+
+#include "kernels/attend/block.cuh"
+#include "kernels/attend/tile_scores.cuh"
+#include "kernels/attend/tile_values.cuh"
+
+namespace svdq::device {
+
+// Grid: x = head and block of rows, y = split, z = sequence; shared memory: TileMemory.
+template <typename Scores, typename Values>
+SVDQ_KERNEL(kTileThreads<Scores::kDim>)
+attend_page_tiles_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads) {
+  constexpr int kDim = Scores::kDim;
+  uint8_t* shared = shared_memory<TileMemory>().bytes;
+  const BlockRows rows = block_rows(p, workspace, workspace.page_tiles);
+  const WarpShare share = warp_share<kDim>();
+  const HeadPlan head = head_plan(heads, rows.head);
+  using Parts = typename Scores::Parts;
+  const ValueLayout& value = p.layout.value;
+  const int split = block_y(), threads = tile_threads<kDim>(workspace.page_tiles);
+  const PageRun run = page_run(p, workspace, rows, split);
+  const TokenSlots slots(p, rows);
+  bool valid = run.valid && (!Scores::kGathered || slots.valid());
+  const int last = run.last;
+
+  const int32_t* page_table = p.page_table + int64_t{rows.sequence} * p.table_stride;
+  const int64_t value_offset = int64_t{rows.head} * value.page_bytes();
+  uint8_t* stages = shared + query_operand_bytes(workspace.page_tiles, workspace.query_steps) +
+                    Scores::kSharedBytes;
+  const auto stage = [&](int n) { return stages + n % workspace.stages * workspace.stage_bytes; };
+  const auto known = [&](int64_t id) { return id >= 0 && id < p.num_pages; };
+  const int key_bytes = Parts::bytes(head);
+  const auto fetch = [&](int n) {
+    const int64_t id = n < last ? load(&page_table[n]) : -1;
+    if (known(id)) {
+      copy_keys<Parts>(stage(n), p.k_pages + id * p.layout.k_page_bytes + head.k_offset, head,
+                       threads);
+      Values::copy(stage(n) + key_bytes, p.v_pages + id * p.layout.v_page_bytes + value_offset,
+                   value, tokens_of_page(p, run, n), threads);
+    }
+    valid = valid && (known(id) || n >= last);
+    commit_copies();
+  };
+  int page = run.first;
+  for (int i = 0; i < workspace.stages - 1; ++i) fetch(page + i);
+
+  Scores scores(shared, p, workspace, rows, head, share);  // barriers before its use follow
+  Outliers outliers(p, rows, page);
+  RowState state[2] = {empty_row(), empty_row()};
+  Values values;
+  values.reset();
+  for (; page < last && valid; ++page) {
+    wait_copies_but(workspace.stages - 2);
+    sync_threads();
+    fetch(page + workspace.stages - 1);
+
+    const TokenRange tokens = tokens_of_page(p, run, page);
+    const bool whole = tokens.begin == 0 && tokens.end == kPageTokens;
+    if (!whole) {
+      Values::clear(stage(page) + key_bytes, value, tokens, threads);
+      sync_threads();
+    }
+    float score[2 * kGroups][4], factor[2];
+    scores.score(stage(page), page, score);
+    outliers.for_each(page, [&](int token, int index) {
+      SVDQ_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int row = share.pair * kWarpRows + lane_index() / 4 + half * 8;
+        const float exact = outliers.score(index, row);
+        SVDQ_UNROLL
+        for (int i = 0; i < 4 * kGroups; ++i) {
+          const int e = half * 2 + i % 2;
+          if (token == score_token(i / 2, e)) score[i / 2][e] = exact;
+        }
+      }
+    });
+    if (!whole) {
+      SVDQ_UNROLL
+      for (int i = 0; i < 8 * kGroups; ++i) {
+        if (!tokens.has(score_token(i / 4, i % 4))) score[i / 4][i % 4] = no_score();
+      }
+    }
+    if constexpr (Scores::kGathered) {
+      SVDQ_UNROLL
+      for (int i = 0; i < 8 * kGroups; ++i) {
+        if (!slots.has(page, score_token(i / 4, i % 4))) score[i / 4][i % 4] = no_score();
+      }
+    }
+    softmax_tiles(score, state, factor);
+    values.add(stage(page) + key_bytes, value, score, factor, share.part);
+  }
+  wait_copies<0>();  // of pages behind one that cannot be read
+
+  const int dim = p.layout.head_dim;
+  values.write(tile_output(workspace, rows, share, split, dim), int64_t{workspace.splits()} * dim,
+               dim, share.part);
+  write_tile_states(state, workspace, rows, share, split, valid);
+}
+
+// Rows of a stage of the exact kernel: two stages of keys and values, and the queries of a block,
+// fit into 96 KiB.
+template <int kDim>
+inline constexpr int kWindowTokens = kDim <= 64    ? 64
+                                     : kDim <= 256 ? 32
+                                                   : 16;
+
+template <int kDim>
+inline constexpr int kWindowStageBytes = 2 * kWindowTokens<kDim> * TokenMatrix<kDim>::kRowBytes;
+
+// Exact rows that any row of the block sees. The last q_len rows are the queries' own tokens.
+SVDQ_DEVICE int visible_rows(const AttendParams& p, const BlockRows& rows, int length) {
+  if (!p.causal) return length;
+  const int64_t first = rows.first % p.q_len;
+  const int64_t latest = first + rows.count > p.q_len ? p.q_len - 1 : first + rows.count - 1;
+  return length - static_cast<int>(p.q_len - 1 - latest);
+}
+
+// Queries and exact rows have dtype kType. Grid: x = head and block of rows, y = split of the exact
+// rows, z = sequence; shared memory: TileMemory.
+template <int kDim, DataType kType>
+SVDQ_KERNEL(kTileThreads<kDim>)
+attend_window_tiles_kernel(AttendParams p, AttendWorkspace workspace) {
+  using Matrix = TokenMatrix<kDim>;
+  constexpr int kTokens = kWindowTokens<kDim>, kTiles = kTokens / 8;
+  uint8_t* shared = shared_memory<TileMemory>().bytes;
+  const BlockRows rows = block_rows(p, workspace, workspace.window_tiles);
+  const WarpShare share = warp_share<kDim>();
+  const int dim = p.layout.head_dim, length = load(&p.window_lens[rows.sequence]);
+  const int threads = tile_threads<kDim>(workspace.window_tiles), steps = dim / 16;
+  const int begin = block_y() * workspace.split_window, split = workspace.page_splits + block_y();
+  const bool valid = length >= 0 && length <= p.window_rows;
+  const int seen = visible_rows(p, rows, length);
+  int end = begin + workspace.split_window < seen ? begin + workspace.split_window : seen;
+  if (!valid) end = begin;
+
+  const int64_t base = rows.sequence * p.window_batch_stride + rows.head * p.window_head_stride;
+  uint8_t* stages = shared + query_operand_bytes(workspace.window_tiles, steps);
+  const auto stage = [&](int first) {
+    return stages + (first - begin) / kTokens % 2 * kWindowStageBytes<kDim>;
+  };
+  const auto fetch = [&](int first) {
+    const auto counts = [&](int token) { return first + token < end; };
+    const int64_t at = base + int64_t{first} * dim;
+    uint8_t* to = stage(first);
+    if (first < end) {
+      Matrix::copy(to, static_cast<const uint16_t*>(p.window_keys) + at, kTokens, dim, threads,
+                   counts);
+      Matrix::copy(to + kWindowStageBytes<kDim> / 2,
+                   static_cast<const uint16_t*>(p.window_values) + at, kTokens, dim, threads,
+                   counts);
+    }
+    commit_copies();
+  };
+  fetch(begin);
+
+  // The queries as they are; rows that do not exist are zero.
+  Words4* query = reinterpret_cast<Words4*>(shared);
+  const uint16_t* from = static_cast<const uint16_t*>(p.query) +
+                         (rows.sequence_head * query_rows(p) + rows.first) * dim;
+  for (int i = thread_index(); i < workspace.window_tiles / 2 * steps * kWarpSize; i += threads) {
+    const int pair = i / (steps * kWarpSize), step = i / kWarpSize % steps;
+    Words4 a;
+    SVDQ_UNROLL
+    for (int w = 0; w < 4; ++w) {
+      const Coord at = FragmentA16::place(lane_index(), 2 * w);
+      const int row = pair * kWarpRows + at.row;
+      const uint16_t* numbers = from + int64_t{row} * dim + step * 16 + at.col;
+      a.word[w] = row < rows.count ? load(reinterpret_cast<const uint32_t*>(numbers)) : 0;
+    }
+    store(&query[i], a);
+  }
+  query += share.pair * steps * kWarpSize;
+
+  // Exact rows that this thread's two query rows see.
+  int visible[2];
+  for (int i = 0; i < 2; ++i) {
+    const int64_t row = rows.first + share.pair * kWarpRows + lane_index() / 4 + i * 8;
+    visible[i] = p.causal ? length - static_cast<int>(p.q_len - 1 - row % p.q_len) : length;
+    if (visible[i] > end) visible[i] = end;
+  }
+  const float unit = p.sm_scale * kLog2E;
+  RowState state[2] = {empty_row(), empty_row()};
+  ExactTileValues<kDim, kType> values;
+  values.reset();
+  for (int first = begin; first < end; first += kTokens) {
+    wait_copies<0>();
+    sync_threads();
+    fetch(first + kTokens);
+    float score[kTiles][4] = {}, factor[2];
+    Matrix::template add_scores<typename Numbers16<kType>::Mma>(stage(first), query, steps, score);
+    SVDQ_UNROLL
+    for (int i = 0; i < 4 * kTiles; ++i) {
+      const int token = first + score_token(i / 4, i % 4);
+      float& x = score[i / 4][i % 4];
+      x = token < visible[i % 4 / 2] ? x * unit : no_score();
+    }
+    softmax_tiles(score, state, factor);
+    values.add(stage(first) + kWindowStageBytes<kDim> / 2, p.layout.value, score, factor,
+               share.part);
+  }
+
+  values.write(tile_output(workspace, rows, share, split, dim), int64_t{workspace.splits()} * dim,
+               dim, share.part);
+  write_tile_states(state, workspace, rows, share, split, valid);
+}
+
+// Bytes of shared memory of a block but for its stages.
+template <typename Scores>
+constexpr int page_tiles_fixed_bytes(int tiles, int query_steps) {
+  return query_operand_bytes(tiles, query_steps) + Scores::kSharedBytes;
+}
+
+template <typename Scores>
+LaunchShape attend_page_tiles_launch(const AttendParams& p, const AttendWorkspace& workspace) {
+  return {p.layout.num_heads * (workspace.row_tiles / workspace.page_tiles), workspace.page_splits,
+          p.batch, tile_threads<Scores::kDim>(workspace.page_tiles),
+          page_tiles_fixed_bytes<Scores>(workspace.page_tiles, workspace.query_steps) +
+              workspace.stages * workspace.stage_bytes};
+}
+
+template <int kDim>
+LaunchShape attend_window_tiles_launch(const AttendParams& p, const AttendWorkspace& workspace) {
+  return {p.layout.num_heads * (workspace.row_tiles / workspace.window_tiles),
+          workspace.window_splits, p.batch, tile_threads<kDim>(workspace.window_tiles),
+          query_operand_bytes(workspace.window_tiles, p.layout.head_dim / 16) +
+              2 * kWindowStageBytes<kDim>};
+}
+
+}  // namespace svdq::device

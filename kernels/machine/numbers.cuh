@@ -1,0 +1,59 @@
+// Numbers of any of the library's dtypes, one or eight at a time.
+#pragma once
+
+#include "kernels/machine/device.cuh"
+#include "kernels/params.h"
+
+namespace svdq::device {
+
+SVDQ_DEVICE float load_number(const void* data, DataType dtype, int64_t index) {
+  if (dtype == DataType::kFloat32) return load(static_cast<const float*>(data) + index);
+  const uint16_t bits = load(static_cast<const uint16_t*>(data) + index);
+  return dtype == DataType::kBFloat16 ? bfloat16_to_float(bits) : half_to_float(bits);
+}
+
+SVDQ_DEVICE void store_number(void* data, DataType dtype, int64_t index, float value) {
+  if (dtype == DataType::kFloat32) {
+    store(static_cast<float*>(data) + index, value);
+  } else {
+    store(static_cast<uint16_t*>(data) + index,
+          dtype == DataType::kBFloat16 ? float_to_bfloat16(value) : float_to_half(value));
+  }
+}
+
+struct Floats8 {
+  float x[8];
+};
+
+// Whether every multiple of 8 channels of every row starts where a 16-byte vector may. Sources may
+// have any stride, so kernels read number by number where this is false.
+inline bool aligned_rows(const TokenSource& source) {
+  const int64_t vector = source.dtype == DataType::kFloat32 ? 4 : 8;  // numbers of 16 bytes
+  return reinterpret_cast<uintptr_t>(source.data) % 16 == 0 && source.head_stride % vector == 0 &&
+         source.token_stride % vector == 0;
+}
+
+// Numbers index .. index + 7, in 16-byte loads if `aligned`.
+SVDQ_DEVICE Floats8 load_eight(const void* data, DataType dtype, int64_t index, bool aligned) {
+  Floats8 eight;
+  if (!aligned) {
+    SVDQ_UNROLL
+    for (int i = 0; i < 8; ++i) eight.x[i] = load_number(data, dtype, index + i);
+  } else if (dtype == DataType::kFloat32) {
+    const Floats4* from = reinterpret_cast<const Floats4*>(static_cast<const float*>(data) + index);
+    const Floats4 low = load(from), high = load(from + 1);
+    SVDQ_UNROLL
+    for (int i = 0; i < 4; ++i) eight.x[i] = low.x[i], eight.x[i + 4] = high.x[i];
+  } else {
+    const Words4 words =
+        load(reinterpret_cast<const Words4*>(static_cast<const uint16_t*>(data) + index));
+    SVDQ_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      const uint16_t bits = static_cast<uint16_t>(words.word[i / 2] >> i % 2 * 16);
+      eight.x[i] = dtype == DataType::kBFloat16 ? bfloat16_to_float(bits) : half_to_float(bits);
+    }
+  }
+  return eight;
+}
+
+}  // namespace svdq::device

@@ -1,0 +1,205 @@
+// The pack stage: keys are un-rotated, centred, projected on the basis and quantized, values
+// quantized by token and group, and their codes laid into page lines; for a prefill or for one page
+// that leaves the window. Grid: x = page, y = head.
+//
+// Projection costs rank * D multiply-adds a token, which is nothing beside the prefill that made
+// the token; so it keeps the CPU's order of them (kernels/pack/project.cuh) and gives the same bytes.
+#pragma once
+
+#include "kernels/pages/heads.cuh"
+#include "kernels/pack/project.cuh"
+#include "kernels/pages/code_fragments.cuh"
+
+namespace svdq::device {
+
+inline constexpr int kPackThreads = 128;
+
+template <int kDim>
+struct PackPlan {
+  RowPlan<kDim> rows;  // 16 tokens at a time
+  alignas(4) uint8_t code[kDim][kPageTokens + 4];
+};
+
+// Code of a number, clamped; what is not a number becomes 0.
+SVDQ_DEVICE uint8_t quantize(float x, int width) {
+  const float top = static_cast<float>((1 << width) - 1);
+  const float least = x > 0.0f ? x : 0.0f;
+  return static_cast<uint8_t>(round_to_int(least < top ? least : top));
+}
+
+// Four lanes of a line from codes [channel][slot]: unit `unit` of keys holds 4 channels of a token
+// in a lane, of values 4 tokens of a channel. ors the codes into `bits` and the bits of slots
+// outside the span, which must stay, into `keep`.
+template <int kWidth, bool kValues, int kDim>
+SVDQ_DEVICE void gather_unit(const PackPlan<kDim>& s, const PageSpan& span, int first_channel,
+                             int unit, int piece, int shift, Words4& bits, Words4& keep) {
+  constexpr uint32_t kMask = (1u << kWidth) - 1;
+  SVDQ_UNROLL
+  for (int e = 0; e < kQuad; ++e) {
+    SVDQ_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int lane = piece * 4 + i;
+      const int channel = kValues ? unit / kTokenQuads * kLanes + lane : unit / kGroups * kQuad + e;
+      const int slot = kValues ? unit % kTokenQuads * kQuad + e : unit % kGroups * kLanes + lane;
+      const int at = 8 * e + shift;
+      if (span.has(slot)) {
+        bits.word[i] |= uint32_t{load(&s.code[first_channel + channel][slot])} << at;
+      } else {
+        keep.word[i] |= kMask << at;
+      }
+    }
+  }
+}
+
+// Writes the lines of `num_units` units.
+template <int kWidth, bool kValues, int kDim>
+SVDQ_DEVICE void write_lines(const PackPlan<kDim>& s, const PageSpan& span, int first_channel,
+                             int num_units, uint8_t* lines) {
+  constexpr int kUnits = 8 / kWidth;
+  for (int i = thread_index(); i < num_units / kUnits * 4; i += kPackThreads) {
+    Words4 bits = {}, keep = {};
+    SVDQ_UNROLL
+    for (int k = 0; k < kUnits; ++k) {
+      gather_unit<kWidth, kValues>(s, span, first_channel, i / 4 * kUnits + k, i % 4, k * kWidth,
+                                   bits, keep);
+    }
+    Words4* to = reinterpret_cast<Words4*>(lines) + i;
+    if (span.count < kPageTokens) {
+      const Words4 before = load(to);
+      for (int w = 0; w < 4; ++w) bits.word[w] |= before.word[w] & keep.word[w];
+    }
+    store(to, bits);
+  }
+}
+
+// Codes of 16 slots: each half warp takes 4 channels, which have one width, and a lane a slot.
+template <int kDim>
+SVDQ_DEVICE void quantize_latents(PackPlan<kDim>& s, const PackKeysParams& p, const HeadPlan& head,
+                                  const PageSpan& span, int group) {
+  constexpr int kTeams = kPackThreads / kLanes;
+  const int dim = p.layout.head_dim, lane = lane_index() % kLanes, slot = group * kLanes + lane;
+  if (!span.has(slot)) return;
+  for (int j = thread_index() / kLanes * kQuad; j < head.rank(); j += kTeams * kQuad) {
+    const int64_t channel = head.first_channel + j;
+    const int width = channel_width(head, j);
+    const float mid = static_cast<float>((1 << width) - 1) / 2;
+    const Floats4 latent = project_row(s.rows, lane, p.basis + channel * dim, dim);
+    SVDQ_UNROLL
+    for (int k = 0; k < kQuad; ++k) {
+      const float scale = load(&p.scale[channel + k]);
+      const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+      store(&s.code[j + k][slot], quantize(fused(latent.x[k], inverse, mid), width));
+    }
+  }
+}
+
+template <int kDim>
+SVDQ_KERNEL(kPackThreads)
+pack_keys_kernel(PackKeysParams p, TokenRows keys, HeadTable heads, PageIds ids,
+                 int64_t first_run) {
+  PackPlan<kDim>& s = shared_memory<PackPlan<kDim>>();
+  const int dim = p.layout.head_dim, head_index = block_y();
+  const HeadPlan head = head_plan(heads, head_index);
+  const PageSpan span = page_span(ids, p.slot, p.keys.num_tokens, first_run, block_x());
+  const float* mean = p.mean + int64_t{head_index} * dim;
+
+  for (int group = 0; group < kGroups; ++group) {
+    load_rows(s.rows, keys, head_index, dim, span, first_run + block_x(), group, mean,
+              kPackThreads);
+    sync_threads();
+    quantize_latents(s, p, head, span, group);
+    sync_threads();
+  }
+
+  uint8_t* lines = p.pages + span.page * p.layout.k_page_bytes + head.k_offset;
+  int channel = 0;
+  for_each_part(head, [&]<int kWidth>(int count) {
+    write_lines<kWidth, false>(s, span, channel, count / kQuad * kGroups, lines);
+    channel += count;
+    lines += count * kWidth * kPageTokens / 8;
+  });
+}
+
+// Scale and zero point of one token's group, and its codes.
+template <int kDim>
+SVDQ_DEVICE void quantize_group(PackPlan<kDim>& s, const ValueLayout& value, int row, int slot,
+                                int group, uint8_t* page) {
+  const int first = group * value.group_size, last = first + value.group_size;
+  const auto four = [&](int d) {
+    return load(reinterpret_cast<const Floats4*>(&s.rows.row[row][d]));
+  };
+  float least = four(first).x[0], most = least;
+  for (int d = first; d < last; d += 4) {
+    const Floats4 values = four(d);
+    SVDQ_UNROLL
+    for (float x : values.x) {
+      least = x < least ? x : least;
+      most = x > most ? x : most;
+    }
+  }
+  const uint16_t scale_bits =
+      float_to_half((most - least) / static_cast<float>((1 << value.bits) - 1));
+  const uint16_t zero_bits = float_to_half(least);
+  const int64_t at = int64_t{group} * kPageTokens + slot;
+  store(reinterpret_cast<uint16_t*>(page + value.scale_offset()) + at, scale_bits);
+  store(reinterpret_cast<uint16_t*>(page + value.zero_offset()) + at, zero_bits);
+  const float scale = half_to_float(scale_bits), zero = half_to_float(zero_bits);
+  const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+  for (int d = first; d < last; d += 4) {
+    const Floats4 values = four(d);
+    SVDQ_UNROLL
+    for (int k = 0; k < 4; ++k)
+      store(&s.code[d + k][slot], quantize((values.x[k] - zero) * inverse, value.bits));
+  }
+}
+
+// Packed values, 2 or 4 bits; `aligned` as in TokenRows.
+template <int kDim, int kBits>
+SVDQ_KERNEL(kPackThreads)
+pack_values_kernel(PackValuesParams p, bool aligned, PageIds ids, int64_t first_run) {
+  PackPlan<kDim>& s = shared_memory<PackPlan<kDim>>();
+  const ValueLayout& value = p.layout.value;
+  const PageSpan span = page_span(ids, p.slot, p.values.num_tokens, first_run, block_x());
+  const TokenRows rows{p.values, 0, nullptr, nullptr, aligned};
+  uint8_t* page = p.pages + span.page * p.layout.v_page_bytes + block_y() * value.page_bytes();
+  for (int group = 0; group < kGroups; ++group) {
+    load_rows(s.rows, rows, block_y(), value.head_dim, span, 0, group, nullptr, kPackThreads);
+    sync_threads();
+    for (int i = thread_index(); i < kLanes * value.groups(); i += kPackThreads) {
+      const int row = i % kLanes, slot = group * kLanes + row;
+      if (span.has(slot)) quantize_group(s, value, row, slot, i / kLanes, page);
+    }
+    sync_threads();
+  }
+  write_lines<kBits, true>(s, span, 0, value.head_dim / kLanes * kTokenQuads,
+                           page + value.code_offset());
+}
+
+// Exact values: rows are copied number by number, since a source may be aligned to no more.
+template <typename Number>
+SVDQ_KERNEL(kPackThreads)
+copy_values_kernel(PackValuesParams p, PageIds ids, int64_t first_run) {
+  const PageSpan span = page_span(ids, p.slot, p.values.num_tokens, first_run, block_x());
+  const int dim = p.layout.head_dim;
+  Number* page = reinterpret_cast<Number*>(p.pages + span.page * p.layout.v_page_bytes +
+                                           block_y() * p.layout.value.page_bytes());
+  const Number* from = static_cast<const Number*>(p.values.data) + block_y() * p.values.head_stride;
+  for (int i = thread_index(); i < span.count * dim; i += kPackThreads) {
+    const int64_t row = i / dim, d = i % dim;
+    store(&page[(span.first + row) * dim + d],
+          load(&from[(span.token + row) * p.values.token_stride + d]));
+  }
+}
+
+// Shapes of the launches over `pages` pages.
+template <int kDim>
+LaunchShape pack_keys_launch(const PackKeysParams& p, int pages) {
+  return {pages, p.layout.num_heads, 1, kPackThreads, static_cast<int>(sizeof(PackPlan<kDim>))};
+}
+template <int kDim>
+LaunchShape pack_values_launch(const PackValuesParams& p, int pages) {
+  return {pages, p.layout.num_heads, 1, kPackThreads,
+          p.layout.value.packed() ? static_cast<int>(sizeof(PackPlan<kDim>)) : 0};
+}
+
+}  // namespace svdq::device

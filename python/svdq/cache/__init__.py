@@ -1,0 +1,1 @@
+"""The cache that transformers sees, its reports and its files."""

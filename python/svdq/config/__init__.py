@@ -1,0 +1,1 @@
+"""How a cache compresses: settings and named bit schedules."""

@@ -1,0 +1,1 @@
+"""Fitting: mean, basis, widths and scales of keys."""

@@ -1,0 +1,1 @@
+"""What transformers asks for and says: attention and mask functions, rotary embeddings."""

@@ -1,0 +1,39 @@
+"""What a layer's ``update`` hands to the ``"svdq"`` attention instead of keys and values."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from svdq.cache.layer import SVDqLayer
+
+
+class NewTokens:
+    """Keys and values on their way to the ``"svdq"`` attention; nothing else may use them."""
+
+    __slots__ = ("keys", "layer", "values")
+
+    def __init__(self, layer: SVDqLayer, keys: Tensor, values: Tensor) -> None:
+        self.layer, self.keys, self.values = layer, keys, values
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        self.layer.pending = 0  # they will never be stored
+        raise RuntimeError(
+            "an SVDqCache hands its keys and values to the attention implementation 'svdq' alone, "
+            "and something else tried to use them: load the model with attn_implementation='svdq' "
+            "or call model.set_attn_implementation('svdq'). If that is set, this model computes "
+            "with cached keys outside of its attention function and cannot use SVDqCache."
+        )
+
+    __getattr__ = __getitem__ = __iter__ = __len__ = __bool__ = _refuse
+    __add__ = __radd__ = __mul__ = __rmul__ = __matmul__ = __rmatmul__ = _refuse
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None) -> NoReturn:
+        for value in (*args, *(kwargs or {}).values()):
+            for item in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(item, cls):
+                    item._refuse()
+        raise TypeError(f"{func} does not take keys and values of an SVDqCache")

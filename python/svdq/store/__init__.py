@@ -1,0 +1,1 @@
+"""What a layer of the cache holds: packed pages, window, outliers."""

@@ -1,0 +1,50 @@
+"""A full cache that is compressed into an empty one."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from cache_support import assert_same_state, make_model, make_tokens, snapshot
+from svdq import SVDqCache
+from svdq_bench.quality.prefix import read_prefix
+
+
+@torch.inference_mode()
+def full_cache(model, tokens):
+    cache = DynamicCache(config=model.config)
+    model(tokens, past_key_values=cache)
+    return cache
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"rope": "pre"}, {"rope": "post"}, {"k_bits": 1.0}, {"lambda_": 0.01}],
+    ids=["pre", "post", "allocated", "price"],
+)
+@torch.inference_mode()
+def test_it_is_the_cache_that_a_prefill_makes(settings):
+    model, tokens = make_model(), make_tokens(1, 400)
+    expected = SVDqCache(model.config, **settings)
+    model(tokens, past_key_values=expected)
+    cache = SVDqCache(model.config, **settings)
+    prefix = read_prefix(model, tokens)
+    cache.prefill_from(prefix.cache, prefix.query_energy)
+    assert cache.memory_report().packed_numbers > 0
+    assert_same_state(snapshot(cache), snapshot(expected))
+
+
+@torch.inference_mode()
+def test_what_does_not_fit_is_refused_and_changes_nothing():
+    model, tokens = make_model(), make_tokens(1, 400)
+    full = full_cache(model, tokens)
+    cache = SVDqCache(model.config, query_weighted=False)
+    with pytest.raises(ValueError, match="of the same model"):
+        cache.prefill_from(DynamicCache())
+    assert cache.get_seq_length() == 0
+    with pytest.raises(ValueError, match="layer 0: .* query_energy is needed"):
+        SVDqCache(model.config, k_bits=1).prefill_from(full)
+    cache.prefill_from(full)
+    before = snapshot(cache)
+    with pytest.raises(ValueError, match="needs an empty cache, got 400 tokens"):
+        cache.prefill_from(full)
+    assert_same_state(snapshot(cache), before)

@@ -1,0 +1,47 @@
+// A gather problem made of random pages and slots, and its answer code by code.
+#pragma once
+
+#include <vector>
+
+#include "tests/core/testing.h"
+
+namespace svdq::testing {
+
+struct GatherCase {
+  RopeMode rope = RopeMode::kPre;
+  int head_dim = 64;
+  HeadBands bands = {{{4, 8, 4, 8}}, {{0, 12, 4, 16}}};
+  HeadBands pre_bands = {};  // hybrid only
+  int v_bits = 4;
+  int v_group_size = 32;
+  int batch = 2;
+  int num_pages = 4;    // of a sequence
+  int num_slots = 130;  // places; lists differ in length
+};
+
+class GatherProblem {
+ public:
+  GatherProblem(const GatherCase& c, uint64_t stream);
+
+  // What a backend gets, with room for the answer.
+  GatherParams params();
+  void run(const Backend& backend, const Executor& executor) { backend.gather(params(), executor); }
+
+  std::vector<uint8_t> k_out, v_out;
+  std::vector<uint8_t> expected_keys() const;
+  std::vector<uint8_t> expected_values() const;
+
+ private:
+  // Calls fn(b, h, from, slot, to, token) for every slot of every list: its page and place there, and
+  // its page and place in the output.
+  template <typename Fn>
+  void for_each_slot(const Fn& fn) const;
+  int64_t out_pages() const { return (c_.num_slots + kPageTokens - 1) / kPageTokens; }
+
+  GatherCase c_;
+  Layout layout_;
+  std::vector<uint8_t> k_pages_, v_pages_;
+  std::vector<int32_t> table_, slots_;
+};
+
+}  // namespace svdq::testing

@@ -1,0 +1,117 @@
+// The formulas of the method in plain loops and double, independent of every backend: the oracle of
+// the tests.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "kernels/params.h"
+#include "tests/core/testing.h"
+
+namespace svdq::reference {
+
+using Row = std::vector<double>;
+
+// One coded channel of a head: its width, its row of the basis, and its place inside a key page.
+struct Channel {
+  int width;
+  int row;
+  int64_t band_byte;
+  int index;  // inside the band
+
+  CodeAddress place(int slot) const {
+    const CodeAddress inside = key_code_address(width, index, slot);
+    return {band_byte + inside.byte, inside.shift};
+  }
+  double mid() const { return ((1 << width) - 1) / 2.0; }
+};
+
+inline std::vector<Channel> channels_of(const HeadPlan& head) {
+  std::vector<Channel> channels;
+  int64_t byte = head.k_offset;
+  int row = head.first_channel;
+  for (const Bands& bands : {head.pre, head.post}) {
+    for (int w = 0; w < kNumWidths; ++w) {
+      for (int i = 0; i < bands.count[w]; ++i) channels.push_back({kWidths[w], row++, byte, i});
+      byte += int64_t{bands.count[w]} * kWidths[w] * kPageTokens / 8;
+    }
+  }
+  return channels;
+}
+
+// A head's pre-RoPE channels (kPre) or post-RoPE channels (kPost).
+inline std::vector<Channel> part_channels(const LayoutView& layout, int h, RopeMode part) {
+  const std::vector<Channel> all = channels_of(layout.heads[h]);
+  const int pre = layout.heads[h].pre.rank();
+  if (part == RopeMode::kPre) return {all.begin(), all.begin() + pre};
+  return {all.begin() + pre, all.end()};
+}
+
+// Turns the pairs (i, i + half) by position * inv_freq[i]; a negative position turns back.
+inline void rotate(Row& x, const Rope& rope, double position) {
+  for (int i = 0; i < rope.rotary_pairs; ++i) {
+    const double angle = position * static_cast<double>(rope.inv_freq[i]);
+    const double a = x[i], b = x[i + rope.rotary_pairs];
+    x[i] = a * std::cos(angle) - b * std::sin(angle);
+    x[i + rope.rotary_pairs] = b * std::cos(angle) + a * std::sin(angle);
+  }
+}
+
+// A key as it was before RoPE.
+inline Row unrotated_key(const testing::Tokens& keys, int h, int64_t t, int head_dim,
+                         const Rope& rope, int64_t position) {
+  Row key(head_dim);
+  for (int d = 0; d < head_dim; ++d) key[d] = keys.get(h, t, d);
+  rotate(key, rope, -static_cast<double>(position + t));
+  return key;
+}
+
+// (key - mean) . basis_row
+inline double project(const Row& key, const float* mean, const uint16_t* basis_row) {
+  double sum = 0;
+  for (size_t d = 0; d < key.size(); ++d) {
+    sum += (key[d] - static_cast<double>(mean[d])) *
+           static_cast<double>(bfloat16_to_float(basis_row[d]));
+  }
+  return sum;
+}
+
+// mean + sum_j (code_j - mid_j) * scale_j * basis_j, in the space that the keys were coded in.
+inline Row decode_key(const std::vector<Channel>& channels, const uint8_t* page, int slot,
+                      const uint16_t* basis, const float* scale, const float* mean, int head_dim) {
+  Row key(mean, mean + head_dim);
+  for (const Channel& c : channels) {
+    const double latent =
+        (get_code(page, c.place(slot), c.width) - c.mid()) * static_cast<double>(scale[c.row]);
+    for (int d = 0; d < head_dim; ++d) {
+      key[d] +=
+          latent * static_cast<double>(bfloat16_to_float(basis[int64_t{c.row} * head_dim + d]));
+    }
+  }
+  return key;
+}
+
+inline double read_half(const uint8_t* at) { return testing::read_number(at, DataType::kFloat16); }
+
+// Scale of a packed value's group.
+inline double value_scale(const ValueLayout& value, const uint8_t* page, int channel, int slot) {
+  return read_half(page + value.scale_offset() +
+                   (channel / value.group_size * kPageTokens + slot) * 2);
+}
+
+// Value `channel` of slot `slot` in the value page of one head.
+inline double decode_value(const ValueLayout& value, const uint8_t* page, int channel, int slot,
+                           DataType window_dtype) {
+  if (!value.packed()) {
+    return testing::read_number(page + (int64_t{slot} * value.head_dim + channel) * value.bits / 8,
+                                window_dtype);
+  }
+  const double zero =
+      read_half(page + value.zero_offset() + (channel / value.group_size * kPageTokens + slot) * 2);
+  const int code = get_code(page + value.code_offset(),
+                            value_code_address(value.bits, channel, slot), value.bits);
+  return zero + code * value_scale(value, page, channel, slot);
+}
+
+}  // namespace svdq::reference

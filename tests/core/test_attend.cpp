@@ -1,0 +1,314 @@
+// The attend stage on random pages against the formula, for every shape that a cache hands it, and
+// the merge stage.
+#include "tests/core/attend_problem.h"
+
+namespace svdq {
+namespace {
+
+using testing::AttendCase;
+using testing::Attended;
+using testing::AttendProblem;
+
+class Attend : public testing::BackendTest {
+ protected:
+  // Compares every query row of a case with the formula.
+  void check(const char* what, const AttendCase& c, uint64_t stream) {
+    SCOPED_TRACE(::testing::Message()
+                 << what << ", stream " << stream << ", " << testing::mode_of(c));
+    AttendProblem problem(c, stream);
+    problem.run(backend(), executor_);
+    for (int b = 0; b < problem.batch(); ++b) {
+      for (int head = 0; head < problem.num_qo_heads(); ++head) {
+        for (int i = 0; i < c.q_len; ++i) {
+          const Attended expected = problem.expected(b, head, i);
+          const auto where = [&] {
+            return ::testing::Message() << "sequence " << b << " head " << head << " query " << i;
+          };
+          if (std::isinf(expected.lse)) {
+            ASSERT_EQ(problem.lse(b, head, i), expected.lse) << where();
+          } else {
+            ASSERT_NEAR(problem.lse(b, head, i), expected.lse, expected.lse_tolerance) << where();
+          }
+          for (int d = 0; d < c.head_dim; ++d) {
+            ASSERT_NEAR(problem.out(b, head, i, d), expected.out[d], expected.out_tolerance[d])
+                << where() << " channel " << d;
+          }
+        }
+      }
+    }
+  }
+
+  // The same in every RoPE mode, hybrid with pre-RoPE channels and without, with weights that are exact
+  // and with weights that are rounded to 8 bits.
+  void check_all(const char* what, const AttendCase& given, uint64_t stream) {
+    for (AttendCase c : testing::in_every_mode(given)) {
+      for (bool exact : {true, false}) {
+        c.window_weights = exact;
+        check(what, c, stream++);
+        if (HasFatalFailure()) return;
+      }
+    }
+  }
+};
+
+TEST_P(Attend, EveryWidthAlone) {
+  for (int w = 0; w < kNumWidths; ++w) {
+    AttendCase c;
+    Bands bands{};
+    bands.count[w] = 40;
+    c.bands = {bands};
+    check_all("one width", c, 100 + 10 * w);
+  }
+}
+
+TEST_P(Attend, EveryHeadDim) {
+  for (int head_dim : {16, 64, 80, 96, 128, 256, 512}) {
+    AttendCase c;
+    c.head_dim = head_dim;
+    c.rotary_pairs = head_dim / 2;
+    c.v_group_size = head_dim == 80 ? 80 : 16;
+    c.bands = {{{4, 4, 0, 8}}, {{0, 8, 4, 0}}};
+    c.cache_seqlens = {66};
+    c.window_lens = {3};
+    check_all("head_dim", c, 200 + head_dim);
+  }
+}
+
+TEST_P(Attend, EveryLength) {
+  for (int tokens : {0, 1, 2, 63, 64, 65, 127, 128, 129}) {
+    AttendCase c;
+    c.cache_seqlens = {tokens, 5, 0};
+    c.window_lens = {1, 64, 65};
+    check_all("length", c, 1000 + 10 * tokens);
+  }
+}
+
+TEST_P(Attend, LongSequencesAreSplit) {
+  AttendCase c;
+  c.bands = {{{0, 8, 4, 0}}};
+  c.cache_seqlens = {4097, 1500};
+  c.window_lens = {70, 1};
+  c.first_positions = {3, 90000};
+  check_all("long", c, 3000);
+}
+
+TEST_P(Attend, EveryGroupAndQueryLength) {
+  uint64_t stream = 4000;
+  for (int group : {1, 3, 4, 7}) {
+    for (int q_len : {1, 2, 5}) {
+      AttendCase c;
+      c.group = group;
+      c.q_len = q_len;
+      c.cache_seqlens = {65};
+      c.window_lens = {8};
+      check_all("group", c, stream += 10);
+    }
+  }
+  AttendCase c;
+  c.bands = {{{0, 8, 0, 0}}};
+  c.q_len = 67;  // more rows than one task takes
+  c.cache_seqlens = {70};
+  c.window_lens = {80};
+  check_all("many queries", c, stream += 10);
+}
+
+TEST_P(Attend, QueriesSeeExactRowsCausallyOrAll) {
+  for (bool causal : {true, false}) {
+    AttendCase c;
+    c.causal = causal;
+    c.q_len = 4;
+    c.cache_seqlens = {0, 7, 0, 0};
+    c.window_lens = {4, 5, 2, 0};  // with 2 rows for 4 queries the first two see nothing
+    check_all(causal ? "causal" : "not causal", c, 5000 + causal);
+  }
+}
+
+TEST_P(Attend, SinksAreSkipped) {
+  uint64_t stream = 6000;
+  for (int sinks : {1, 8, 64, 65}) {
+    AttendCase c;
+    c.sink_tokens = sinks;
+    c.cache_seqlens = {130, 64};  // with 64 and 65 sinks nothing is left of the second
+    c.window_lens = {10, 1};
+    check_all("sinks", c, stream += 10);
+  }
+}
+
+TEST_P(Attend, EveryValueFormat) {
+  uint64_t stream = 7000;
+  for (int bits : {2, 4}) {
+    for (int group_size : {16, 32, 48, 96}) {
+      AttendCase c;
+      c.head_dim = 96;
+      c.rotary_pairs = 48;
+      c.v_bits = bits;
+      c.v_group_size = group_size;
+      check_all("packed values", c, stream += 10);
+    }
+  }
+  for (DataType dtype : {DataType::kFloat32, DataType::kBFloat16, DataType::kFloat16}) {
+    AttendCase c;
+    c.v_bits = dtype == DataType::kFloat32 ? 32 : 16;
+    c.window_dtype = dtype;
+    check_all("exact values", c, stream += 10);
+  }
+}
+
+TEST_P(Attend, EveryDataType) {
+  uint64_t stream = 8000;
+  for (DataType dtype : {DataType::kFloat32, DataType::kBFloat16, DataType::kFloat16}) {
+    for (DataType window_dtype : {DataType::kFloat32, DataType::kBFloat16, DataType::kFloat16}) {
+      AttendCase c;
+      c.dtype = dtype;
+      c.window_dtype = window_dtype;
+      check_all("data types", c, stream += 10);
+    }
+  }
+}
+
+TEST_P(Attend, PartialRotationAndPositions) {
+  uint64_t stream = 9000;
+  for (int half : {0, 1, 5, 8, 31, 32}) {
+    AttendCase c;
+    c.rotary_pairs = half;
+    c.first_positions = {0, 131000};
+    c.window_weights = half % 2 == 0;
+    check("partial rotation", c, stream++);
+  }
+}
+
+TEST_P(Attend, PartsOfHybridKeys) {
+  AttendCase c;
+  c.rope = RopeMode::kHybrid;
+  // All channels in both parts, none at all, one part alone.
+  c.bands = {{{16, 16, 16, 16}}, {{0, 0, 0, 0}}, {{0, 12, 0, 0}}, {{0, 0, 0, 0}}};
+  c.pre_bands = {{{16, 16, 16, 16}}, {{0, 0, 0, 0}}, {{0, 0, 0, 0}}, {{0, 4, 0, 8}}};
+  c.q_len = 3;
+  c.first_positions = {7, 131000};
+  for (bool exact : {true, false}) {
+    c.window_weights = exact;
+    check("parts", c, 9500 + exact);
+  }
+}
+
+TEST_P(Attend, OutliersHaveTheScoresOfTheirKeys) {
+  uint64_t stream = 9700;
+  for (DataType dtype : {DataType::kFloat32, DataType::kBFloat16, DataType::kFloat16}) {
+    for (int outliers : {1, 7, 140}) {
+      AttendCase c;
+      c.window_dtype = dtype;
+      c.outliers = outliers;
+      c.sink_tokens = 4;
+      c.q_len = 3;
+      c.window_lens = {9, 5};
+      check_all("outliers", c, stream += 10);
+    }
+  }
+  AttendCase c;
+  c.bands = {{{0, 8, 4, 0}}};
+  c.cache_seqlens = {4097, 1500};
+  c.outliers = 40;
+  check_all("long", c, stream += 10);
+}
+
+// Each token of gathered pages has a position of its own, or does not count.
+TEST_P(Attend, GatheredPages) {
+  uint64_t stream = 9800;
+  for (int v_bits : {2, 4, 16}) {
+    for (int outliers : {0, 9}) {
+      AttendCase c;
+      c.gathered = true;
+      c.v_bits = v_bits;
+      c.window_dtype = v_bits == 16 ? DataType::kBFloat16 : DataType::kFloat32;
+      c.outliers = outliers;
+      c.group = 4;
+      c.first_positions = {7, 200000};
+      check_all("gathered", c, stream += 10);
+    }
+  }
+}
+
+TEST_P(Attend, EverySeed) {
+  for (uint64_t stream = 10000; stream < 10005; ++stream)
+    check_all("seed", AttendCase(), stream * 4);
+}
+
+TEST_P(Attend, ResultsDoNotDependOnTheThreads) {
+  AttendCase c;
+  c.cache_seqlens = {3000, 64};
+  AttendProblem problem(c, 11000);
+  problem.run(backend(), executor_);
+  const std::vector<uint8_t> shuffled = problem.out_bytes();
+  problem.run(backend(), SerialExecutor());
+  EXPECT_TRUE(testing::same_bytes(problem.out_bytes(), shuffled));
+}
+
+SVDQ_ON_EVERY_BACKEND(Attend);
+
+class Merge : public testing::BackendTest {};
+
+TEST_P(Merge, MatchesTheFormula) {
+  const double infinity = std::numeric_limits<double>::infinity();
+  const double pairs[][2] = {{0, 0},       {1.5, -2},      {-30, 30},      {700, 690},
+                             {-900, -901}, {3, -infinity}, {-infinity, 3}, {-infinity, -infinity},
+                             {0.25, 0.25}, {-100, 60},     {1e4, -1e4}};
+  constexpr int kRows = std::size(pairs);
+  for (DataType dtype : {DataType::kFloat32, DataType::kBFloat16, DataType::kFloat16}) {
+    for (int dim : {16, 80, 512}) {
+      testing::Random random(12000 + dim);
+      const auto size = static_cast<size_t>(testing::size_of(dtype));
+      std::vector<uint8_t> a(kRows * dim * size), b(a.size()), out(a.size(), 0xff);
+      std::vector<float> lse_a, lse_b, lse(kRows, std::numeric_limits<float>::quiet_NaN());
+      for (int row = 0; row < kRows; ++row) {
+        lse_a.push_back(static_cast<float>(pairs[row][0]));
+        lse_b.push_back(static_cast<float>(pairs[row][1]));
+        for (int d = 0; d < dim; ++d) {
+          // The output of an empty side may be anything.
+          const double nan = std::numeric_limits<double>::quiet_NaN();
+          testing::write_number(&a[(row * dim + d) * size], dtype,
+                                std::isinf(lse_a[row]) ? nan : random.normal());
+          testing::write_number(&b[(row * dim + d) * size], dtype,
+                                std::isinf(lse_b[row]) ? nan : random.normal());
+        }
+      }
+      backend().merge({kRows, dim, dtype, a.data(), lse_a.data(), b.data(), lse_b.data(),
+                       out.data(), lse.data()},
+                      executor_);
+      for (int row = 0; row < kRows; ++row) {
+        const auto weight = [&](double of, double other) {  // of the union
+          return std::isinf(of) ? 0 : std::isinf(other) ? 1 : 1 / (1 + std::exp(other - of));
+        };
+        const double weight_a = weight(lse_a[row], lse_b[row]),
+                     weight_b = weight(lse_b[row], lse_a[row]);
+        for (int d = 0; d < dim; ++d) {
+          const double x =
+              weight_a > 0 ? testing::read_number(&a[(row * dim + d) * size], dtype) : 0;
+          const double y =
+              weight_b > 0 ? testing::read_number(&b[(row * dim + d) * size], dtype) : 0;
+          const double expected = weight_a * x + weight_b * y;
+          // A handful of float operations, then the rounding of the output.
+          const double tolerance =
+              8 * testing::kFloatRounding * (weight_a * std::fabs(x) + weight_b * std::fabs(y)) +
+              testing::rounding(dtype) * std::fabs(expected) + 0x1p-25;
+          ASSERT_NEAR(testing::read_number(&out[(row * dim + d) * size], dtype), expected,
+                      tolerance)
+              << "row " << row;
+        }
+        if (weight_a + weight_b == 0) {
+          ASSERT_EQ(lse[row], -std::numeric_limits<float>::infinity());
+        } else {
+          const double most = std::max(lse_a[row], lse_b[row]),
+                       least = std::min(lse_a[row], lse_b[row]);
+          const double expected = most + std::log1p(std::exp(least - most));
+          ASSERT_NEAR(lse[row], expected, 4 * testing::kFloatRounding * (1 + std::fabs(expected)))
+              << "row " << row;
+        }
+      }
+    }
+  }
+}
+
+SVDQ_ON_EVERY_BACKEND(Merge);
+
+}  // namespace
+}  // namespace svdq

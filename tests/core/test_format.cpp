@@ -1,0 +1,113 @@
+// The packed format: where codes lie, that they fill a page, and what changing one leaves alone.
+#include "tests/core/testing.h"
+
+namespace svdq {
+namespace {
+
+// These numbers are the format: a change here needs a new kFormatVersion.
+TEST(Format, GoldenPlaces) {
+  struct Golden {
+    CodeAddress place;
+    int64_t byte;
+    int shift;
+  };
+  const Golden places[] = {
+      {key_code_address(8, 0, 0), 0, 0},       {key_code_address(8, 3, 15), 63, 0},
+      {key_code_address(8, 4, 16), 320, 0},    {key_code_address(8, 11, 63), 767, 0},
+      {key_code_address(4, 0, 16), 0, 4},      {key_code_address(4, 1, 32), 65, 0},
+      {key_code_address(4, 5, 17), 133, 4},    {key_code_address(2, 2, 0), 2, 0},
+      {key_code_address(2, 2, 63), 62, 6},     {key_code_address(2, 6, 40), 98, 4},
+      {key_code_address(1, 4, 0), 0, 4},       {key_code_address(1, 7, 63), 63, 7},
+      {key_code_address(1, 9, 20), 81, 1},     {value_code_address(4, 0, 0), 0, 0},
+      {value_code_address(4, 0, 4), 0, 4},     {value_code_address(4, 17, 6), 518, 4},
+      {value_code_address(2, 15, 3), 63, 0},   {value_code_address(2, 1, 14), 6, 6},
+      {value_code_address(2, 16, 16), 320, 0},
+  };
+  for (const Golden& golden : places) {
+    EXPECT_EQ(golden.place.byte, golden.byte);
+    EXPECT_EQ(golden.place.shift, golden.shift);
+  }
+}
+
+TEST(Format, GoldenBytes) {
+  // Two tokens of a 4-bit band of four channels: token 0 in low nibbles, token 16 in high ones.
+  std::vector<uint8_t> page(Bands{{0, 4, 0, 0}}.page_bytes(), 0);
+  for (int channel = 0; channel < 4; ++channel) {
+    put_code(page.data(), key_code_address(4, channel, 0), 4, channel + 1);
+    put_code(page.data(), key_code_address(4, channel, 16), 4, 15 - channel);
+  }
+  std::vector<uint8_t> expected(128, 0);
+  expected[0] = 0xf1, expected[1] = 0xe2, expected[2] = 0xd3, expected[3] = 0xc4;
+  EXPECT_EQ(page, expected);
+}
+
+TEST(Format, GoldenSizes) {
+  EXPECT_EQ(kFormatVersion, 2);
+  EXPECT_EQ((Bands{{8, 16, 16, 8}}.page_bytes()), 64 * (8 + 8 + 4 + 1));
+  EXPECT_EQ((ValueLayout{4, 32, 96}.page_bytes()), 64 * (3 * 4 + 48));
+  EXPECT_EQ((ValueLayout{2, 64, 128}.code_offset()), 512);
+  EXPECT_EQ((ValueLayout{2, 64, 128}.zero_offset()), 256);
+  EXPECT_EQ((ValueLayout{32, 64, 64}.page_bytes()), 64 * 64 * 4);
+}
+
+using Coord = CodeAddress (*)(int width, int channel, int token);
+
+// Every bit of the page belongs to exactly one code.
+void expect_bijective(Coord place, int width, int num_channels) {
+  std::vector<uint8_t> used(num_channels * kPageTokens * width / 8, 0);
+  for (int channel = 0; channel < num_channels; ++channel) {
+    for (int token = 0; token < kPageTokens; ++token) {
+      const CodeAddress at = place(width, channel, token);
+      ASSERT_GE(at.byte, 0);
+      ASSERT_LT(at.byte, static_cast<int64_t>(used.size()))
+          << "channel " << channel << " token " << token;
+      ASSERT_LE(at.shift + width, 8);
+      const int bits = ((1 << width) - 1) << at.shift;
+      ASSERT_EQ(used[at.byte] & bits, 0) << "channel " << channel << " token " << token;
+      used[at.byte] = static_cast<uint8_t>(used[at.byte] | bits);
+    }
+  }
+  for (uint8_t bits : used) ASSERT_EQ(bits, 0xff);
+}
+
+TEST(Format, KeyCodesFillEveryBand) {
+  for (int width : kWidths) {
+    for (int channels = band_granularity(width); channels <= kMaxHeadDim;
+         channels += band_granularity(width)) {
+      SCOPED_TRACE(::testing::Message() << width << " bits, " << channels << " channels");
+      expect_bijective(key_code_address, width, channels);
+    }
+  }
+}
+
+TEST(Format, ValueCodesFillEveryPage) {
+  for (int width : {2, 4}) {
+    for (int head_dim = kLanes; head_dim <= kMaxHeadDim; head_dim += kLanes) {
+      SCOPED_TRACE(::testing::Message() << width << " bits, head_dim " << head_dim);
+      expect_bijective(value_code_address, width, head_dim);
+    }
+  }
+}
+
+TEST(Format, PutAndGetEveryCodeAndLeaveTheRest) {
+  testing::Random random(1);
+  for (int width : kWidths) {
+    std::vector<uint8_t> page(8 * kPageTokens * width / 8);
+    random.fill(page);
+    for (int channel = 0; channel < 8; ++channel) {
+      for (int token = 0; token < kPageTokens; ++token) {
+        const CodeAddress at = key_code_address(width, channel, token);
+        const std::vector<uint8_t> before = page;
+        for (int code = 0; code < 1 << width; ++code) {
+          put_code(page.data(), at, width, code);
+          ASSERT_EQ(get_code(page.data(), at, width), code);
+        }
+        put_code(page.data(), at, width, get_code(before.data(), at, width));
+        ASSERT_EQ(page, before) << width << " bits, channel " << channel << " token " << token;
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace svdq

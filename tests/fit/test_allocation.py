@@ -1,0 +1,127 @@
+"""Water-filling of bits, against a search through all widths, and what a cache makes of it."""
+
+import itertools
+
+import pytest
+import torch
+
+from svdq.fit.allocation import (
+    DISTORTION,
+    GRANULE,
+    Allocator,
+    code_something,
+    equal_budgets,
+    overhead_bits,
+    solve_lambda,
+    water_fill,
+)
+from svdq.layout import WIDTHS, PageLayout
+
+
+def make_spectrum(heads, dim, seed=0, decay=3.0):
+    generator = torch.Generator().manual_seed(seed)
+    level = torch.rand(heads, 1, generator=generator) * 4
+    noise = torch.rand(heads, dim, generator=generator)
+    return (level - decay * torch.linspace(0, 1, dim) + noise).exp().sort(descending=True).values
+
+
+def bits_of(bands):
+    return int((bands.long() * torch.tensor(WIDTHS)).sum())
+
+
+def cost_of(spectrum, bands, price, overhead):
+    """Error plus price of one head's bands, from the definition."""
+    widths = [w for w, n in zip(WIDTHS, bands, strict=True) for _ in range(n)]
+    widths += [0] * (len(spectrum) - len(widths))
+    return sum(
+        float(v) * DISTORTION[w] + price * (w + overhead * (w > 0))
+        for v, w in zip(spectrum.double(), widths, strict=True)
+    )
+
+
+@pytest.mark.parametrize("overhead", [0.0, 0.4])
+@pytest.mark.parametrize("price", [1e-3, 0.02, 0.1, 0.5, 3.0])
+def test_no_other_bands_cost_less(price, overhead):
+    """All ways to cut 24 channels into bands whose sizes the format allows."""
+    spectrum = make_spectrum(3, 24, seed=1)
+    found = water_fill(spectrum, price, overhead)
+    granules = 24 // GRANULE
+    for head, bands in zip(spectrum, found.tolist(), strict=True):
+        best = min(
+            cost_of(head, [GRANULE * n for n in counts], price, overhead)
+            for counts in itertools.product(range(granules + 1), repeat=4)
+            if sum(counts) <= granules and counts[3] % 2 == 0
+        )
+        # Without the rule that bands of one bit are pairs, granule by granule is the optimum. With
+        # it, one granule is off by what a bit costs or saves there, at most its price.
+        pairs = price * GRANULE * (1 + overhead)
+        assert cost_of(head, bands, price, overhead) <= best * (1 + 1e-9) + pairs
+        PageLayout(32, (tuple(bands), (4, 0, 0, 0)), v_group_size=32)  # the format takes them
+
+
+def test_the_wider_of_two_equal_channels_never_comes_later():
+    for seed in range(20):
+        bands = water_fill(make_spectrum(8, 64, seed), 0.05)
+        assert (bands >= 0).all() and (bands.sum(1) <= 64).all()
+        assert (bands % GRANULE == 0).all() and (bands[:, 3] % 8 == 0).all()
+
+
+@pytest.mark.parametrize("k_bits", [0.3, 0.7, 1.25, 3.0, 8.0])
+def test_price_meets_the_budget(k_bits):
+    spectra = [make_spectrum(3, 64, seed) for seed in range(5)]
+    price, bands = solve_lambda(spectra, k_bits)
+    spent = sum(map(bits_of, bands)) / (5 * 3 * 64)
+    assert spent <= k_bits
+    # One more step of one head changes at most 16 granules' worth of a bit or two.
+    assert spent >= k_bits - 32 * GRANULE / (5 * 3 * 64)
+    for spectrum, own in zip(spectra, bands, strict=True):
+        assert torch.equal(own, water_fill(spectrum, price))
+
+
+def test_bits_go_where_the_error_is():
+    loud, quiet = make_spectrum(1, 64) * 100, make_spectrum(1, 64)
+    _, (first, second) = solve_lambda([quiet, loud], 1.0)
+    assert bits_of(second) > 2 * bits_of(first)
+
+
+@pytest.mark.parametrize("k_bits", [0.25, 0.7, 1.25, 2.0, 5.0, 8.0])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_equal_budgets_are_equal_and_spent(k_bits, dim):
+    spectrum = make_spectrum(6, dim, 3) * torch.logspace(-3, 3, 6)[:, None]
+    bands = equal_budgets(spectrum, k_bits)
+    assert {bits_of(head) for head in bands} == {int(k_bits * dim / 8) * 8}
+    PageLayout(dim, tuple(map(tuple, bands.tolist())))
+
+
+def test_budget_below_a_byte_is_refused():
+    with pytest.raises(ValueError, match=r"k_bits=0.05 of head_dim 64 is less than a byte"):
+        equal_budgets(make_spectrum(1, 64), 0.05)
+
+
+def test_a_layer_never_goes_without():
+    spectrum = make_spectrum(3, 64)
+    bands = code_something(water_fill(spectrum, 1e9), spectrum)
+    assert bits_of(bands) == 2 * GRANULE
+    assert bands[int(spectrum[:, 0].argmax())].sum() == GRANULE
+
+
+def test_overhead_falls_with_the_tokens():
+    assert overhead_bits(64, 1056) == 1.0
+    assert overhead_bits(64, 10560) == pytest.approx(0.1)
+
+
+def test_layers_wait_for_the_last_one():
+    spectra = [make_spectrum(2, 64, seed) for seed in range(3)]
+    allocator, answers = Allocator(3, 0.7, None), {}
+    for layer in (2, 0):
+        allocator.ask(layer, spectra[layer], 0.0, 0.0, lambda x, i=layer: answers.update({i: x}))
+    assert not answers
+    allocator.ask(1, spectra[1], 0.0, 0.0, lambda x: answers.update({1: x}))
+    price, expected = solve_lambda(spectra, 0.7)
+    assert allocator.lambda_ == price
+    assert all(torch.equal(answers[i], bands) for i, bands in enumerate(expected))
+    # What is asked later is answered at once, at the same price.
+    allocator.ask(0, spectra[0] * 2, 0.0, 0.0, lambda x: answers.update({"later": x}))
+    assert torch.equal(answers["later"], water_fill(spectra[0] * 2, price))
+    allocator.reset()
+    assert allocator.lambda_ is None

@@ -1,0 +1,249 @@
+// The attend stage in plain loops and double, with the tolerance due to each number of the kernels'
+// answer.
+#pragma once
+
+#include "tests/kernels/device_test.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "kernels/attend/plan.cuh"
+#include "tests/core/reference.h"
+
+namespace svdq::testing {
+
+// One key that a query sees: score, what that may be off, its value and the part of it that is code
+// times scale.
+struct SeenKey {
+  double score, error;
+  reference::Row value, coded;
+};
+
+struct Expected {
+  reference::Row out, tolerance;
+  double lse, lse_tolerance;
+};
+
+class AttendReference {
+ public:
+  explicit AttendReference(const AttendParams& p) : p_(p) {}
+
+  // Row r of KV head h of sequence b.
+  Expected row(int b, int h, int64_t r) const {
+    const int dim = p_.layout.head_dim;
+    const int64_t at = (int64_t{b} * p_.layout.num_heads + h) * device::query_rows(p_) + r;
+    reference::Row query(dim);
+    for (int d = 0; d < dim; ++d) query[d] = number(p_.query, p_.query_dtype, at * dim + d);
+    std::vector<SeenKey> seen;
+    for (int slot = p_.sink_tokens; slot < p_.cache_seqlens[b]; ++slot)
+      if (slot_of(b, h, slot) != device::kNoSlot) seen.push_back(packed(b, h, slot, query));
+    const int64_t hidden = p_.causal ? p_.q_len - 1 - r % p_.q_len : 0;
+    for (int64_t e = 0; e < p_.window_lens[b] - hidden; ++e) seen.push_back(exact(b, h, e, query));
+    return combine(seen);
+  }
+
+ private:
+  static double number(const void* data, DataType dtype, int64_t index) {
+    return read_number(static_cast<const uint8_t*>(data) + index * size_of(dtype), dtype);
+  }
+
+  // Slot of token `token` of the pages, which says its position.
+  int slot_of(int b, int h, int token) const {
+    if (!p_.token_slots) return token;
+    const int64_t list = int64_t{b} * p_.layout.num_heads + h;
+    return p_.token_slots[list * p_.table_stride * kPageTokens + token];
+  }
+
+  SeenKey packed(int b, int h, int slot, const reference::Row& query) const {
+    const LayoutView& layout = p_.layout;
+    const int dim = layout.head_dim, at = slot % kPageTokens;
+    const int64_t id = p_.page_table[b * p_.table_stride + slot / kPageTokens];
+    const uint8_t* keys = p_.k_pages + id * layout.k_page_bytes;
+    const uint8_t* values = p_.v_pages + id * layout.v_page_bytes + h * layout.value.page_bytes();
+    SeenKey seen{0, 0, reference::Row(dim), reference::Row(dim)};
+    fill_values(seen, values, at);
+    if (const int64_t outlier = outlier_at(b, h, slot); outlier >= 0) {
+      score_exact(p_.outlier_keys, p_.outlier_dtype, outlier * dim, query, seen);
+      return seen;
+    }
+    if (layout.rope != RopeMode::kPre) add_absorbed(b, h, at, query, keys, seen);
+    if (layout.rope != RopeMode::kPost) add_reconstructed(b, h, slot, query, keys, seen);
+    seen.score *= double{p_.sm_scale};
+    seen.error *= double{p_.sm_scale};
+    return seen;
+  }
+
+  // The tail of a key: codes times absorbed queries.
+  void add_absorbed(int b, int h, int at, const reference::Row& query, const uint8_t* keys,
+                    SeenKey& seen) const {
+    const LayoutView& layout = p_.layout;
+    const int dim = layout.head_dim;
+    const uint16_t* basis = p_.basis + int64_t{b} * layout.rank * dim;
+    const float* mean = (layout.rope == RopeMode::kHybrid ? p_.post_mean : p_.mean) +
+                        (int64_t{b} * layout.num_heads + h) * dim;
+    double magnitude = 0;
+    for (int d = 0; d < dim; ++d) {
+      seen.score += query[d] * double{mean[d]};
+      magnitude += std::fabs(query[d] * double{mean[d]});
+    }
+    double largest = 0, distance = 0;
+    for (const reference::Channel& c : reference::part_channels(layout, h, RopeMode::kPost)) {
+      double w = 0, terms = 0;
+      for (int d = 0; d < dim; ++d) {
+        const double x = query[d] * double{bfloat16_to_float(basis[int64_t{c.row} * dim + d])};
+        w += x;
+        terms += std::fabs(x);
+      }
+      const double scale = double{p_.scale[b * layout.rank + c.row]};
+      const double code = get_code(keys, c.place(at), c.width);
+      seen.score += (code - c.mid()) * w * scale;
+      // A weight is a half: off by 2^-11 of itself. Codes pass whole, and their middle is taken off
+      // afterwards.
+      seen.error += std::fabs(code - c.mid()) * std::fabs(w) * scale * 0x1p-11;
+      magnitude += 2 * c.mid() * scale * terms;
+      largest = std::max(largest, std::fabs(w) * scale);
+      distance += std::fabs(code - c.mid());
+    }
+    // Weights below 2^-14 in units of largest / 256 are off by 2^-25 such units.
+    seen.error += distance * largest * 0x1p-33;
+    // Sums of floats: tensor cores may cut each addend to 2^-23 of the sum. Hybrid keys' core is
+    // summed on top.
+    seen.error += magnitude * (dim * 2 * kFloatRounding + sum_rounding(dim));
+    if (layout.rope == RopeMode::kHybrid) seen.error += magnitude * dim * 2 * kFloatRounding;
+  }
+
+  void fill_values(SeenKey& seen, const uint8_t* values, int at) const {
+    const ValueLayout& value = p_.layout.value;
+    for (int d = 0; d < p_.layout.head_dim; ++d) {
+      seen.value[d] = reference::decode_value(value, values, d, at, p_.v_dtype);
+      if (!value.packed()) continue;
+      const int code =
+          get_code(values + value.code_offset(), value_code_address(value.bits, d, at), value.bits);
+      seen.coded[d] = code * reference::value_scale(value, values, d, at);
+    }
+  }
+
+  // The core of a key. Its columns are sums of codes times halves; turned, they become halves, as
+  // do the queries. An error of a pair of columns keeps its length when it is turned.
+  void add_reconstructed(int b, int h, int slot, const reference::Row& query, const uint8_t* keys,
+                         SeenKey& seen) const {
+    const LayoutView& layout = p_.layout;
+    const int dim = layout.head_dim, half = p_.rope.rotary_pairs;
+    const uint16_t* basis = p_.basis + int64_t{b} * layout.rank * dim;
+    const float* mean = p_.mean + (int64_t{b} * layout.num_heads + h) * dim;
+    const auto channels = reference::part_channels(layout, h, RopeMode::kPre);
+    const float* scale = p_.scale + int64_t{b} * layout.rank;
+    reference::Row key =
+        reference::decode_key(channels, keys, slot % kPageTokens, basis, scale, mean, dim);
+    reference::Row off(dim);
+    for (int d = 0; d < dim; ++d) {
+      double magnitude = std::fabs(double{mean[d]}), largest = 0, distance = 0;
+      for (const reference::Channel& c : channels) {
+        const double w = std::fabs(double{bfloat16_to_float(basis[int64_t{c.row} * dim + d])} *
+                                   double{scale[c.row]});
+        const double code = get_code(keys, c.place(slot % kPageTokens), c.width);
+        off[d] += std::fabs(code - c.mid()) * w * 0x1p-11;
+        distance += std::fabs(code - c.mid());
+        largest = std::max(largest, w);
+        magnitude += 2 * c.mid() * w;
+      }
+      off[d] +=
+          distance * largest * 0x1p-33 + magnitude * (dim * 2 * kFloatRounding + sum_rounding(dim));
+    }
+    const double position =
+        (p_.first_position ? p_.first_position[b] : 0) + static_cast<double>(slot_of(b, h, slot));
+    reference::rotate(key, p_.rope, position);
+    for (int d = 0; d < dim; ++d) seen.score += query[d] * key[d];
+    const auto add = [&](double q, double k, double error) {
+      // Key and turned query are rounded to halves (2^-25 below their normal range), and products
+      // summed. Cosine and sine are off by less than 2^-20 where tokens have slots of their own.
+      seen.error += q * error +
+                    q * k * (2 * 0x1p-11 + 32 * kFloatRounding + dim * 2 * kFloatRounding) +
+                    0x1p-25 * (q + k);
+    };
+    for (int i = 0; i < half; ++i) {
+      add(std::hypot(query[i], query[i + half]), std::hypot(key[i], key[i + half]),
+          std::hypot(off[i], off[i + half]));
+    }
+    for (int d = 2 * half; d < dim; ++d) add(std::fabs(query[d]), std::fabs(key[d]), off[d]);
+  }
+
+  SeenKey exact(int b, int h, int64_t e, const reference::Row& query) const {
+    const int dim = p_.layout.head_dim;
+    const int64_t at = b * p_.window_batch_stride + h * p_.window_head_stride + e * dim;
+    SeenKey seen{0, 0, reference::Row(dim), reference::Row(dim)};
+    score_exact(p_.window_keys, p_.window_dtype, at, query, seen);
+    for (int d = 0; d < dim; ++d) seen.value[d] = number(p_.window_values, p_.window_dtype, at + d);
+    return seen;
+  }
+
+  // Place of a slot's exact key among all outliers, -1 if it has none.
+  int64_t outlier_at(int b, int h, int slot) const {
+    const int64_t list = (int64_t{b} * p_.layout.num_heads + h) * p_.outliers;
+    for (int64_t i = list; i < list + p_.outliers; ++i) {
+      if (p_.outlier_slots[i] == slot) return i;
+    }
+    return -1;
+  }
+
+  void score_exact(const void* keys, DataType dtype, int64_t at, const reference::Row& query,
+                   SeenKey& seen) const {
+    const int dim = p_.layout.head_dim;
+    double magnitude = 0;
+    for (int d = 0; d < dim; ++d) {
+      const double x = double{p_.sm_scale} * query[d] * number(keys, dtype, at + d);
+      seen.score += x;
+      magnitude += std::fabs(x);
+    }
+    seen.error = magnitude * (4 * kFloatRounding + sum_rounding(dim));
+  }
+
+  Expected combine(std::vector<SeenKey>& seen) const {
+    const int dim = p_.layout.head_dim;
+    Expected result{reference::Row(dim), reference::Row(dim),
+                    -std::numeric_limits<double>::infinity(), 0};
+    if (seen.empty()) return result;
+    double most = seen[0].score, sum = 0, worst = 0;
+    for (const SeenKey& key : seen) most = std::max(most, key.score);
+    for (SeenKey& key : seen) {
+      // ex2.approx is off by 2^-22, and its argument is rounded.
+      key.error += 0x1p-22 + 4 * kFloatRounding * (std::fabs(key.score) + std::fabs(most));
+      worst = std::max(worst, key.error);
+      sum += std::exp(key.score - most);
+    }
+    result.lse = most + std::log(sum);
+    const double summing = sum_rounding(static_cast<int64_t>(seen.size())) + 64 * kFloatRounding;
+    result.lse_tolerance = worst + summing + 8 * kFloatRounding * std::fabs(result.lse);
+    for (int d = 0; d < dim; ++d) {
+      double& out = result.out[d];
+      for (const SeenKey& key : seen) out += std::exp(key.score - result.lse) * key.value[d];
+      double& tolerance = result.tolerance[d];
+      double largest = 0;
+      for (const SeenKey& key : seen) {
+        const double p = std::exp(key.score - result.lse);
+        // Scores that are off move probabilities; a probability times a scale is a half.
+        tolerance += p * std::expm1(key.error) * std::fabs(key.value[d] - out) * std::exp(worst);
+        tolerance += p * std::fabs(key.coded[d]) * 0x1p-11;
+        if (decodes(p_)) {
+          // So is the probability itself, relative to its page's maximum.
+          tolerance += (p * 0x1p-11 + 0x1p-25) * std::fabs(key.value[d]);
+          tolerance += 0x1p-25 * std::fabs(key.coded[d]);
+        }
+        largest =
+            std::max(largest, std::fabs(key.value[d] - key.coded[d]) + std::fabs(key.coded[d]));
+      }
+      tolerance += summing * largest + rounding(p_.query_dtype) * std::fabs(out) + 0x1p-25;
+    }
+    return result;
+  }
+
+  // Whether attend_decode serves the rows.
+  static bool decodes(const AttendParams& p) {
+    return p.layout.value.packed() && (p.token_slots || device::query_rows(p) <= device::kRowTile);
+  }
+
+  const AttendParams& p_;
+};
+
+}  // namespace svdq::testing

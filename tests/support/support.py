@@ -1,0 +1,197 @@
+"""Synthetic keys, packed caches and comparisons that say where they failed."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from svdq import reference
+from svdq.layout import PAGE_TOKENS, PageLayout
+
+FLOAT_ERROR = 2.0**-24  # relative rounding error of float32
+ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+def assert_within(actual: Tensor, expected: Tensor, tolerance: Tensor | float = 0.0) -> None:
+    """Fails unless ``|actual - expected| <= tolerance`` everywhere, and shows the worst element."""
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {expected.shape}"
+    got, want = actual.double(), expected.double()
+    tolerance = torch.as_tensor(tolerance, dtype=torch.float64).expand_as(got)
+    bad = ~((got - want).abs() <= tolerance) & (got != want)  # NaN is bad
+    if not bad.any():
+        return
+    excess = torch.where(bad, (got - want).abs() - tolerance, -1.0).nan_to_num(nan=torch.inf)
+    at = tuple(int(i) for i in torch.unravel_index(excess.argmax(), excess.shape))
+    raise AssertionError(
+        f"{int(bad.sum())} of {bad.numel()} elements ({bad.double().mean():.2%}) differ; worst at "
+        f"{at}: got {got[at]:.9g}, expected {want[at]:.9g}, tolerance {tolerance[at]:.3g}"
+    )
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    """Fails unless dtype and every element are the same; NaN is never the same."""
+    assert actual.dtype == expected.dtype, f"dtype {actual.dtype}, expected {expected.dtype}"
+    assert_within(actual, expected)
+
+
+def rms(x: Tensor) -> float:
+    """Root of the mean square."""
+    return float(x.double().square().mean().sqrt())
+
+
+def make_inv_freq(rotary_dim: int, theta: float = 1e4) -> Tensor:
+    """Inverse frequencies as models define them, [rotary_dim / 2] float32."""
+    return theta ** (-torch.arange(0, rotary_dim, 2) / rotary_dim)
+
+
+def make_keys(
+    num_heads: int,
+    num_tokens: int,
+    head_dim: int,
+    mean: float = 2.0,
+    inv_freq: Tensor | None = None,
+    position: int = 0,
+) -> Tensor:
+    """Keys like a model's, [H, T, D] float32: each head's deviations fall from 1 to 1/64.
+
+    They are rotated by ``inv_freq`` if it is given, so that un-rotated they are as compressible.
+    """
+    deviations = 64.0 ** -torch.linspace(0, 1, head_dim)
+    bases = torch.linalg.qr(torch.randn(num_heads, head_dim, head_dim)).Q
+    keys = torch.randn(num_heads, num_tokens, head_dim) * deviations @ bases
+    keys += mean * torch.randn(num_heads, 1, head_dim)
+    return reference.rotate(keys, position + torch.arange(num_tokens), inv_freq).float()
+
+
+def make_layout(
+    head_dim: int, schedule: list[int], num_heads: int = 1, rope: str = "post", **options
+) -> PageLayout:
+    """Layout of a schedule of equal groups, the same for all heads.
+
+    A hybrid one has 4 core channels of 8 and 4 of 4 bits beside them unless ``pre_bands`` says
+    otherwise.
+    """
+    bands = reference.allocate_bits(torch.zeros(num_heads, head_dim), schedule)
+    options.setdefault("v_group_size", 64 if head_dim % 64 == 0 else 16)
+    if rope == "hybrid":
+        options.setdefault("pre_bands", ((4, 4, 0, 0),) * num_heads)
+    return PageLayout(head_dim, tuple(map(tuple, bands.tolist())), rope, **options)
+
+
+def make_k_pages(layout: PageLayout, num_pages: int) -> Tensor:
+    """A pool of key pages full of random codes."""
+    return torch.randint(0, 256, (num_pages, layout.k_page_bytes), dtype=torch.uint8)
+
+
+def make_v_pages(layout: PageLayout, num_pages: int, dtype: torch.dtype | None = None) -> Tensor:
+    """A pool of value pages, every number of which is NaN until it is written."""
+    if layout.v_bits <= 4:
+        return torch.full((num_pages, layout.v_page_bytes), 255, dtype=torch.uint8)
+    dtype = dtype or {16: torch.bfloat16, 32: torch.float32}[layout.v_bits]
+    return torch.full((num_pages, layout.v_page_bytes // dtype.itemsize), torch.nan, dtype=dtype)
+
+
+def page_count(num_tokens: int) -> int:
+    """Pages that hold this many slots."""
+    return -(-num_tokens // PAGE_TOKENS)
+
+
+@dataclass
+class Cache:
+    """Arguments of ``attend`` but for the query; what no sequence uses is random or NaN."""
+
+    k_pages: Tensor
+    v_pages: Tensor
+    page_table: Tensor
+    cache_seqlens: Tensor
+    basis: Tensor
+    scale: Tensor
+    mean: Tensor
+    layout: PageLayout
+    window_keys: Tensor
+    window_values: Tensor
+    window_lens: Tensor
+    sm_scale: float
+    inv_freq: Tensor | None
+    first_position: Tensor | None
+    sink_tokens: int
+    causal: bool
+    post_mean: Tensor | None = None
+    outlier_slots: Tensor | None = None
+    outlier_keys: Tensor | None = None
+    token_slots: Tensor | None = None
+
+    def kwargs(self) -> dict:
+        """Keyword arguments of ``svdq.ops.attend`` and ``svdq.reference.attend``."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def but(self, **changes) -> "Cache":
+        """This cache with some fields replaced."""
+        return replace(self, **changes)
+
+
+def make_cache(
+    layout: PageLayout,
+    seqlens: list[int],
+    window_lens: list[int],
+    rotary_dim: int | None = None,
+    first_positions: list[int] | None = None,
+    sink_tokens: int = 0,
+    causal: bool = True,
+    exact_dtype: torch.dtype = torch.float32,
+    v_dtype: torch.dtype | None = None,
+) -> tuple[Cache, list[Tensor], list[Tensor]]:
+    """A cache packed by the reference, with the keys and values [H, T, D] of its sequences."""
+    heads, dim, batch = layout.num_kv_heads, layout.head_dim, len(seqlens)
+    inv_freq = make_inv_freq(rotary_dim or dim) if layout.rope != "post" else None
+    num_pages = [page_count(n) for n in seqlens]
+    pool = sum(num_pages) + 2
+    k_pages, v_pages = make_k_pages(layout, pool), make_v_pages(layout, pool, v_dtype)
+    order = torch.randperm(pool, dtype=torch.int32)
+    page_table = torch.zeros(batch, max(num_pages), dtype=torch.int32)
+    basis = torch.zeros(batch, layout.rank, dim, dtype=torch.bfloat16)
+    scale, mean = torch.zeros(batch, layout.rank), torch.zeros(batch, heads, dim)
+    post_mean = torch.zeros(batch, heads, dim) if layout.rope == "hybrid" else None
+    rows = max(window_lens) + 3
+    exact = torch.full((2, batch, heads, rows, dim), torch.nan)
+    keys, values = [], []
+    for b, tokens in enumerate(seqlens):
+        table = order[sum(num_pages[:b]) :][: num_pages[b]]
+        page_table[b, : len(table)] = table
+        position = first_positions[b] if first_positions else 0
+        every = make_keys(heads, tokens + window_lens[b], dim, inv_freq=inv_freq, position=position)
+        every_value = torch.randn_like(every)
+        exact[0, b, :, : window_lens[b]] = every[:, tokens:]
+        exact[1, b, :, : window_lens[b]] = every_value[:, tokens:]
+        keys.append(every[:, :tokens])
+        values.append(every_value[:, :tokens])
+        if tokens == 0:
+            continue
+        rope = (inv_freq, position)
+        *fitted, own_tail_mean = reference.fit_keys(keys[b], layout, *rope)
+        basis[b], scale[b], mean[b] = fitted
+        if post_mean is not None:
+            post_mean[b] = own_tail_mean
+        where = (layout, table, 0, *rope)
+        reference.pack_keys_(k_pages, keys[b], *fitted, *where, own_tail_mean)
+        reference.pack_values_(v_pages, values[b], layout, table, 0)
+    cache = Cache(
+        k_pages=k_pages,
+        v_pages=v_pages,
+        page_table=page_table,
+        cache_seqlens=torch.tensor(seqlens, dtype=torch.int32),
+        basis=basis,
+        scale=scale,
+        mean=mean,
+        layout=layout,
+        window_keys=exact[0].to(exact_dtype),
+        window_values=exact[1].to(exact_dtype),
+        window_lens=torch.tensor(window_lens, dtype=torch.int32),
+        sm_scale=dim**-0.5,
+        inv_freq=inv_freq,
+        first_position=first_positions and torch.tensor(first_positions, dtype=torch.int32),
+        sink_tokens=sink_tokens,
+        causal=causal,
+        post_mean=post_mean,
+    )
+    return cache, keys, values
