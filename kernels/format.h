@@ -58,6 +58,7 @@ inline constexpr int kTokenQuads = kPageTokens / kQuad;  // token quads of a pag
 inline constexpr int kNumWidths = 4;
 inline constexpr int kWidths[kNumWidths] = {8, 4, 2, 1};  // band order inside a page
 inline constexpr int kMaxHeadDim = 512;
+inline constexpr int kNoSlot = INT32_MAX;  // in lists of slots: no token
 
 // kWidths[w], also in device code, which cannot index an array of the host.
 SVDQ_HOST_DEVICE constexpr int band_width(int w) { return 8 >> w; }

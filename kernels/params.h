@@ -81,14 +81,21 @@ struct QuantizerParams {
   float* centred_mean;      // [H, D]
 };
 
+// Parameters that decode a layer's keys (SVDq, section 4): key = mean + (codes - mid) * scale @ basis, see
+// kernels/format.h. With B sequences each tensor has a leading dimension B.
+struct KeyCodec {
+  Rope rope;               // of the model; 0 pairs for keys that are coded as they come
+  const uint16_t* basis;   // [R, D] bfloat16
+  const float* scale;      // [R]
+  const float* mean;       // [H, D]; of the pre-RoPE part for hybrid
+  const float* post_mean;  // [H, D], hybrid only
+};
+
 struct PackKeysParams {
   TokenSource keys;
   LayoutView layout;
-  Rope rope;
+  KeyCodec codec;
   int64_t position;
-  const uint16_t* basis;      // [R, D] bfloat16
-  const float* scale;         // [R]
-  const float* mean;          // [H, D]
   uint8_t* pages;             // [P, k_page_bytes]
   const int32_t* page_table;  // page of each 64 slots
   int64_t slot;               // of the first token
@@ -113,45 +120,56 @@ struct UnpackParams {
   int64_t num_tokens;
 };
 
-struct AttendParams {
+// Packed keys of B sequences in pages of one pool.
+struct PackedKeys {
   LayoutView layout;
-  Rope rope;
-  int batch;
-  int num_qo_heads;   // Hq
-  int64_t q_len;      // L
-  const void* query;  // [B, Hq, L, D] contiguous
-  DataType query_dtype;
-  const uint8_t* k_pages;
-  const uint8_t* v_pages;
-  int64_t num_pages;          // rows of both pools
-  DataType v_dtype;           // of exact values in v_pages
-  const int32_t* page_table;  // [B, table_stride]
+  KeyCodec codec;             // of each sequence
+  int batch;                  // B
+  const uint8_t* pages;       // [P, k_page_bytes]
+  int64_t num_pages;          // P
+  const int32_t* page_table;  // [B, table_stride], page of each 64 slots
   int64_t table_stride;
-  const int32_t* cache_seqlens;   // [B]
-  const uint16_t* basis;          // [B, R, D] bfloat16
-  const float* scale;             // [B, R]
-  const float* mean;              // [B, H, D], the core's for hybrid
-  const float* post_mean;         // [B, H, D], hybrid only
-  const int32_t* first_position;  // [B], may be null: zeros
-  const void* window_keys;        // [B, H, E, D]; strides in elements
-  const void* window_values;
-  DataType window_dtype;
-  int64_t window_batch_stride;
-  int64_t window_head_stride;
-  int window_rows;  // E
-  // Keys held exact beside their codes, whose scores take the place of the codes'.
-  const int32_t* outlier_slots;  // [B, H, N] ascending, then INT32_MAX; may be null
+  const int32_t* cache_seqlens;   // [B], packed slots
+  const int32_t* first_position;  // [B], position of slot 0; may be null: zeros
+  int sink_tokens;                // leading slots that are skipped: they are in the window
+  // Packed slots whose keys are held uncompressed too.
+  const int32_t* outlier_slots;  // [B, H, N] ascending, then kNoSlot; may be null
   const void* outlier_keys;      // [B, H, N, D]
   DataType outlier_dtype;
-  int outliers;                // N
-  const int32_t* window_lens;  // [B]
-  int sink_tokens;
-  float sm_scale;
+  int num_outliers;  // N
+};
+
+// Queries of B sequences, the same number for each.
+struct Queries {
+  const void* data;  // [B, Hq, L, D] contiguous
+  DataType dtype;
+  int num_heads;   // Hq, a multiple of H
+  int64_t length;  // L
+  float sm_scale;  // softmax scale
+};
+
+// Uncompressed keys and values: sinks, then the recent window, then the new tokens themselves.
+struct Window {
+  const void* keys;    // [B, H, E, D], rotated; rows of D contiguous numbers
+  const void* values;  // the same shape and strides
+  DataType dtype;
+  int64_t batch_stride;  // elements
+  int64_t head_stride;
+  int rows;             // E
+  const int32_t* lens;  // [B]
+};
+
+struct AttendParams {
+  PackedKeys keys;
+  Queries queries;
+  Window window;
+  const uint8_t* v_pages;  // [P, v_page_bytes], as many as key pages
+  DataType v_dtype;        // of values of 16 and 32 bits in v_pages
   bool causal;
-  // Where the pages are gathered ones (GatherParams): the slot each token came from, which says its
-  // position; INT32_MAX for none. May be null: token i of the pages is slot i.
+  // Slot that each token of gathered pages (GatherParams) came from, which tells its position;
+  // kNoSlot for none. May be null: token i of the pages is slot i.
   const int32_t* token_slots;  // [B, H, table_stride * 64] ascending
-  void* out;                   // [B, Hq, L, D] in query_dtype
+  void* out;                   // [B, Hq, L, D] in the queries' dtype
   float* lse;                  // [B, Hq, L], natural logarithm
 };
 
@@ -165,31 +183,12 @@ struct AttendParams {
 // log-sum-exp of q's scores over a sample of pages (select_sample_stride), sinks left out. The `budget` tokens of
 // largest weight are selected, the earlier of equals, and the outliers with them.
 struct SelectParams {
-  LayoutView layout;
-  Rope rope;
-  int batch;
-  int num_qo_heads;   // Hq
-  int64_t q_len;      // L
-  const void* query;  // [B, Hq, L, D] contiguous
-  DataType query_dtype;
-  const uint8_t* k_pages;
-  int64_t num_pages;          // rows of the pool
-  const int32_t* page_table;  // [B, table_stride]
-  int64_t table_stride;
-  const int32_t* cache_seqlens;   // [B]
-  const uint16_t* basis;          // [B, R, D] bfloat16
-  const float* scale;             // [B, R]
-  const float* mean;              // [B, H, D], the core's for hybrid
-  const float* post_mean;         // [B, H, D], hybrid only
-  const int32_t* first_position;  // [B], may be null: zeros
-  const int32_t* outlier_slots;   // [B, H, N] ascending, then INT32_MAX; may be null
-  int outliers;                   // N
-  int sink_tokens;                // leading slots whose weight is never looked at
-  float sm_scale;
-  int channels;              // a multiple of 4, at most kMaxSelectChannels
-  int budget;                // tokens to select beside the outliers, at least 1
-  int32_t* slots;            // [B, H, budget + N] selected slots, ascending, then INT32_MAX
-  int32_t* outlier_indices;  // [B, H, N] place of each outlier in slots; null without outliers
+  PackedKeys keys;  // outlier_keys are not read
+  Queries queries;
+  int channels;              // proxy channels, a multiple of 4, at most kMaxSelectChannels
+  int budget;                // tokens to select in addition to the outliers, at least 1
+  int32_t* slots;            // [B, H, budget + N] selected slots, ascending, then kNoSlot
+  int32_t* outlier_indices;  // [B, H, N] index of each outlier in slots; null without outliers
 };
 
 inline constexpr int kMaxSelectChannels = 32;
@@ -215,10 +214,18 @@ struct GatherParams {
   int64_t num_pages;          // rows of both pools
   const int32_t* page_table;  // [B, table_stride]
   int64_t table_stride;
-  const int32_t* slots;  // [B, H, M], INT32_MAX: none
+  const int32_t* slots;  // [B, H, M], kNoSlot: none
   int64_t num_slots;     // M
   uint8_t* k_out;        // [B * ceil(M / 64), k_page_bytes]
   uint8_t* v_out;        // [B * ceil(M / 64), v_page_bytes]
+};
+
+// Keys to decode, rotated to the positions from `position` on.
+struct UnpackKeysParams {
+  UnpackParams packed;
+  KeyCodec codec;
+  int64_t position;
+  float* keys;  // [H, num_tokens, D]
 };
 
 struct MergeParams {

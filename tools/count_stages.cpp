@@ -87,17 +87,16 @@ void pack(const Backend& backend, bool keys) {
   const TokenSource source{rows.data(), DataType::kFloat32, int64_t{kTokens} * kDim, kDim, kTokens};
   svdq_counted([&] {
     if (keys) {
-      backend.pack_keys({.keys = source,
-                         .layout = layout.view(),
-                         .rope = {frequencies.data(), kDim / 2},
-                         .position = 0,
-                         .basis = basis.data(),
-                         .scale = scale.data(),
-                         .mean = mean.data(),
-                         .pages = pages.data(),
-                         .page_table = table.data(),
-                         .slot = 0},
-                        SerialExecutor());
+      backend.pack_keys(
+          {.keys = source,
+           .layout = layout.view(),
+           .codec =
+               {{frequencies.data(), kDim / 2}, basis.data(), scale.data(), mean.data(), nullptr},
+           .position = 0,
+           .pages = pages.data(),
+           .page_table = table.data(),
+           .slot = 0},
+          SerialExecutor());
     } else {
       backend.pack_values({source, layout.view(), pages.data(), table.data(), 0}, SerialExecutor());
     }

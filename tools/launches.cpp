@@ -84,19 +84,19 @@ void attend(const gpu::DeviceLimits& limits, RopeMode rope, int dim, int v_bits,
             bool gathered) {
   const Layout layout(layout_ints(rope, dim, v_bits));
   AttendParams p{};
-  p.layout = layout.view();
-  p.rope.rotary_pairs = rope == RopeMode::kPost ? 0 : dim / 2;
-  p.batch = 1;
-  p.num_qo_heads = kHeads * kGroup;
-  p.q_len = q_len;
-  p.query_dtype = p.window_dtype = p.v_dtype = DataType::kBFloat16;
-  p.table_stride = kTokens / (gathered ? 32 : 1) / kPageTokens;
+  p.keys.layout = layout.view();
+  p.keys.codec.rope.rotary_pairs = rope == RopeMode::kPost ? 0 : dim / 2;
+  p.keys.batch = 1;
+  p.queries.num_heads = kHeads * kGroup;
+  p.queries.length = q_len;
+  p.queries.dtype = p.window.dtype = p.v_dtype = DataType::kBFloat16;
+  p.keys.table_stride = kTokens / (gathered ? 32 : 1) / kPageTokens;
   static const int32_t slots[1] = {};
   p.token_slots = gathered ? slots : nullptr;
-  p.num_pages = p.table_stride;
-  p.window_rows = 128;
-  p.window_head_stride = int64_t{p.window_rows} * dim;
-  p.window_batch_stride = kHeads * p.window_head_stride;
+  p.keys.num_pages = p.keys.table_stride;
+  p.window.rows = 128;
+  p.window.head_stride = int64_t{p.window.rows} * dim;
+  p.window.batch_stride = kHeads * p.window.head_stride;
   Printer printer(limits,
                   join("attend, ", kModes[static_cast<int>(rope)], "-RoPE, head_dim ", dim, ", ",
                        v_bits, "-bit values, q_len ", q_len, gathered ? ", gathered" : ""));
@@ -107,13 +107,13 @@ void select(const gpu::DeviceLimits& limits, RopeMode rope, int dim, int v_bits,
             int channels) {
   const Layout layout(layout_ints(rope, dim, v_bits));
   SelectParams p{};
-  p.layout = layout.view();
-  p.rope.rotary_pairs = rope == RopeMode::kPost ? 0 : dim / 2;
-  p.batch = 1;
-  p.num_qo_heads = kHeads * group;
-  p.q_len = 1;
-  p.table_stride = kTokens / kPageTokens;
-  p.num_pages = p.table_stride;
+  p.keys.layout = layout.view();
+  p.keys.codec.rope.rotary_pairs = rope == RopeMode::kPost ? 0 : dim / 2;
+  p.keys.batch = 1;
+  p.queries.num_heads = kHeads * group;
+  p.queries.length = 1;
+  p.keys.table_stride = kTokens / kPageTokens;
+  p.keys.num_pages = p.keys.table_stride;
   p.channels = channels;
   p.budget = kTokens / 32;
   Printer printer(limits,
@@ -123,7 +123,7 @@ void select(const gpu::DeviceLimits& limits, RopeMode rope, int dim, int v_bits,
   GatherParams g{};
   g.layout = layout.view();
   g.batch = 1;
-  g.table_stride = g.num_pages = p.table_stride;
+  g.table_stride = g.num_pages = p.keys.table_stride;
   g.num_slots = p.budget;
   gpu::gather(g, printer);
 }
@@ -153,7 +153,7 @@ void prefill(const gpu::DeviceLimits& limits, int dim, int v_bits) {
   PackKeysParams keys{};
   keys.keys = tokens;
   keys.layout = layout.view();
-  keys.rope.rotary_pairs = dim / 2;
+  keys.codec.rope.rotary_pairs = dim / 2;
   keys.page_table = table.data();
   gpu::pack_keys(keys, printer);
   PackValuesParams values{};

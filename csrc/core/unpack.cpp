@@ -84,37 +84,38 @@ void unpack_codes(const UnpackParams& p, const Executor& executor, uint8_t* code
   });
 }
 
-void unpack_keys(const UnpackParams& p, const Executor& executor, const Rope& rope,
-                 int64_t position, const uint16_t* basis, const float* scale, const float* mean,
-                 float* keys) {
+void unpack_keys(const UnpackKeysParams& params, const Executor& executor) {
+  const UnpackParams& p = params.packed;
+  const KeyCodec& codec = params.codec;
+  const Rope& rope = codec.rope;
   const int dim = p.layout.head_dim;
   const AlignedBuffer basis_rows(sizeof(double) * p.layout.rank * dim);
   double* rows = basis_rows.as<double>();
   for (int64_t i = 0; i < int64_t{p.layout.rank} * dim; ++i)
-    rows[i] = static_cast<double>(bfloat16_to_float(basis[i]));
+    rows[i] = static_cast<double>(bfloat16_to_float(codec.basis[i]));
   double turn[kMaxHeadDim];
   start_rotation(rope, 1, turn);
 
   const auto unpack_key = [&](int h, int64_t t, const Slot& slot, const double* rotation) {
     const HeadPlan& head = p.layout.heads[h];
     double latents[kMaxHeadDim], key[kMaxHeadDim];
-    for_each_code(head, slot.page + head.k_offset, slot.token,
-                  [&](int channel, int code, int width) {
-                    const double mid = ((1 << width) - 1) / 2.0;
-                    latents[channel] =
-                        (code - mid) * static_cast<double>(scale[head.first_channel + channel]);
-                  });
-    add_rows(mean + int64_t{h} * dim, latents, rows + int64_t{head.first_channel} * dim,
+    for_each_code(
+        head, slot.page + head.k_offset, slot.token, [&](int channel, int code, int width) {
+          const double mid = ((1 << width) - 1) / 2.0;
+          latents[channel] =
+              (code - mid) * static_cast<double>(codec.scale[head.first_channel + channel]);
+        });
+    add_rows(codec.mean + int64_t{h} * dim, latents, rows + int64_t{head.first_channel} * dim,
              head.rank(), dim, key);
     rotate_forward(key, rotation, rope.rotary_pairs);
-    float* to = keys + (h * p.num_tokens + t) * dim;
+    float* to = params.keys + (h * p.num_tokens + t) * dim;
     for (int d = 0; d < dim; ++d) to[d] = static_cast<float>(key[d]);
   };
   // A rotation computed afresh for each run of tokens; the products after it lose 1e-16 each.
   for_each(executor, (p.num_tokens + kPageTokens - 1) / kPageTokens, [&](int64_t run) {
     double rotation[kMaxHeadDim];
     const int64_t first = run * kPageTokens;
-    start_rotation(rope, position + first, rotation);
+    start_rotation(rope, params.position + first, rotation);
     for (int64_t t = first; t < std::min(first + kPageTokens, p.num_tokens); ++t) {
       const Slot slot = find_slot(p, t, p.layout.k_page_bytes);
       for (int h = 0; h < p.layout.num_heads; ++h) unpack_key(h, t, slot, rotation);

@@ -22,9 +22,7 @@ void pack_keys(const PackKeysParams& params, const GpuContext& context);
 void pack_values(const PackValuesParams& params, const GpuContext& context);
 // What these write is described in csrc/core/unpack.h.
 void unpack_codes(const UnpackParams& params, uint8_t* codes, const GpuContext& context);
-void unpack_keys(const UnpackParams& params, const Rope& rope, int64_t position,
-                 const uint16_t* basis, const float* scale, const float* mean, float* keys,
-                 const GpuContext& context);
+void unpack_keys(const UnpackKeysParams& params, const GpuContext& context);
 void unpack_values(const UnpackParams& params, DataType dtype, float* values,
                    const GpuContext& context);
 void select(const SelectParams& params, const GpuContext& context);

@@ -11,12 +11,10 @@ void unpack_codes(const UnpackParams& params, uint8_t* codes, const GpuContext& 
   gpu::unpack_codes(params, codes, stream);
 }
 
-void unpack_keys(const UnpackParams& params, const Rope& rope, int64_t position,
-                 const uint16_t* basis, const float* scale, const float* mean, float* keys,
-                 const GpuContext& context) {
+void unpack_keys(const UnpackKeysParams& params, const GpuContext& context) {
   const Range range("svdq.unpack_keys");
   Stream stream(context);
-  gpu::unpack_keys(params, rope, position, basis, scale, mean, keys, stream);
+  gpu::unpack_keys(params, stream);
 }
 
 void unpack_values(const UnpackParams& params, DataType dtype, float* values,

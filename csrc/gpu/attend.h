@@ -54,7 +54,7 @@ inline int query_steps(const LayoutView& layout) {
 // Whether blocks may take several tiles. Float values have no tensor-core product of their
 // accuracy, so they keep plain arithmetic.
 inline bool tiles_pages(const AttendParams& p) {
-  return p.layout.value.packed() || p.v_dtype != DataType::kFloat32;
+  return p.keys.layout.value.packed() || p.v_dtype != DataType::kFloat32;
 }
 
 // Exact rows must be read in vectors, and queries rounded to the keys' dtype would not do.
@@ -62,9 +62,9 @@ inline bool tiles_window(const AttendParams& p) {
   const auto aligned = [](const void* data, int64_t to) {
     return reinterpret_cast<uintptr_t>(data) % to == 0;
   };
-  return p.window_dtype != DataType::kFloat32 && p.window_dtype == p.query_dtype &&
-         aligned(p.query, 4) && aligned(p.window_keys, 16) && aligned(p.window_values, 16) &&
-         p.window_batch_stride % 8 == 0 && p.window_head_stride % 8 == 0;
+  return p.window.dtype != DataType::kFloat32 && p.window.dtype == p.queries.dtype &&
+         aligned(p.queries.data, 4) && aligned(p.window.keys, 16) && aligned(p.window.values, 16) &&
+         p.window.batch_stride % 8 == 0 && p.window.head_stride % 8 == 0;
 }
 
 // Tiles of a block for so many query rows of a KV head. From the second tile on the tiled kernels
@@ -85,14 +85,14 @@ inline bool fits_warp(const LayoutView& layout) {
 
 // Whether pages of one tile go to attend_decode, where a split is a warp.
 inline bool decodes(const AttendParams& p, int page_tiles) {
-  return page_tiles == 1 && p.layout.value.packed() && fits_warp(p.layout);
+  return page_tiles == 1 && p.keys.layout.value.packed() && fits_warp(p.keys.layout);
 }
 
 // Tiles of a block that asks for `tiles`: what attend_decode cannot serve, two tiles can. Gathered
 // pages are few and decoded from by few rows, so more tiles are not compiled for them.
 inline int page_tiles_for(const AttendParams& p, int tiles) {
   if (p.token_slots) tiles = 1;
-  return tiles == 1 && p.layout.value.packed() && !fits_warp(p.layout) ? 2 : tiles;
+  return tiles == 1 && p.keys.layout.value.packed() && !fits_warp(p.keys.layout) ? 2 : tiles;
 }
 
 // Scorers of the kernels for one head_dim class and RoPE mode.
@@ -126,15 +126,15 @@ struct SharedBytes {
 template <typename Scorers>
 SharedBytes shared_bytes(const AttendParams& p, int page_tiles) {
   if (page_tiles > 1) {
-    return {
-        device::page_tiles_fixed_bytes<typename Scorers::Tiled>(page_tiles, query_steps(p.layout)),
-        tiles_stage_bytes<Scorers::kDim>(p.layout)};
+    return {device::page_tiles_fixed_bytes<typename Scorers::Tiled>(page_tiles,
+                                                                    query_steps(p.keys.layout)),
+            tiles_stage_bytes<Scorers::kDim>(p.keys.layout)};
   }
   int fixed = device::kPagesPlanBytes<typename Scorers::Plain>;
   if constexpr (!std::is_void_v<typename Scorers::Decode>) {
     if (decodes(p, 1)) fixed = device::kDecodePlanBytes<typename Scorers::Decode>;
   }
-  return {fixed, stage_bytes(p.layout)};
+  return {fixed, stage_bytes(p.keys.layout)};
 }
 
 // Warps of a block of attend_decode: the most that have room.
@@ -154,7 +154,8 @@ AttendTiling plan_tiling(const AttendParams& p, const DeviceLimits& limits) {
   constexpr int kLeastExact = 128;      // likewise
   const int64_t rows = device::query_rows(p);
   const auto share = [&](int64_t length, int64_t least, int tiles, int per_sm) {
-    const int64_t blocks = ceil_div(rows, tiles * device::kRowTile) * p.layout.num_heads * p.batch;
+    const int64_t blocks =
+        ceil_div(rows, tiles * device::kRowTile) * p.keys.layout.num_heads * p.keys.batch;
     const int64_t wanted = ceil_div(int64_t{per_sm} * limits.num_sms, blocks);
     return std::max(least, ceil_div(length, wanted));
   };
@@ -172,8 +173,9 @@ AttendTiling plan_tiling(const AttendParams& p, const DeviceLimits& limits) {
   tiling.stages = stages(tiling.page_tiles);
   const SharedBytes least = shared_bytes<Scorers>(p, least_tiles);
   SVDQ_CHECK(tiling.stages >= 2, "attend needs ", least.fixed + 2 * least.stage,
-             " bytes of shared memory a block for head_dim ", p.layout.head_dim, " and pages of ",
-             least.stage, " bytes a head; this device gives ", limits.max_shared_bytes);
+             " bytes of shared memory a block for head_dim ", p.keys.layout.head_dim,
+             " and pages of ", least.stage, " bytes a head; this device gives ",
+             limits.max_shared_bytes);
   const bool decode = decodes(p, tiling.page_tiles);
   if (decode) {
     // One page in flight a warp is several times what hides the memory's latency, so room for more
@@ -182,9 +184,9 @@ AttendTiling plan_tiling(const AttendParams& p, const DeviceLimits& limits) {
     while (tiling.stages > 2 && page_warps(least, tiling.stages, quarter) < device::kDecodeWarps)
       --tiling.stages;
   }
-  tiling.split_pages = static_cast<int>(share(p.table_stride, kLeastPages, tiling.page_tiles,
+  tiling.split_pages = static_cast<int>(share(p.keys.table_stride, kLeastPages, tiling.page_tiles,
                                               decode ? kDecodeWarpsPerSm : kBlocksPerSm));
-  const int64_t exact = share(p.window_rows, kLeastExact, tiling.window_tiles, kBlocksPerSm);
+  const int64_t exact = share(p.window.rows, kLeastExact, tiling.window_tiles, kBlocksPerSm);
   tiling.split_window = static_cast<int>(ceil_div(exact, kPageTokens) * kPageTokens);
   return tiling;
 }
@@ -192,7 +194,7 @@ AttendTiling plan_tiling(const AttendParams& p, const DeviceLimits& limits) {
 template <typename Scorers, typename Stream>
 device::AttendWorkspace plan_workspace(const AttendParams& p, const AttendTiling& tiling,
                                        Stream& stream) {
-  const LayoutView& layout = p.layout;
+  const LayoutView& layout = p.keys.layout;
   device::AttendWorkspace workspace{};
   workspace.page_tiles = page_tiles_for(p, tiling.page_tiles);
   const SharedBytes bytes = shared_bytes<Scorers>(p, workspace.page_tiles);
@@ -202,15 +204,15 @@ device::AttendWorkspace plan_workspace(const AttendParams& p, const AttendTiling
   const int64_t block_tiles = std::lcm(workspace.page_tiles, tiling.window_tiles);
   const int64_t tiles = ceil_div(device::query_rows(p), block_tiles * device::kRowTile);
   workspace.row_tiles = static_cast<int>(tiles * block_tiles);
-  workspace.max_pages = static_cast<int>(p.table_stride);
+  workspace.max_pages = static_cast<int>(p.keys.table_stride);
   workspace.split_pages = tiling.split_pages;
   workspace.page_splits = static_cast<int>(ceil_div(workspace.max_pages, tiling.split_pages));
   workspace.split_window = tiling.split_window;
-  workspace.window_splits = static_cast<int>(ceil_div(p.window_rows, tiling.split_window));
+  workspace.window_splits = static_cast<int>(ceil_div(p.window.rows, tiling.split_window));
   workspace.stages = tiling.stages;
   workspace.stage_bytes = bytes.stage;
 
-  const int64_t heads = int64_t{p.batch} * layout.num_heads;
+  const int64_t heads = int64_t{p.keys.batch} * layout.num_heads;
   const auto weights = [&](bool used, int64_t tiles) {
     if (!used) return device::Weights{};
     const int64_t all = heads * tiles;
@@ -239,13 +241,13 @@ void attend_page_tiles(const AttendParams& p, const device::AttendWorkspace& wor
   };
   if constexpr (Scores::kGathered) {  // see page_tiles_for
     if constexpr (kDim > 256) {
-      p.layout.value.bits == 4
+      p.keys.layout.value.bits == 4
           ? run.template operator()<Scores, device::PackedTileValues<kDim, 4>>()
           : run.template operator()<Scores, device::PackedTileValues<kDim, 2>>();
     }
-  } else if (p.layout.value.bits == 4) {
+  } else if (p.keys.layout.value.bits == 4) {
     run.template operator()<Scores, device::PackedTileValues<kDim, 4>>();
-  } else if (p.layout.value.bits == 2) {
+  } else if (p.keys.layout.value.bits == 2) {
     run.template operator()<Scores, device::PackedTileValues<kDim, 2>>();
   } else if (p.v_dtype == DataType::kBFloat16) {
     run.template operator()<Lean, device::ExactTileValues<kDim, DataType::kBFloat16>>();
@@ -264,8 +266,8 @@ void attend_pages(const AttendParams& p, const device::AttendWorkspace& workspac
     attend_page_tiles<typename Scorers::Tiled>(p, workspace, heads, stream);
   } else if (decodes(p, 1)) {
     if constexpr (!std::is_void_v<Decode>) {
-      const auto kernel = p.layout.value.bits == 4 ? device::attend_decode_kernel<Decode, 4>
-                                                   : device::attend_decode_kernel<Decode, 2>;
+      const auto kernel = p.keys.layout.value.bits == 4 ? device::attend_decode_kernel<Decode, 4>
+                                                        : device::attend_decode_kernel<Decode, 2>;
       stream.launch("attend_decode", device::attend_decode_launch<Decode>(p, workspace), kernel, p,
                     workspace, heads);
     }
@@ -283,7 +285,7 @@ void attend_window(const AttendParams& p, const device::AttendWorkspace& workspa
                   device::attend_window_kernel<kDim>, p, workspace);
     return;
   }
-  const auto kernel = p.window_dtype == DataType::kBFloat16
+  const auto kernel = p.window.dtype == DataType::kBFloat16
                           ? device::attend_window_tiles_kernel<kDim, DataType::kBFloat16>
                           : device::attend_window_tiles_kernel<kDim, DataType::kFloat16>;
   stream.launch("attend_window_tiles", device::attend_window_tiles_launch<kDim>(p, workspace),
@@ -293,27 +295,28 @@ void attend_window(const AttendParams& p, const device::AttendWorkspace& workspa
 // Prepares what multiplies the codes of pre-RoPE channels.
 template <int kDim, typename Stream>
 void prepare_pre(const AttendParams& p, device::AttendWorkspace& workspace, Stream& stream) {
-  if (p.token_slots && p.rope.rotary_pairs > 0) {
-    workspace.pair_turns = stream.template allocate<uint64_t>(p.rope.rotary_pairs);
-    stream.launch("pair_turns", device::pair_turns_launch(p.rope), device::pair_turns_kernel,
-                  p.rope, workspace.pair_turns);
+  if (p.token_slots && p.keys.codec.rope.rotary_pairs > 0) {
+    workspace.pair_turns = stream.template allocate<uint64_t>(p.keys.codec.rope.rotary_pairs);
+    stream.launch("pair_turns", device::pair_turns_launch(p.keys.codec.rope),
+                  device::pair_turns_kernel, p.keys.codec.rope, workspace.pair_turns);
   } else {
-    const auto turns = rotations(p.rope, 0, p.first_position, p.batch, workspace.max_pages, stream);
+    const auto turns = rotations(p.keys.codec.rope, 0, p.keys.first_position, p.keys.batch,
+                                 workspace.max_pages, stream);
     workspace.offset_rotation = turns.slots;
     workspace.page_rotation = turns.pages;
   }
   stream.launch("columns", device::columns_launch<kDim>(p, workspace), device::columns_kernel<kDim>,
-                p, workspace, head_table(p.layout));
+                p, workspace, head_table(p.keys.layout));
 }
 
 // Likewise of post-RoPE channels, which follow the core's in the basis and have a mean of their own.
 template <int kDim, typename Stream>
 void prepare_post(const AttendParams& p, const device::AttendWorkspace& workspace, Stream& stream) {
   AttendParams post = p;
-  if (p.layout.rope == RopeMode::kHybrid) post.mean = p.post_mean;
-  device::HeadTable heads = head_table(p.layout);
-  for (int h = 0; h < p.layout.num_heads; ++h)
-    heads.of[h].first_channel = p.layout.heads[h].first_post_channel();
+  if (p.keys.layout.rope == RopeMode::kHybrid) post.keys.codec.mean = p.keys.codec.post_mean;
+  device::HeadTable heads = head_table(p.keys.layout);
+  for (int h = 0; h < p.keys.layout.num_heads; ++h)
+    heads.of[h].first_channel = p.keys.layout.heads[h].first_post_channel();
   stream.launch("absorb", device::absorb_launch<kDim>(p, workspace), device::absorb_kernel<kDim>,
                 post, workspace, heads);
 }
@@ -324,9 +327,9 @@ void attend_keys(const AttendParams& p, const AttendTiling* tiling, Stream& stre
   device::AttendWorkspace workspace = plan_workspace<Scorers>(
       p, tiling ? *tiling : plan_tiling<Scorers>(p, stream.limits()), stream);
   if (workspace.page_splits > 0) {
-    if (p.layout.rope != RopeMode::kPost) prepare_pre<kDim>(p, workspace, stream);
-    if (p.layout.rope != RopeMode::kPre) prepare_post<kDim>(p, workspace, stream);
-    attend_pages<Scorers>(p, workspace, head_table(p.layout), stream);
+    if (p.keys.layout.rope != RopeMode::kPost) prepare_pre<kDim>(p, workspace, stream);
+    if (p.keys.layout.rope != RopeMode::kPre) prepare_post<kDim>(p, workspace, stream);
+    attend_pages<Scorers>(p, workspace, head_table(p.keys.layout), stream);
   }
   if (workspace.window_splits > 0) attend_window<kDim>(p, workspace, stream);
   stream.launch("merge_splits", device::merge_splits_launch(p, workspace),
@@ -335,16 +338,16 @@ void attend_keys(const AttendParams& p, const AttendTiling* tiling, Stream& stre
 
 template <int kDim, typename Stream>
 void attend_class(const AttendParams& p, const AttendTiling* tiling, Stream& stream) {
-  SVDQ_CHECK(!p.token_slots || p.sink_tokens == 0,
-             "attend over gathered pages takes no sink_tokens, got ", p.sink_tokens);
+  SVDQ_CHECK(!p.token_slots || p.keys.sink_tokens == 0,
+             "attend over gathered pages takes no sink_tokens, got ", p.keys.sink_tokens);
   const auto attend = [&]<bool kOwnSlots>() {
-    if (p.layout.rope == RopeMode::kPre) {
+    if (p.keys.layout.rope == RopeMode::kPre) {
       attend_keys<kDim, ReconstructedScorers<kDim, kOwnSlots>>(p, tiling, stream);
     } else {
       attend_keys<kDim, HybridScorers<kDim, kOwnSlots>>(p, tiling, stream);
     }
   };
-  if (p.layout.rope == RopeMode::kPost) {
+  if (p.keys.layout.rope == RopeMode::kPost) {
     attend_keys<kDim, AbsorbedScorers<kDim>>(p, tiling, stream);
   } else if (p.token_slots) {
     attend.template operator()<true>();
@@ -355,7 +358,8 @@ void attend_class(const AttendParams& p, const AttendTiling* tiling, Stream& str
 
 template <typename Stream>
 void attend(const AttendParams& p, Stream& stream) {
-  with_dim_class(p.layout.head_dim, [&]<int kDim>() { attend_class<kDim>(p, nullptr, stream); });
+  with_dim_class(p.keys.layout.head_dim,
+                 [&]<int kDim>() { attend_class<kDim>(p, nullptr, stream); });
 }
 
 template <typename Stream>

@@ -17,8 +17,11 @@ void write_errors(const PackKeysParams& p, Stream& stream) {
   float* decoded = stream.template allocate<float>(most * numbers);
   for (int64_t first = 0; first < p.keys.num_tokens; first += most) {
     const int64_t count = std::min(most, p.keys.num_tokens - first);
-    unpack_keys({p.layout, p.pages, p.page_table, p.slot + first, count}, p.rope,
-                p.position + first, p.basis, p.scale, p.mean, decoded, stream);
+    unpack_keys({{p.layout, p.pages, p.page_table, p.slot + first, count},
+                 p.codec,
+                 p.position + first,
+                 decoded},
+                stream);
     stream.launch("key_errors", device::key_errors_launch(p.layout.num_heads, count),
                   device::key_errors_kernel, p.keys, first, count, p.layout.head_dim, decoded,
                   p.errors, p.errors_stride);
@@ -27,12 +30,12 @@ void write_errors(const PackKeysParams& p, Stream& stream) {
 
 template <int kDim, typename Stream>
 void pack_keys_class(const PackKeysParams& p, Stream& stream) {
-  check_aligned(p.basis, "basis");
+  check_aligned(p.codec.basis, "basis");
   check_aligned(p.pages, "k_pages");
   const device::HeadTable heads = head_table(p.layout);
   const int64_t pages = device::spanned_pages(p.slot, p.keys.num_tokens);
   const int64_t first_position = p.position - p.slot % kPageTokens;
-  const auto rows = token_rows(p.keys, p.rope, first_position, pages, stream);
+  const auto rows = token_rows(p.keys, p.codec.rope, first_position, pages, stream);
   for_each_page_run(p.page_table, p.slot, p.keys.num_tokens,
                     [&](const device::PageIds& ids, int64_t first, int count) {
                       stream.launch("pack_keys", device::pack_keys_launch<kDim>(p, count),

@@ -21,8 +21,8 @@ inline int select_rows(int64_t rows) {
 // The heads with their leading channels alone, which are first in the basis and in a page.
 inline std::vector<HeadPlan> proxy_heads(const SelectParams& p) {
   std::vector<HeadPlan> heads;
-  for (int h = 0; h < p.layout.num_heads; ++h)
-    heads.push_back(device::proxy_channels(p.layout.heads[h], p.channels));
+  for (int h = 0; h < p.keys.layout.num_heads; ++h)
+    heads.push_back(device::proxy_channels(p.keys.layout.heads[h], p.channels));
   return heads;
 }
 
@@ -39,9 +39,10 @@ device::SelectWorkspace plan_select(const SelectParams& p, const std::vector<Hea
   }
   workspace.output_tiles = static_cast<int>(ceil_div((channels + 1) * workspace.tile_rows, 8));
   workspace.turn_steps = static_cast<int>(ceil_div(device::select_half(p), 8));
-  workspace.max_pages = static_cast<int>(p.table_stride);
+  workspace.max_pages = static_cast<int>(p.keys.table_stride);
 
-  const int64_t heads = int64_t{p.batch} * p.layout.num_heads, tiles = heads * workspace.row_tiles;
+  const int64_t heads = int64_t{p.keys.batch} * p.keys.layout.num_heads,
+                tiles = heads * workspace.row_tiles;
   const int64_t outputs = tiles * workspace.output_tiles;
   workspace.fragments =
       stream.template allocate<device::Words2>(outputs * workspace.turn_steps * device::kWarpSize);
@@ -69,17 +70,17 @@ void select(const SelectParams& p, Stream& stream) {
              "select takes a multiple of ", kQuad, " channels up to ", kMaxSelectChannels, ", got ",
              p.channels);
   SVDQ_CHECK(p.budget >= 1, "select needs a budget of at least 1 token, got ", p.budget);
-  check_aligned(p.k_pages, "k_pages");
+  check_aligned(p.keys.pages, "k_pages");
   const std::vector<HeadPlan> leading = proxy_heads(p);
   device::SelectWorkspace workspace = plan_select(p, leading, stream);
   if (workspace.max_pages > 0) {
-    LayoutView layout = p.layout;
+    LayoutView layout = p.keys.layout;
     layout.heads = leading.data();
     const device::HeadTable heads = head_table(layout);
-    const Rope rope{p.rope.inv_freq, device::select_half(p)};
-    workspace.page_rotation =
-        rotations(rope, kPageTokens / 2, p.first_position, p.batch, workspace.max_pages, stream)
-            .pages;
+    const Rope rope{p.keys.codec.rope.inv_freq, device::select_half(p)};
+    workspace.page_rotation = rotations(rope, kPageTokens / 2, p.keys.first_position, p.keys.batch,
+                                        workspace.max_pages, stream)
+                                  .pages;
     stream.launch("select_absorb", device::select_absorb_launch(p, workspace),
                   device::select_absorb_kernel, p, workspace, heads);
     switch (workspace.tile_rows) {

@@ -33,14 +33,13 @@ void unpack_keys_class(const UnpackParams& p, device::DecodeParams d, int64_t po
                     });
 }
 
-// `position` is that of the first slot read.
 template <typename Stream>
-void unpack_keys(const UnpackParams& p, const Rope& rope, int64_t position, const uint16_t* basis,
-                 const float* scale, const float* mean, float* keys, Stream& stream) {
-  if (p.num_tokens == 0) return;
-  const device::DecodeParams d{rope, nullptr, nullptr, basis, scale, mean, keys};
-  with_dim_class(p.layout.head_dim,
-                 [&]<int kDim>() { unpack_keys_class<kDim>(p, d, position, stream); });
+void unpack_keys(const UnpackKeysParams& p, Stream& stream) {
+  if (p.packed.num_tokens == 0) return;
+  const device::DecodeParams d{p.codec.rope,  nullptr,      nullptr, p.codec.basis,
+                               p.codec.scale, p.codec.mean, p.keys};
+  with_dim_class(p.packed.layout.head_dim,
+                 [&]<int kDim>() { unpack_keys_class<kDim>(p.packed, d, p.position, stream); });
 }
 
 // `dtype` is that of exact values.

@@ -28,20 +28,13 @@ void check_window_rows(const Checker& check, const at::Tensor& keys, const at::T
       "window_keys and window_values must have the same shape and strides");
 }
 
-struct Outliers {
-  const int32_t* slots = nullptr;
-  const void* keys = nullptr;
-  DataType dtype = DataType::kFloat32;
-  int count = 0;
-};
-
 // Slots [B, H, N] and keys [B, H, N, D]; both or neither.
-Outliers check_outliers(const Checker& check, const std::optional<at::Tensor>& slots,
-                        const std::optional<at::Tensor>& keys, int64_t batch, int64_t heads,
-                        int64_t dim) {
+void set_outliers(const Checker& check, const std::optional<at::Tensor>& slots,
+                  const std::optional<at::Tensor>& keys, PackedKeys& packed) {
+  const int64_t batch = packed.batch, heads = packed.layout.num_heads, dim = packed.layout.head_dim;
   check.require(slots.has_value() == keys.has_value(),
                 "outlier_slots and outlier_keys must be given together");
-  if (!slots) return {};
+  if (!slots) return;
   check.tensor(*slots, "outlier_slots", at::kInt, {batch, heads, -1});
   const int64_t count = slots->size(2);
   check.require(count <= INT32_MAX, "outlier_slots must have fewer than 2^31 slots a head, got " +
@@ -50,8 +43,10 @@ Outliers check_outliers(const Checker& check, const std::optional<at::Tensor>& s
   check.shape(*keys, "outlier_keys", {batch, heads, count, dim});
   check.contiguous(*keys, "outlier_keys");
   check.ascending_slots(*slots, "outlier_slots");
-  return {slots->const_data_ptr<int32_t>(), keys->const_data_ptr(),
-          check.float_type(*keys, "outlier_keys"), static_cast<int>(count)};
+  packed.outlier_slots = slots->const_data_ptr<int32_t>();
+  packed.outlier_keys = keys->const_data_ptr();
+  packed.outlier_dtype = check.float_type(*keys, "outlier_keys");
+  packed.num_outliers = static_cast<int>(count);
 }
 
 std::tuple<at::Tensor, at::Tensor> attend(
@@ -69,10 +64,10 @@ std::tuple<at::Tensor, at::Tensor> attend(
   check.shape(k_pages, "k_pages", {-1, layout.k_page_bytes()});
   const DataType v_dtype = check.value_pool(v_pages, layout);
   const int64_t num_pages = std::min(k_pages.size(0), v_pages.size(0));
-  const PackedQuery given =
+  PackedQuery given =
       check_packed_query(check, layout, query, k_pages, page_table, cache_seqlens, num_pages, basis,
                          scale, mean, post_mean, inv_freq, first_position, sink_tokens, sm_scale);
-  const int64_t batch = given.batch;
+  const int64_t batch = given.keys.batch;
   check_window_rows(check, window_keys, window_values, batch, heads, dim);
   check.require(
       window_keys.size(2) <= INT32_MAX,
@@ -85,47 +80,24 @@ std::tuple<at::Tensor, at::Tensor> attend(
                   "sink_tokens must be 0 with token_slots, got " + std::to_string(sink_tokens));
     check.slots(*token_slots, "token_slots", INT32_MAX);
   }
-  const Outliers outliers = check_outliers(check, outlier_slots, outlier_keys, batch, heads, dim);
+  set_outliers(check, outlier_slots, outlier_keys, given.keys);
 
   const at::Tensor rows = query.contiguous();
   at::Tensor out = at::empty(rows.sizes(), rows.options());
-  at::Tensor lse =
-      at::empty({batch, given.num_qo_heads, given.q_len}, rows.options().dtype(at::kFloat));
+  at::Tensor lse = at::empty({batch, given.queries.num_heads, given.queries.length},
+                             rows.options().dtype(at::kFloat));
   if (rows.numel() == 0) return {out, lse};
+  given.queries.data = rows.const_data_ptr();
   Target(query.device())
       .attend({
-          .layout = layout.view(),
-          .rope = given.rope,
-          .batch = static_cast<int>(batch),
-          .num_qo_heads = static_cast<int>(given.num_qo_heads),
-          .q_len = given.q_len,
-          .query = rows.const_data_ptr(),
-          .query_dtype = given.dtype,
-          .k_pages = k_pages.const_data_ptr<uint8_t>(),
+          .keys = given.keys,
+          .queries = given.queries,
+          .window = {window_keys.const_data_ptr(), window_values.const_data_ptr(),
+                     check.float_type(window_keys, "window_keys"), window_keys.stride(0),
+                     window_keys.stride(1), static_cast<int>(window_keys.size(2)),
+                     window_lens.const_data_ptr<int32_t>()},
           .v_pages = static_cast<const uint8_t*>(v_pages.const_data_ptr()),
-          .num_pages = num_pages,
           .v_dtype = v_dtype,
-          .page_table = page_table.const_data_ptr<int32_t>(),
-          .table_stride = page_table.size(1),
-          .cache_seqlens = cache_seqlens.const_data_ptr<int32_t>(),
-          .basis = static_cast<const uint16_t*>(basis.const_data_ptr()),
-          .scale = scale.const_data_ptr<float>(),
-          .mean = mean.const_data_ptr<float>(),
-          .post_mean = given.post_mean,
-          .first_position = given.first_position,
-          .window_keys = window_keys.const_data_ptr(),
-          .window_values = window_values.const_data_ptr(),
-          .window_dtype = check.float_type(window_keys, "window_keys"),
-          .window_batch_stride = window_keys.stride(0),
-          .window_head_stride = window_keys.stride(1),
-          .window_rows = static_cast<int>(window_keys.size(2)),
-          .outlier_slots = outliers.slots,
-          .outlier_keys = outliers.keys,
-          .outlier_dtype = outliers.dtype,
-          .outliers = outliers.count,
-          .window_lens = window_lens.const_data_ptr<int32_t>(),
-          .sink_tokens = static_cast<int>(sink_tokens),
-          .sm_scale = static_cast<float>(sm_scale),
           .causal = causal,
           .token_slots = token_slots ? token_slots->const_data_ptr<int32_t>() : nullptr,
           .out = out.mutable_data_ptr(),

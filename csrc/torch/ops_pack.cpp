@@ -129,7 +129,7 @@ void pack_keys_(at::Tensor& k_pages, const at::Tensor& keys,
   const int64_t heads = layout.num_heads(), dim = layout.head_dim();
   const TokenSource source = check.tokens(keys, "keys", heads, dim);
   check.tensor(k_pages, "k_pages", at::kByte, {-1, layout.k_page_bytes()});
-  const KeyCoder coder = key_coder(check, layout, basis, scale, mean, post_mean, inv_freq);
+  const KeyCodec codec = check_codec(check, layout, basis, scale, mean, post_mean, inv_freq);
   check.pages(page_table, slot, source.num_tokens, k_pages.size(0));
   if (errors) check.tensor(*errors, "errors", at::kFloat, {heads, source.num_tokens});
   check_finite(check, source, "keys", heads, dim);
@@ -139,18 +139,19 @@ void pack_keys_(at::Tensor& k_pages, const at::Tensor& keys,
   uint8_t* pages = k_pages.mutable_data_ptr<uint8_t>();
   const int32_t* table = page_table.const_data_ptr<int32_t>();
   if (layout.rope() != RopeMode::kHybrid) {
-    target.pack_keys({source, layout.view(), coder.rope, position, coder.basis, coder.scale,
-                      coder.mean, pages, table, slot, error_data, source.num_tokens});
+    target.pack_keys({source, layout.view(), codec, position, pages, table, slot, error_data,
+                      source.num_tokens});
     return;
   }
   const Destination to{pages, table, slot};
-  pack_pre(target, coder, source, position, to);
+  pack_pre(target, layout, codec, source, position, to);
   if (layout.post_rank() == 0 && !errors) return;
-  for_each_residual(target, coder, keys, position, to, [&](int64_t first, const at::Tensor& rest) {
-    target.pack_keys({float_source(rest), layout.post_view(), Rope{}, 0, coder.basis, coder.scale,
-                      coder.post_mean, pages, table, slot + first,
-                      error_data ? error_data + first : nullptr, source.num_tokens});
-  });
+  for_each_residual(
+      target, layout, codec, keys, position, to, [&](int64_t first, const at::Tensor& rest) {
+        target.pack_keys({float_source(rest), layout.post_view(), post_codec(codec), 0, pages,
+                          table, slot + first, error_data ? error_data + first : nullptr,
+                          source.num_tokens});
+      });
 }
 
 at::Tensor residual_keys(const at::Tensor& keys, const std::optional<at::Tensor>& inv_freq,
@@ -161,7 +162,7 @@ at::Tensor residual_keys(const at::Tensor& keys, const std::optional<at::Tensor>
   check.require(layout.rope() == RopeMode::kHybrid, "layout must be hybrid");
   const int64_t heads = layout.num_heads(), dim = layout.head_dim();
   const TokenSource source = check.tokens(keys, "keys", heads, dim);
-  const KeyCoder coder = key_coder(check, layout, basis, scale, mean, mean, inv_freq);
+  const KeyCodec codec = check_codec(check, layout, basis, scale, mean, mean, inv_freq);
   check_finite(check, source, "keys", heads, dim);
 
   // Pages for one run of tokens after the other.
@@ -176,9 +177,9 @@ at::Tensor residual_keys(const at::Tensor& keys, const std::optional<at::Tensor>
     const int64_t count = std::min(kResidualTokens, source.num_tokens - first);
     const at::Tensor some = keys.narrow(1, first, count);
     const Destination own{pages.mutable_data_ptr<uint8_t>(), table.data(), 0};
-    pack_pre(target, coder, check.tokens(some, "keys", heads, dim), position + first, own);
+    pack_pre(target, layout, codec, check.tokens(some, "keys", heads, dim), position + first, own);
     for_each_residual(
-        target, coder, some, position + first, own,
+        target, layout, codec, some, position + first, own,
         [&](int64_t, const at::Tensor& rest) { out.narrow(1, first, count).copy_(rest); });
   }
   return out;
@@ -251,19 +252,18 @@ at::Tensor unpack_keys_op(const at::Tensor& k_pages, const std::optional<at::Ten
   const Checker check("svdq::unpack_keys", k_pages);
   const Layout layout = check.layout(layout_ints);
   check.tensor(k_pages, "k_pages", at::kByte, {-1, layout.k_page_bytes()});
-  const KeyCoder coder = key_coder(check, layout, basis, scale, mean, post_mean, inv_freq);
+  const KeyCodec codec = check_codec(check, layout, basis, scale, mean, post_mean, inv_freq);
   UnpackParams params = unpack_params(check, layout, k_pages, page_table, slot, num_tokens);
   const Target target(check.device());
-  const auto decode = [&](const LayoutView& view, const Rope& rope, const float* centre) {
+  const auto decode = [&](const LayoutView& view, const KeyCodec& own) {
     at::Tensor keys = at::empty({view.num_heads, num_tokens, view.head_dim}, mean.options());
     params.layout = view;
-    target.unpack_keys(params, rope, position, coder.basis, coder.scale, centre,
-                       keys.mutable_data_ptr<float>());
+    target.unpack_keys({params, own, position, keys.mutable_data_ptr<float>()});
     return keys;
   };
-  if (layout.rope() != RopeMode::kHybrid) return decode(layout.view(), coder.rope, coder.mean);
-  at::Tensor keys = decode(layout.pre_view(), coder.rope, coder.mean);
-  return keys.add_(decode(layout.post_view(), Rope{}, coder.post_mean));
+  if (layout.rope() != RopeMode::kHybrid) return decode(layout.view(), codec);
+  at::Tensor keys = decode(layout.pre_view(), codec);
+  return keys.add_(decode(layout.post_view(), post_codec(codec)));
 }
 
 at::Tensor unpack_values_op(const at::Tensor& v_pages, at::IntArrayRef layout_ints,

@@ -18,11 +18,11 @@ std::tuple<at::Tensor, at::Tensor> select(
   const Checker check("svdq::select", query);
   const Layout layout = check.layout(layout_ints);
   check.shape(k_pages, "k_pages", {-1, layout.k_page_bytes()});
-  const PackedQuery given = check_packed_query(
-      check, layout, query, k_pages, page_table, cache_seqlens, k_pages.size(0), basis, scale, mean,
-      post_mean, inv_freq, first_position, sink_tokens, sm_scale);
-  const int64_t batch = given.batch, heads = layout.num_heads();
-  check.require(given.q_len > 0, "query must have tokens, got none");
+  PackedQuery given = check_packed_query(check, layout, query, k_pages, page_table, cache_seqlens,
+                                         k_pages.size(0), basis, scale, mean, post_mean, inv_freq,
+                                         first_position, sink_tokens, sm_scale);
+  const int64_t batch = given.keys.batch, heads = layout.num_heads();
+  check.require(given.queries.length > 0, "query must have tokens, got none");
   check.require(channels >= 4 && channels <= kMaxSelectChannels && channels % 4 == 0,
                 "channels must be a multiple of 4 up to " + std::to_string(kMaxSelectChannels) +
                     ", got " + std::to_string(channels));
@@ -37,37 +37,19 @@ std::tuple<at::Tensor, at::Tensor> select(
 
   const at::Tensor rows = query.contiguous();
   at::Tensor slots = at::empty({batch, heads, budget + outliers}, cache_seqlens.options());
-  at::Tensor places = at::empty({batch, heads, outliers}, cache_seqlens.options());
-  if (batch == 0) return {slots, places};
+  at::Tensor indices = at::empty({batch, heads, outliers}, cache_seqlens.options());
+  if (batch == 0) return {slots, indices};
+  given.queries.data = rows.const_data_ptr();
+  given.keys.outlier_slots = outliers ? outlier_slots->const_data_ptr<int32_t>() : nullptr;
+  given.keys.num_outliers = static_cast<int>(outliers);
   Target(query.device())
-      .select({
-          .layout = layout.view(),
-          .rope = given.rope,
-          .batch = static_cast<int>(batch),
-          .num_qo_heads = static_cast<int>(given.num_qo_heads),
-          .q_len = given.q_len,
-          .query = rows.const_data_ptr(),
-          .query_dtype = given.dtype,
-          .k_pages = k_pages.const_data_ptr<uint8_t>(),
-          .num_pages = k_pages.size(0),
-          .page_table = page_table.const_data_ptr<int32_t>(),
-          .table_stride = page_table.size(1),
-          .cache_seqlens = cache_seqlens.const_data_ptr<int32_t>(),
-          .basis = static_cast<const uint16_t*>(basis.const_data_ptr()),
-          .scale = scale.const_data_ptr<float>(),
-          .mean = mean.const_data_ptr<float>(),
-          .post_mean = given.post_mean,
-          .first_position = given.first_position,
-          .outlier_slots = outliers ? outlier_slots->const_data_ptr<int32_t>() : nullptr,
-          .outliers = static_cast<int>(outliers),
-          .sink_tokens = static_cast<int>(sink_tokens),
-          .sm_scale = static_cast<float>(sm_scale),
-          .channels = static_cast<int>(channels),
-          .budget = static_cast<int>(budget),
-          .slots = slots.mutable_data_ptr<int32_t>(),
-          .outlier_indices = outliers ? places.mutable_data_ptr<int32_t>() : nullptr,
-      });
-  return {slots, places};
+      .select({.keys = given.keys,
+               .queries = given.queries,
+               .channels = static_cast<int>(channels),
+               .budget = static_cast<int>(budget),
+               .slots = slots.mutable_data_ptr<int32_t>(),
+               .outlier_indices = outliers ? indices.mutable_data_ptr<int32_t>() : nullptr});
+  return {slots, indices};
 }
 
 std::tuple<at::Tensor, at::Tensor> gather(const at::Tensor& k_pages, const at::Tensor& v_pages,

@@ -9,11 +9,8 @@
 namespace svdq::torch_binding {
 
 struct PackedQuery {
-  DataType dtype;
-  int64_t batch, num_qo_heads, q_len;
-  const float* post_mean;
-  const int32_t* first_position;
-  Rope rope;
+  PackedKeys keys;  // without outliers
+  Queries queries;  // without data
 };
 
 // `num_pages` is what page ids must stay below.
@@ -44,13 +41,22 @@ inline PackedQuery check_packed_query(
                 "sink_tokens must not be negative, got " + std::to_string(sink_tokens));
   check.require(std::isfinite(sm_scale),
                 "sm_scale must be finite, got " + std::to_string(sm_scale));
-  return {dtype,
-          batch,
-          num_qo_heads,
-          query.size(2),
-          post,
-          first_position ? first_position->const_data_ptr<int32_t>() : nullptr,
-          check.rope(inv_freq, layout.rope(), dim)};
+  PackedKeys keys{};
+  keys.layout = layout.view();
+  keys.codec = {check.rope(inv_freq, layout.rope(), dim),
+                static_cast<const uint16_t*>(basis.const_data_ptr()), scale.const_data_ptr<float>(),
+                mean.const_data_ptr<float>(), post};
+  keys.batch = static_cast<int>(batch);
+  keys.pages = k_pages.const_data_ptr<uint8_t>();
+  keys.num_pages = num_pages;
+  keys.page_table = page_table.const_data_ptr<int32_t>();
+  keys.table_stride = page_table.size(1);
+  keys.cache_seqlens = cache_seqlens.const_data_ptr<int32_t>();
+  keys.first_position = first_position ? first_position->const_data_ptr<int32_t>() : nullptr;
+  keys.sink_tokens = static_cast<int>(sink_tokens);
+  return {keys,
+          {nullptr, dtype, static_cast<int>(num_qo_heads), query.size(2),
+           static_cast<float>(sm_scale)}};
 }
 
 }  // namespace svdq::torch_binding

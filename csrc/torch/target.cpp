@@ -146,11 +146,9 @@ void Target::unpack_codes(const UnpackParams& params, uint8_t* codes) const {
   svdq::unpack_codes(params, TorchExecutor(numbers_), codes);
 }
 
-void Target::unpack_keys(const UnpackParams& params, const Rope& rope, int64_t position,
-                         const uint16_t* basis, const float* scale, const float* mean,
-                         float* keys) const {
-  SVDQ_ON_CUDA(cuda::unpack_keys(params, rope, position, basis, scale, mean, keys, on));
-  svdq::unpack_keys(params, TorchExecutor(numbers_), rope, position, basis, scale, mean, keys);
+void Target::unpack_keys(const UnpackKeysParams& params) const {
+  SVDQ_ON_CUDA(cuda::unpack_keys(params, on));
+  svdq::unpack_keys(params, TorchExecutor(numbers_));
 }
 
 void Target::unpack_values(const UnpackParams& params, DataType dtype, float* values) const {

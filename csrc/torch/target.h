@@ -40,8 +40,7 @@ class Target {
   void attend(const AttendParams& params) const;
   void merge(const MergeParams& params) const;
   void unpack_codes(const UnpackParams& params, uint8_t* codes) const;
-  void unpack_keys(const UnpackParams& params, const Rope& rope, int64_t position,
-                   const uint16_t* basis, const float* scale, const float* mean, float* keys) const;
+  void unpack_keys(const UnpackKeysParams& params) const;
   void unpack_values(const UnpackParams& params, DataType dtype, float* values) const;
 
  private:

@@ -61,19 +61,19 @@ struct PageRun {
 
 SVDQ_DEVICE PageRun page_run(const AttendParams& p, const AttendWorkspace& workspace,
                              const BlockRows& rows, int split) {
-  const int length = load(&p.cache_seqlens[rows.sequence]);
+  const int length = load(&p.keys.cache_seqlens[rows.sequence]);
   const bool valid = length >= 0 && length <= workspace.max_pages * kPageTokens;
   int first = split * workspace.split_pages, last = first + workspace.split_pages;
-  if (first < p.sink_tokens / kPageTokens) first = p.sink_tokens / kPageTokens;
+  if (first < p.keys.sink_tokens / kPageTokens) first = p.keys.sink_tokens / kPageTokens;
   if (last > (length + kPageTokens - 1) / kPageTokens)
     last = (length + kPageTokens - 1) / kPageTokens;
-  if (p.sink_tokens >= length || !valid) last = 0;
+  if (p.keys.sink_tokens >= length || !valid) last = 0;
   return {first, last, length, valid};
 }
 
 SVDQ_DEVICE TokenRange tokens_of_page(const AttendParams& p, const PageRun& run, int page) {
   const int first = page * kPageTokens;
-  return {p.sink_tokens > first ? p.sink_tokens - first : 0,
+  return {p.keys.sink_tokens > first ? p.keys.sink_tokens - first : 0,
           run.length - first < kPageTokens ? run.length - first : kPageTokens};
 }
 
@@ -141,22 +141,23 @@ attend_pages_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads) 
   PagesPlan<Scores>& s = shared_memory<PagesPlan<Scores>>();
   const BlockRows rows = block_rows(p, workspace);
   const HeadPlan head = head_plan(heads, rows.head);
-  const int dim = p.layout.head_dim, split = block_y();
+  const int dim = p.keys.layout.head_dim, split = block_y();
   const PageRun run = page_run(p, workspace, rows, split);
   const int last = run.last;
   int page = run.first;
   const TokenSlots slots(p, rows);
   bool valid = run.valid && slots.valid();
 
-  const int32_t* page_table = p.page_table + int64_t{rows.sequence} * p.table_stride;
-  const int64_t value_offset = int64_t{rows.head} * p.layout.value.page_bytes();
+  const int32_t* page_table = p.keys.page_table + int64_t{rows.sequence} * p.keys.table_stride;
+  const int64_t value_offset = int64_t{rows.head} * p.keys.layout.value.page_bytes();
   const auto stage = [&](int n) { return s.stages + n % workspace.stages * workspace.stage_bytes; };
-  const auto known = [&](int64_t id) { return id >= 0 && id < p.num_pages; };
+  const auto known = [&](int64_t id) { return id >= 0 && id < p.keys.num_pages; };
   const auto fetch = [&](int n) {
     const int64_t id = n < last ? load(&page_table[n]) : -1;
     if (known(id)) {
       copy_keys<typename Scores::Parts>(
-          stage(n), p.k_pages + id * p.layout.k_page_bytes + head.k_offset, head, kAttendThreads);
+          stage(n), p.keys.pages + id * p.keys.layout.k_page_bytes + head.k_offset, head,
+          kAttendThreads);
     }
     valid = valid && (known(id) || n >= last);
     commit_copies();
@@ -194,7 +195,7 @@ attend_pages_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads) 
     float factor[2];
     softmax_page(s, score, state, factor);
     const uint8_t* from =
-        p.v_pages + load(&page_table[page]) * p.layout.v_page_bytes + value_offset;
+        p.v_pages + load(&page_table[page]) * p.keys.layout.v_page_bytes + value_offset;
     values.add(from, p.v_dtype, 0, dim, s.p, tokens, s.factor);
   }
   wait_copies<0>();  // of pages behind one that cannot be read
@@ -209,8 +210,8 @@ attend_pages_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads) 
 
 template <typename Scores>
 LaunchShape attend_pages_launch(const AttendParams& p, const AttendWorkspace& workspace) {
-  return {p.layout.num_heads * workspace.row_tiles, workspace.page_splits, p.batch, kAttendThreads,
-          kPagesPlanBytes<Scores> + workspace.stages * workspace.stage_bytes};
+  return {p.keys.layout.num_heads * workspace.row_tiles, workspace.page_splits, p.keys.batch,
+          kAttendThreads, kPagesPlanBytes<Scores> + workspace.stages * workspace.stage_bytes};
 }
 
 }  // namespace svdq::device

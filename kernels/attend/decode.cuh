@@ -92,7 +92,7 @@ attend_decode_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads)
   const BlockRows rows = block_rows(p, workspace);
   const HeadPlan head = head_plan(heads, rows.head);
   using Parts = typename Scores::Parts;
-  const ValueLayout& value = p.layout.value;
+  const ValueLayout& value = p.keys.layout.value;
   Scores scores(s.scores, p, workspace, rows, head, workspace.page_warps * kWarpSize);
   sync_threads();
   const int split = block_y() * workspace.page_warps + warp_index();
@@ -102,17 +102,17 @@ attend_decode_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads)
   const TokenSlots slots(p, rows);
   bool valid = run.valid && slots.valid();
   const int last = run.last, key_bytes = Parts::bytes(head);
-  const int32_t* page_table = p.page_table + int64_t{rows.sequence} * p.table_stride;
+  const int32_t* page_table = p.keys.page_table + int64_t{rows.sequence} * p.keys.table_stride;
   const int64_t value_offset = int64_t{rows.head} * value.page_bytes();
   uint8_t* stages = s.stages + warp_index() * workspace.stages * workspace.stage_bytes;
   const auto stage = [&](int n) { return stages + n % workspace.stages * workspace.stage_bytes; };
-  const auto known = [&](int64_t id) { return id >= 0 && id < p.num_pages; };
+  const auto known = [&](int64_t id) { return id >= 0 && id < p.keys.num_pages; };
   const auto fetch = [&](int n) {
     const int64_t id = n < last ? load(&page_table[n]) : -1;
     if (known(id)) {
       uint8_t* values = copy_decode_keys<Parts>(
-          stage(n), p.k_pages + id * p.layout.k_page_bytes + head.k_offset, head);
-      Values::copy(values, p.v_pages + id * p.layout.v_page_bytes + value_offset, value);
+          stage(n), p.keys.pages + id * p.keys.layout.k_page_bytes + head.k_offset, head);
+      Values::copy(values, p.v_pages + id * p.keys.layout.v_page_bytes + value_offset, value);
     }
     valid = valid && (known(id) || n >= last);
     commit_copies();
@@ -164,9 +164,9 @@ attend_decode_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads)
   wait_copies<0>();  // of pages behind one that cannot be read
 
   const int64_t slot = rows.slot(workspace.row_tiles, 0);
-  const int64_t stride = int64_t{workspace.splits()} * p.layout.head_dim;
-  values.write(workspace.partial_out + slot * stride + int64_t{split} * p.layout.head_dim, stride,
-               value);
+  const int64_t stride = int64_t{workspace.splits()} * p.keys.layout.head_dim;
+  values.write(workspace.partial_out + slot * stride + int64_t{split} * p.keys.layout.head_dim,
+               stride, value);
   SVDQ_UNROLL
   for (int j = 0; j < 2; ++j) {
     float sum = state[j].sum;
@@ -182,8 +182,8 @@ attend_decode_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads)
 template <typename Scores>
 LaunchShape attend_decode_launch(const AttendParams& p, const AttendWorkspace& workspace) {
   return {
-      p.layout.num_heads * workspace.row_tiles,
-      (workspace.page_splits + workspace.page_warps - 1) / workspace.page_warps, p.batch,
+      p.keys.layout.num_heads * workspace.row_tiles,
+      (workspace.page_splits + workspace.page_warps - 1) / workspace.page_warps, p.keys.batch,
       workspace.page_warps * kWarpSize,
       kDecodePlanBytes<Scores> + workspace.page_warps * workspace.stages * workspace.stage_bytes};
 }

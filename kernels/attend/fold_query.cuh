@@ -104,14 +104,14 @@ SVDQ_DEVICE void finish_tile(AbsorbPlan<kDim>& s, const Bands& bands, const Weig
   }
 }
 
-// `heads` and p.mean are the tail's. Grid: x = head and row tile, z = sequence.
+// `heads` and p.keys.codec.mean are the tail's. Grid: x = head and row tile, z = sequence.
 template <int kDim>
 SVDQ_KERNEL(kAttendThreads)
 absorb_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads) {
   AbsorbPlan<kDim>& s = shared_memory<AbsorbPlan<kDim>>();
   const BlockRows rows = block_rows(p, workspace);
   const HeadPlan head = head_plan(heads, rows.head);
-  const int dim = p.layout.head_dim, rank = head.post.rank();
+  const int dim = p.keys.layout.head_dim, rank = head.post.rank();
   const int lane = lane_index(), warp = warp_index();
 
   // Queries; rows that do not exist are zero.
@@ -122,9 +122,9 @@ absorb_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads) {
   sync_threads();
 
   // A warp per channel: products with the 8 queries. Channel `rank` stands for the mean.
-  const int64_t channel = int64_t{rows.sequence} * p.layout.rank + head.first_channel;
-  const uint16_t* basis = p.basis + channel * dim;
-  const float* mean = p.mean + rows.sequence_head * dim;
+  const int64_t channel = int64_t{rows.sequence} * p.keys.layout.rank + head.first_channel;
+  const uint16_t* basis = p.keys.codec.basis + channel * dim;
+  const float* mean = p.keys.codec.mean + rows.sequence_head * dim;
   for (int j = warp; j <= rank; j += kAttendWarps) {
     float products[kRowTile] = {};
     for (int d = lane; d < dim; d += kWarpSize) {
@@ -135,7 +135,7 @@ absorb_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads) {
     }
     const float sum = sum_rows(products);
     if (lane % 4 == 0 && j < rank)
-      store(&s.weights[lane / 4][j], sum * load(&p.scale[channel + j]));
+      store(&s.weights[lane / 4][j], sum * load(&p.keys.codec.scale[channel + j]));
     if (lane % 4 == 0 && j == rank) store(&s.constant[lane / 4], sum);
   }
   sync_threads();
@@ -148,24 +148,27 @@ SVDQ_HOST_DEVICE constexpr int column_channel(int column, int half) {
   return column < 2 * half ? column / 2 + (column & 1) * half : column;
 }
 
-// `heads` and p.mean are the core's. Grid: x = column tile, y = head, z = sequence.
+// `heads` and p.keys.codec.mean are the core's. Grid: x = column tile, y = head, z = sequence.
 template <int kDim>
 SVDQ_KERNEL(kAttendThreads)
 columns_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads) {
   AbsorbPlan<kDim>& s = shared_memory<AbsorbPlan<kDim>>();
   const HeadPlan head = head_plan(heads, block_y());
-  const int dim = p.layout.head_dim, rank = head.pre.rank();
-  const int64_t sequence_head = int64_t{block_z()} * p.layout.num_heads + block_y();
-  const int64_t first = int64_t{block_z()} * p.layout.rank + head.first_channel;
+  const int dim = p.keys.layout.head_dim, rank = head.pre.rank();
+  const int64_t sequence_head = int64_t{block_z()} * p.keys.layout.num_heads + block_y();
+  const int64_t first = int64_t{block_z()} * p.keys.layout.rank + head.first_channel;
   for (int i = thread_index(); i < rank * kRowTile; i += kAttendThreads) {
     const int j = i / kRowTile, column = i % kRowTile;
-    const int channel = column_channel(block_x() * kRowTile + column, p.rope.rotary_pairs);
-    store(&s.weights[column][j], bfloat16_to_float(load(&p.basis[(first + j) * dim + channel])) *
-                                     load(&p.scale[first + j]));
+    const int channel =
+        column_channel(block_x() * kRowTile + column, p.keys.codec.rope.rotary_pairs);
+    store(&s.weights[column][j],
+          bfloat16_to_float(load(&p.keys.codec.basis[(first + j) * dim + channel])) *
+              load(&p.keys.codec.scale[first + j]));
   }
   if (thread_index() < kRowTile) {
-    const int channel = column_channel(block_x() * kRowTile + thread_index(), p.rope.rotary_pairs);
-    store(&s.constant[thread_index()], load(&p.mean[sequence_head * dim + channel]));
+    const int channel =
+        column_channel(block_x() * kRowTile + thread_index(), p.keys.codec.rope.rotary_pairs);
+    store(&s.constant[thread_index()], load(&p.keys.codec.mean[sequence_head * dim + channel]));
   }
   sync_threads();
   finish_tile(s, head.pre, workspace.columns, sequence_head * grid_x() + block_x(), dim);
@@ -173,13 +176,13 @@ columns_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads) {
 
 template <int kDim>
 LaunchShape absorb_launch(const AttendParams& p, const AttendWorkspace& workspace) {
-  return {p.layout.num_heads * workspace.row_tiles, 1, p.batch, kAttendThreads,
+  return {p.keys.layout.num_heads * workspace.row_tiles, 1, p.keys.batch, kAttendThreads,
           static_cast<int>(sizeof(AbsorbPlan<kDim>))};
 }
 
 template <int kDim>
 LaunchShape columns_launch(const AttendParams& p, const AttendWorkspace&) {
-  return {p.layout.head_dim / kRowTile, p.layout.num_heads, p.batch, kAttendThreads,
+  return {p.keys.layout.head_dim / kRowTile, p.keys.layout.num_heads, p.keys.batch, kAttendThreads,
           static_cast<int>(sizeof(AbsorbPlan<kDim>))};
 }
 

@@ -10,10 +10,10 @@ inline constexpr int kMergeThreads = 128;
 // Merges the splits of one query row of attend. Grid: x = query row of a KV head, y = KV head,
 // z = sequence. A split without keys has maximum -inf and its output is not read.
 SVDQ_KERNEL(kMergeThreads) merge_splits_kernel(AttendParams p, AttendWorkspace workspace) {
-  const int64_t sequence_head = int64_t{block_z()} * p.layout.num_heads + block_y();
+  const int64_t sequence_head = int64_t{block_z()} * p.keys.layout.num_heads + block_y();
   const int64_t row = sequence_head * query_rows(p) + block_x();
   const int64_t slot = sequence_head * workspace.row_tiles * kRowTile + block_x();
-  const int splits = workspace.splits(), dim = p.layout.head_dim;
+  const int splits = workspace.splits(), dim = p.keys.layout.head_dim;
   const float* maxima = workspace.partial_max + slot * splits;
   const float* sums = workspace.partial_sum + slot * splits;
 
@@ -34,13 +34,13 @@ SVDQ_KERNEL(kMergeThreads) merge_splits_kernel(AttendParams p, AttendWorkspace w
       if (weight != 0.0f)
         out += weight * load(&workspace.partial_out[(slot * splits + i) * dim + d]);
     }
-    store_number(p.out, p.query_dtype, row * dim + d, out * inverse);
+    store_number(p.out, p.queries.dtype, row * dim + d, out * inverse);
   }
   if (thread_index() == 0) store(&p.lse[row], log_sum(state));
 }
 
 inline LaunchShape merge_splits_launch(const AttendParams& p, const AttendWorkspace&) {
-  return {static_cast<int>(query_rows(p)), p.layout.num_heads, p.batch, kMergeThreads, 0};
+  return {static_cast<int>(query_rows(p)), p.keys.layout.num_heads, p.keys.batch, kMergeThreads, 0};
 }
 
 // The operator: two partial results of the same rows. Grid: x = row.

@@ -13,7 +13,7 @@ class Outliers {
   // Those from page `page` on. All lanes of a warp take part.
   SVDQ_DEVICE Outliers(const AttendParams& p, const BlockRows& rows, int page)
       : p_(p), rows_(rows), next_(0), slot_(kNoSlot) {
-    if (p.outliers == 0) return;
+    if (p.keys.num_outliers == 0) return;
     next_ = first_from(page * kPageTokens);
     slot_ = slot(next_);
   }
@@ -32,12 +32,12 @@ class Outliers {
   // Score of outlier `index` for query row `row` of the block, in units of log2. The four lanes of a
   // row share its channels.
   SVDQ_DEVICE float score(int index, int row) const {
-    const int dim = p_.layout.head_dim;
-    const int64_t key = (rows_.sequence_head * p_.outliers + index) * dim;
+    const int dim = p_.keys.layout.head_dim;
+    const int64_t key = (rows_.sequence_head * p_.keys.num_outliers + index) * dim;
     float sum = 0.0f;
     if (row < rows_.count) {
       for (int d = lane_index() % 4; d < dim; d += 4) {
-        sum = fused(load_number(p_.outlier_keys, p_.outlier_dtype, key + d),
+        sum = fused(load_number(p_.keys.outlier_keys, p_.keys.outlier_dtype, key + d),
                     load_query(p_, rows_, row, d), sum);
       }
     }
@@ -54,13 +54,14 @@ class Outliers {
 
  private:
   SVDQ_DEVICE int slot(int index) const {
-    return index < p_.outliers ? load(&p_.outlier_slots[rows_.sequence_head * p_.outliers + index])
-                               : kNoSlot;
+    return index < p_.keys.num_outliers
+               ? load(&p_.keys.outlier_slots[rows_.sequence_head * p_.keys.num_outliers + index])
+               : kNoSlot;
   }
 
   // How many slots are before `least`: every round leaves a 32nd of those in question.
   SVDQ_DEVICE int first_from(int least) const {
-    int first = 0, count = p_.outliers;  // the answer is in first .. first + count
+    int first = 0, count = p_.keys.num_outliers;  // the answer is in first .. first + count
     while (count > 0) {
       const int step = (count + kWarpSize - 1) / kWarpSize, at = lane_index() * step;
       const bool before = at < count && slot(first + at) < least;

@@ -72,7 +72,7 @@ struct AttendWorkspace {
 
 // Query rows of a KV head.
 SVDQ_HOST_DEVICE constexpr int64_t query_rows(const AttendParams& p) {
-  return p.num_qo_heads / p.layout.num_heads * p.q_len;
+  return p.queries.num_heads / p.keys.layout.num_heads * p.queries.length;
 }
 
 // Which rows a block serves: its coordinates x = head and row tile (or tiles), z = sequence.
@@ -96,7 +96,7 @@ SVDQ_DEVICE BlockRows block_rows(const AttendParams& p, const AttendWorkspace& w
   rows.sequence = block_z();
   rows.head = block_x() / blocks;
   rows.tile = block_x() % blocks * tiles;
-  rows.sequence_head = int64_t{rows.sequence} * p.layout.num_heads + rows.head;
+  rows.sequence_head = int64_t{rows.sequence} * p.keys.layout.num_heads + rows.head;
   rows.first = int64_t{rows.tile} * kRowTile;
   const int64_t left = query_rows(p) - rows.first;
   rows.count = static_cast<int>(left < tiles * kRowTile ? left : tiles * kRowTile);
@@ -123,8 +123,8 @@ SVDQ_DEVICE float sum_rows(float (&x)[kRowTile]) {
 // Query number `channel` of a row of the tile, in log2 units of score.
 SVDQ_DEVICE float load_query(const AttendParams& p, const BlockRows& rows, int row, int channel) {
   const int64_t at = rows.sequence_head * query_rows(p) + rows.first + row;
-  return load_number(p.query, p.query_dtype, at * p.layout.head_dim + channel) * p.sm_scale *
-         kLog2E;
+  return load_number(p.queries.data, p.queries.dtype, at * p.keys.layout.head_dim + channel) *
+         p.queries.sm_scale * kLog2E;
 }
 
 }  // namespace svdq::device

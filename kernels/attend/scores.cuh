@@ -24,7 +24,7 @@ class AbsorbedScores {
       : s_(s), bands_(head.post) {
     const int64_t tile = rows.sequence_head * workspace.row_tiles + rows.tile;
     const Words2* weights =
-        workspace.absorbed.fragments + tile * max_steps(p.layout.head_dim) * kWarpSize;
+        workspace.absorbed.fragments + tile * max_steps(p.keys.layout.head_dim) * kWarpSize;
     int steps = 0;
     for_each_band(bands_, [&]<int kWidth>(int count) { steps += band_steps(count); });
     for (int i = thread_index(); i < steps * kWarpSize; i += kAttendThreads)
@@ -78,11 +78,11 @@ class ReconstructedScores {
                                   const HeadPlan& head)
       : s_(s),
         bands_(head.pre),
-        dim_(p.layout.head_dim),
-        half_(p.rope.rotary_pairs),
+        dim_(p.keys.layout.head_dim),
+        half_(p.keys.codec.rope.rotary_pairs),
         offset_rotation_(workspace.offset_rotation),
-        page_rotation_(workspace.page_rotation +
-                       int64_t{rows.sequence} * workspace.max_pages * p.rope.rotary_pairs),
+        page_rotation_(workspace.page_rotation + int64_t{rows.sequence} * workspace.max_pages *
+                                                     p.keys.codec.rope.rotary_pairs),
         token_rotations_(p, workspace, rows) {
     const int64_t tile = rows.sequence_head * (dim_ / kRowTile);
     weights_ = workspace.columns.fragments + tile * max_steps(dim_) * kWarpSize;

@@ -52,7 +52,7 @@ class AbsorbedTiles {
     // The B operands of two row tiles are the halves of an A operand.
     Words4* query = reinterpret_cast<Words4*>(shared);
     const int64_t tile = rows.sequence_head * workspace.row_tiles + rows.tile;
-    const int tile_words = max_steps(p.layout.head_dim) * kWarpSize;
+    const int tile_words = max_steps(p.keys.layout.head_dim) * kWarpSize;
     const Words2* weights = workspace.absorbed.fragments + tile * tile_words;
     int steps = 0;
     for_each_band(bands_, [&]<int kWidth>(int count) { steps += band_steps(count); });
@@ -121,12 +121,12 @@ class ReconstructedTiles {
                                  const AttendWorkspace& workspace, const BlockRows& rows,
                                  const HeadPlan& head, WarpShare share)
       : bands_(head.pre),
-        dim_(p.layout.head_dim),
-        half_(p.rope.rotary_pairs),
+        dim_(p.keys.layout.head_dim),
+        half_(p.keys.codec.rope.rotary_pairs),
         warps_(tile_threads<kDim>(workspace.page_tiles) / kWarpSize),
         offset_rotation_(workspace.offset_rotation),
-        page_rotation_(workspace.page_rotation +
-                       int64_t{rows.sequence} * workspace.max_pages * p.rope.rotary_pairs),
+        page_rotation_(workspace.page_rotation + int64_t{rows.sequence} * workspace.max_pages *
+                                                     p.keys.codec.rope.rotary_pairs),
         token_rotations_(p, workspace, rows) {
     const int64_t tile = rows.sequence_head * (dim_ / kRowTile);
     weights_ = workspace.columns.fragments + tile * max_steps(dim_) * kWarpSize;
@@ -295,7 +295,7 @@ class HybridTiles {
   SVDQ_DEVICE HybridTiles(uint8_t* shared, const AttendParams& p, const AttendWorkspace& workspace,
                           const BlockRows& rows, const HeadPlan& head, WarpShare share)
       : pre_(shared, p, workspace, rows, head, share),
-        post_(shared + query_operand_bytes(workspace.page_tiles, p.layout.head_dim / 16) +
+        post_(shared + query_operand_bytes(workspace.page_tiles, p.keys.layout.head_dim / 16) +
                   PreRope::kSharedBytes,
               p, workspace, rows, head, share),
         pre_bytes_(head.pre.page_bytes()) {}

@@ -24,26 +24,26 @@ attend_page_tiles_kernel(AttendParams p, AttendWorkspace workspace, HeadTable he
   const WarpShare share = warp_share<kDim>();
   const HeadPlan head = head_plan(heads, rows.head);
   using Parts = typename Scores::Parts;
-  const ValueLayout& value = p.layout.value;
+  const ValueLayout& value = p.keys.layout.value;
   const int split = block_y(), threads = tile_threads<kDim>(workspace.page_tiles);
   const PageRun run = page_run(p, workspace, rows, split);
   const TokenSlots slots(p, rows);
   bool valid = run.valid && (!Scores::kGathered || slots.valid());
   const int last = run.last;
 
-  const int32_t* page_table = p.page_table + int64_t{rows.sequence} * p.table_stride;
+  const int32_t* page_table = p.keys.page_table + int64_t{rows.sequence} * p.keys.table_stride;
   const int64_t value_offset = int64_t{rows.head} * value.page_bytes();
   uint8_t* stages = shared + query_operand_bytes(workspace.page_tiles, workspace.query_steps) +
                     Scores::kSharedBytes;
   const auto stage = [&](int n) { return stages + n % workspace.stages * workspace.stage_bytes; };
-  const auto known = [&](int64_t id) { return id >= 0 && id < p.num_pages; };
+  const auto known = [&](int64_t id) { return id >= 0 && id < p.keys.num_pages; };
   const int key_bytes = Parts::bytes(head);
   const auto fetch = [&](int n) {
     const int64_t id = n < last ? load(&page_table[n]) : -1;
     if (known(id)) {
-      copy_keys<Parts>(stage(n), p.k_pages + id * p.layout.k_page_bytes + head.k_offset, head,
-                       threads);
-      Values::copy(stage(n) + key_bytes, p.v_pages + id * p.layout.v_page_bytes + value_offset,
+      copy_keys<Parts>(stage(n), p.keys.pages + id * p.keys.layout.k_page_bytes + head.k_offset,
+                       head, threads);
+      Values::copy(stage(n) + key_bytes, p.v_pages + id * p.keys.layout.v_page_bytes + value_offset,
                    value, tokens_of_page(p, run, n), threads);
     }
     valid = valid && (known(id) || n >= last);
@@ -99,7 +99,7 @@ attend_page_tiles_kernel(AttendParams p, AttendWorkspace workspace, HeadTable he
   }
   wait_copies<0>();  // of pages behind one that cannot be read
 
-  const int dim = p.layout.head_dim;
+  const int dim = p.keys.layout.head_dim;
   values.write(tile_output(workspace, rows, share, split, dim), int64_t{workspace.splits()} * dim,
                dim, share.part);
   write_tile_states(state, workspace, rows, share, split, valid);
@@ -118,9 +118,10 @@ inline constexpr int kWindowStageBytes = 2 * kWindowTokens<kDim> * TokenMatrix<k
 // Exact rows that any row of the block sees. The last q_len rows are the queries' own tokens.
 SVDQ_DEVICE int visible_rows(const AttendParams& p, const BlockRows& rows, int length) {
   if (!p.causal) return length;
-  const int64_t first = rows.first % p.q_len;
-  const int64_t latest = first + rows.count > p.q_len ? p.q_len - 1 : first + rows.count - 1;
-  return length - static_cast<int>(p.q_len - 1 - latest);
+  const int64_t first = rows.first % p.queries.length;
+  const int64_t latest =
+      first + rows.count > p.queries.length ? p.queries.length - 1 : first + rows.count - 1;
+  return length - static_cast<int>(p.queries.length - 1 - latest);
 }
 
 // Queries and exact rows have dtype kType. Grid: x = head and block of rows, y = split of the exact
@@ -133,15 +134,15 @@ attend_window_tiles_kernel(AttendParams p, AttendWorkspace workspace) {
   uint8_t* shared = shared_memory<TileMemory>().bytes;
   const BlockRows rows = block_rows(p, workspace, workspace.window_tiles);
   const WarpShare share = warp_share<kDim>();
-  const int dim = p.layout.head_dim, length = load(&p.window_lens[rows.sequence]);
+  const int dim = p.keys.layout.head_dim, length = load(&p.window.lens[rows.sequence]);
   const int threads = tile_threads<kDim>(workspace.window_tiles), steps = dim / 16;
   const int begin = block_y() * workspace.split_window, split = workspace.page_splits + block_y();
-  const bool valid = length >= 0 && length <= p.window_rows;
+  const bool valid = length >= 0 && length <= p.window.rows;
   const int seen = visible_rows(p, rows, length);
   int end = begin + workspace.split_window < seen ? begin + workspace.split_window : seen;
   if (!valid) end = begin;
 
-  const int64_t base = rows.sequence * p.window_batch_stride + rows.head * p.window_head_stride;
+  const int64_t base = rows.sequence * p.window.batch_stride + rows.head * p.window.head_stride;
   uint8_t* stages = shared + query_operand_bytes(workspace.window_tiles, steps);
   const auto stage = [&](int first) {
     return stages + (first - begin) / kTokens % 2 * kWindowStageBytes<kDim>;
@@ -151,10 +152,10 @@ attend_window_tiles_kernel(AttendParams p, AttendWorkspace workspace) {
     const int64_t at = base + int64_t{first} * dim;
     uint8_t* to = stage(first);
     if (first < end) {
-      Matrix::copy(to, static_cast<const uint16_t*>(p.window_keys) + at, kTokens, dim, threads,
+      Matrix::copy(to, static_cast<const uint16_t*>(p.window.keys) + at, kTokens, dim, threads,
                    counts);
       Matrix::copy(to + kWindowStageBytes<kDim> / 2,
-                   static_cast<const uint16_t*>(p.window_values) + at, kTokens, dim, threads,
+                   static_cast<const uint16_t*>(p.window.values) + at, kTokens, dim, threads,
                    counts);
     }
     commit_copies();
@@ -163,7 +164,7 @@ attend_window_tiles_kernel(AttendParams p, AttendWorkspace workspace) {
 
   // The queries as they are; rows that do not exist are zero.
   Words4* query = reinterpret_cast<Words4*>(shared);
-  const uint16_t* from = static_cast<const uint16_t*>(p.query) +
+  const uint16_t* from = static_cast<const uint16_t*>(p.queries.data) +
                          (rows.sequence_head * query_rows(p) + rows.first) * dim;
   for (int i = thread_index(); i < workspace.window_tiles / 2 * steps * kWarpSize; i += threads) {
     const int pair = i / (steps * kWarpSize), step = i / kWarpSize % steps;
@@ -183,10 +184,11 @@ attend_window_tiles_kernel(AttendParams p, AttendWorkspace workspace) {
   int visible[2];
   for (int i = 0; i < 2; ++i) {
     const int64_t row = rows.first + share.pair * kWarpRows + lane_index() / 4 + i * 8;
-    visible[i] = p.causal ? length - static_cast<int>(p.q_len - 1 - row % p.q_len) : length;
+    visible[i] = p.causal ? length - static_cast<int>(p.queries.length - 1 - row % p.queries.length)
+                          : length;
     if (visible[i] > end) visible[i] = end;
   }
-  const float unit = p.sm_scale * kLog2E;
+  const float unit = p.queries.sm_scale * kLog2E;
   RowState state[2] = {empty_row(), empty_row()};
   ExactTileValues<kDim, kType> values;
   values.reset();
@@ -203,7 +205,7 @@ attend_window_tiles_kernel(AttendParams p, AttendWorkspace workspace) {
       x = token < visible[i % 4 / 2] ? x * unit : no_score();
     }
     softmax_tiles(score, state, factor);
-    values.add(stage(first) + kWindowStageBytes<kDim> / 2, p.layout.value, score, factor,
+    values.add(stage(first) + kWindowStageBytes<kDim> / 2, p.keys.layout.value, score, factor,
                share.part);
   }
 
@@ -220,17 +222,17 @@ constexpr int page_tiles_fixed_bytes(int tiles, int query_steps) {
 
 template <typename Scores>
 LaunchShape attend_page_tiles_launch(const AttendParams& p, const AttendWorkspace& workspace) {
-  return {p.layout.num_heads * (workspace.row_tiles / workspace.page_tiles), workspace.page_splits,
-          p.batch, tile_threads<Scores::kDim>(workspace.page_tiles),
+  return {p.keys.layout.num_heads * (workspace.row_tiles / workspace.page_tiles),
+          workspace.page_splits, p.keys.batch, tile_threads<Scores::kDim>(workspace.page_tiles),
           page_tiles_fixed_bytes<Scores>(workspace.page_tiles, workspace.query_steps) +
               workspace.stages * workspace.stage_bytes};
 }
 
 template <int kDim>
 LaunchShape attend_window_tiles_launch(const AttendParams& p, const AttendWorkspace& workspace) {
-  return {p.layout.num_heads * (workspace.row_tiles / workspace.window_tiles),
-          workspace.window_splits, p.batch, tile_threads<kDim>(workspace.window_tiles),
-          query_operand_bytes(workspace.window_tiles, p.layout.head_dim / 16) +
+  return {p.keys.layout.num_heads * (workspace.row_tiles / workspace.window_tiles),
+          workspace.window_splits, p.keys.batch, tile_threads<kDim>(workspace.window_tiles),
+          query_operand_bytes(workspace.window_tiles, p.keys.layout.head_dim / 16) +
               2 * kWindowStageBytes<kDim>};
 }
 

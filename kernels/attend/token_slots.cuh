@@ -12,8 +12,9 @@ namespace svdq::device {
 class TokenSlots {
  public:
   SVDQ_DEVICE TokenSlots(const AttendParams& p, const BlockRows& rows)
-      : slots_(p.token_slots ? p.token_slots + rows.sequence_head * p.table_stride * kPageTokens
-                             : nullptr) {}
+      : slots_(p.token_slots
+                   ? p.token_slots + rows.sequence_head * p.keys.table_stride * kPageTokens
+                   : nullptr) {}
 
   SVDQ_DEVICE bool given() const { return slots_ != nullptr; }
   // False where the select stage could not read its input (kBadSlot).
@@ -34,7 +35,7 @@ class TokenRotations {
                              const BlockRows& rows)
       : slots_(p, rows),
         turns_(workspace.pair_turns),
-        first_position_(p.first_position ? load(&p.first_position[rows.sequence]) : 0) {}
+        first_position_(p.keys.first_position ? load(&p.keys.first_position[rows.sequence]) : 0) {}
 
   SVDQ_DEVICE uint64_t pair_turn(int pair) const { return load(&turns_[pair]); }
   SVDQ_DEVICE Floats2 at(uint64_t pair_turn, int page, int token) const {

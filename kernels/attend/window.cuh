@@ -18,11 +18,11 @@ struct WindowPlan {
 // Scores of 16 tokens by one warp, whose lanes share the channels; tokens from `count` on get none.
 template <int kDim>
 SVDQ_DEVICE void score_rows(WindowPlan<kDim>& s, const AttendParams& p, int64_t first, int count) {
-  const int dim = p.layout.head_dim, lane = lane_index();
+  const int dim = p.keys.layout.head_dim, lane = lane_index();
   for (int t = warp_index() * kLanes; t < (warp_index() + 1) * kLanes; ++t) {
     float products[kRowTile] = {};
     for (int d = lane; t < count && d < dim; d += kWarpSize) {
-      const float key = load_number(p.window_keys, p.window_dtype, first + int64_t{t} * dim + d);
+      const float key = load_number(p.window.keys, p.window.dtype, first + int64_t{t} * dim + d);
       SVDQ_UNROLL
       for (int row = 0; row < kRowTile; ++row) products[row] += key * load(&s.query[row][d]);
     }
@@ -37,10 +37,10 @@ SVDQ_KERNEL(kAttendThreads)
 attend_window_kernel(AttendParams p, AttendWorkspace workspace) {
   WindowPlan<kDim>& s = shared_memory<WindowPlan<kDim>>();
   const BlockRows rows = block_rows(p, workspace);
-  const int dim = p.layout.head_dim, length = load(&p.window_lens[rows.sequence]);
+  const int dim = p.keys.layout.head_dim, length = load(&p.window.lens[rows.sequence]);
   const int split = workspace.page_splits + block_y();
   const int begin = block_y() * workspace.split_window;
-  const bool valid = length >= 0 && length <= p.window_rows;
+  const bool valid = length >= 0 && length <= p.window.rows;
   int end = begin + workspace.split_window < length ? begin + workspace.split_window : length;
   if (!valid) end = begin;
 
@@ -52,14 +52,14 @@ attend_window_kernel(AttendParams p, AttendWorkspace workspace) {
   const int group = lane_index() / 4, column = lane_index() % 4 * 2;
   int visible[2];
   for (int i = 0; i < 2; ++i) {
-    const int64_t query = (rows.first + column + i) % p.q_len;
-    visible[i] = p.causal ? length - static_cast<int>(p.q_len - 1 - query) : length;
+    const int64_t query = (rows.first + column + i) % p.queries.length;
+    visible[i] = p.causal ? length - static_cast<int>(p.queries.length - 1 - query) : length;
   }
 
   RowState state[2] = {empty_row(), empty_row()};
   ExactValues<kDim> values;
   values.reset();
-  const int64_t base = rows.sequence * p.window_batch_stride + rows.head * p.window_head_stride;
+  const int64_t base = rows.sequence * p.window.batch_stride + rows.head * p.window.head_stride;
   for (int first = begin; first < end; first += kPageTokens) {
     const int count = end - first < kPageTokens ? end - first : kPageTokens;
     sync_threads();
@@ -72,7 +72,7 @@ attend_window_kernel(AttendParams p, AttendWorkspace workspace) {
       score[e] = sees ? load(&s.score[column + (e & 1)][token]) : no_score();
     }
     softmax_page(s, score, state, factor);
-    values.add(p.window_values, p.window_dtype, base + int64_t{first} * dim, dim, s.p, {0, count},
+    values.add(p.window.values, p.window.dtype, base + int64_t{first} * dim, dim, s.p, {0, count},
                s.factor);
   }
 
@@ -86,7 +86,7 @@ attend_window_kernel(AttendParams p, AttendWorkspace workspace) {
 
 template <int kDim>
 LaunchShape attend_window_launch(const AttendParams& p, const AttendWorkspace& workspace) {
-  return {p.layout.num_heads * workspace.row_tiles, workspace.window_splits, p.batch,
+  return {p.keys.layout.num_heads * workspace.row_tiles, workspace.window_splits, p.keys.batch,
           kAttendThreads, static_cast<int>(sizeof(WindowPlan<kDim>))};
 }
 

@@ -83,10 +83,10 @@ SVDQ_DEVICE void quantize_latents(PackPlan<kDim>& s, const PackKeysParams& p, co
     const int64_t channel = head.first_channel + j;
     const int width = channel_width(head, j);
     const float mid = static_cast<float>((1 << width) - 1) / 2;
-    const Floats4 latent = project_row(s.rows, lane, p.basis + channel * dim, dim);
+    const Floats4 latent = project_row(s.rows, lane, p.codec.basis + channel * dim, dim);
     SVDQ_UNROLL
     for (int k = 0; k < kQuad; ++k) {
-      const float scale = load(&p.scale[channel + k]);
+      const float scale = load(&p.codec.scale[channel + k]);
       const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
       store(&s.code[j + k][slot], quantize(fused(latent.x[k], inverse, mid), width));
     }
@@ -101,7 +101,7 @@ pack_keys_kernel(PackKeysParams p, TokenRows keys, HeadTable heads, PageIds ids,
   const int dim = p.layout.head_dim, head_index = block_y();
   const HeadPlan head = head_plan(heads, head_index);
   const PageSpan span = page_span(ids, p.slot, p.keys.num_tokens, first_run, block_x());
-  const float* mean = p.mean + int64_t{head_index} * dim;
+  const float* mean = p.codec.mean + int64_t{head_index} * dim;
 
   for (int group = 0; group < kGroups; ++group) {
     load_rows(s.rows, keys, head_index, dim, span, first_run + block_x(), group, mean,

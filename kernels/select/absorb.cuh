@@ -45,10 +45,10 @@ SVDQ_KERNEL(kSelectThreads)
 select_absorb_kernel(SelectParams p, SelectWorkspace workspace, HeadTable heads) {
   SelectAbsorbPlan& s = shared_memory<SelectAbsorbPlan>();
   const int head_index = block_x() / workspace.row_tiles, tile = block_x() % workspace.row_tiles;
-  const int dim = p.layout.head_dim, half = select_half(p), rows = workspace.tile_rows;
+  const int dim = p.keys.layout.head_dim, half = select_half(p), rows = workspace.tile_rows;
   const int lane = lane_index(), warp = warp_index();
   const HeadPlan head = head_plan(heads, head_index);
-  const int64_t sequence_head = int64_t{block_z()} * p.layout.num_heads + head_index;
+  const int64_t sequence_head = int64_t{block_z()} * p.keys.layout.num_heads + head_index;
   const int64_t first_row = int64_t{tile} * rows, all_rows = query_rows(p);
 
   for (int i = thread_index(); i < rows * dim; i += kSelectThreads) {
@@ -56,17 +56,19 @@ select_absorb_kernel(SelectParams p, SelectWorkspace workspace, HeadTable heads)
     float q = 0.0f;  // of a row that does not exist
     if (row < all_rows) {
       const int64_t at = (sequence_head * all_rows + row) * dim + i % dim;
-      q = load_number(p.query, p.query_dtype, at) * p.sm_scale * kLog2E;
+      q = load_number(p.queries.data, p.queries.dtype, at) * p.queries.sm_scale * kLog2E;
     }
     store(&s.query[i / dim][i % dim], q);
   }
   sync_threads();
 
-  const Rope rope{p.rope.inv_freq, half};
-  const int64_t channels = int64_t{block_z()} * p.layout.rank + head.first_channel;
+  const Rope rope{p.keys.codec.rope.inv_freq, half};
+  const int64_t channels = int64_t{block_z()} * p.keys.layout.rank + head.first_channel;
   const auto vector = [&](int j) {
-    if (j == head.rank()) return SelectVector{nullptr, p.mean + sequence_head * dim, 1.0f};
-    return SelectVector{p.basis + (channels + j) * dim, nullptr, load(&p.scale[channels + j])};
+    if (j == head.rank())
+      return SelectVector{nullptr, p.keys.codec.mean + sequence_head * dim, 1.0f};
+    return SelectVector{p.keys.codec.basis + (channels + j) * dim, nullptr,
+                        load(&p.keys.codec.scale[channels + j])};
   };
   const auto turns = [&](int j) {  // the core, and its mean
     return half > 0 && (j < head.pre.rank() || j == head.rank());
@@ -83,9 +85,10 @@ select_absorb_kernel(SelectParams p, SelectWorkspace workspace, HeadTable heads)
       const SelectVector own = vector(j);
       for (int d = (turns(j) ? 2 * half : 0) + lane; d < dim; d += kWarpSize)
         constant = fused(load(&query[d]), own[d], constant);
-      if (j == head.rank() && p.layout.rope == RopeMode::kHybrid) {
+      if (j == head.rank() && p.keys.layout.rope == RopeMode::kHybrid) {
         for (int d = lane; d < dim; d += kWarpSize)
-          constant = fused(load(&query[d]), load(&p.post_mean[sequence_head * dim + d]), constant);
+          constant = fused(load(&query[d]), load(&p.keys.codec.post_mean[sequence_head * dim + d]),
+                           constant);
       }
       for (int i = lane; turns(j) && i < half; i += kWarpSize) {
         const Floats2 c = turn_coefficients(rope, query, own, i);
@@ -121,7 +124,7 @@ select_absorb_kernel(SelectParams p, SelectWorkspace workspace, HeadTable heads)
 }
 
 inline LaunchShape select_absorb_launch(const SelectParams& p, const SelectWorkspace& workspace) {
-  return {p.layout.num_heads * workspace.row_tiles, 1, p.batch, kSelectThreads,
+  return {p.keys.layout.num_heads * workspace.row_tiles, 1, p.keys.batch, kSelectThreads,
           static_cast<int>(sizeof(SelectAbsorbPlan))};
 }
 

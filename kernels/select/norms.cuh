@@ -108,7 +108,7 @@ class SelectRun {
         workspace_(workspace),
         at_(select_layout(workspace)),
         shared_(shared_memory<SelectMemory>().bytes),
-        sequence_head_(int64_t{block_z()} * p.layout.num_heads + head_index),
+        sequence_head_(int64_t{block_z()} * p.keys.layout.num_heads + head_index),
         first_(first),
         stride_(stride),
         end_(end) {
@@ -128,9 +128,10 @@ class SelectRun {
   // Starts to copy codes, and puts the rotations of the pages in order. Contains barriers.
   SVDQ_DEVICE void begin() {
     if (thread_index() < kRunPages) {
-      const int64_t row = int64_t{block_z()} * p_.table_stride;
-      const int id = has(thread_index()) ? load(&p_.page_table[row + page(thread_index())]) : -1;
-      store(&array<int32_t>(at_.pages)[thread_index()], id < p_.num_pages ? id : -1);
+      const int64_t row = int64_t{block_z()} * p_.keys.table_stride;
+      const int id =
+          has(thread_index()) ? load(&p_.keys.page_table[row + page(thread_index())]) : -1;
+      store(&array<int32_t>(at_.pages)[thread_index()], id < p_.keys.num_pages ? id : -1);
     }
     sync_threads();
     for (int i = thread_index(); i < kRunPages * pieces_; i += kSelectThreads) {
@@ -138,7 +139,7 @@ class SelectRun {
       const int64_t id = load(&array<int32_t>(at_.pages)[page]);
       if (id < 0) continue;
       copy_async(shared_ + at_.codes + page * workspace_.code_bytes + piece * 16,
-                 p_.k_pages + id * p_.layout.k_page_bytes + k_offset_ + piece * 16);
+                 p_.keys.pages + id * p_.keys.layout.k_page_bytes + k_offset_ + piece * 16);
     }
     commit_copies();
     // A lane has pairs c and c + 4 of a step, of pages g and g + 8.

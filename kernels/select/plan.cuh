@@ -45,12 +45,12 @@ struct SelectWorkspace {
 };
 
 SVDQ_HOST_DEVICE constexpr int64_t query_rows(const SelectParams& p) {
-  return p.num_qo_heads / p.layout.num_heads * p.q_len;
+  return p.queries.num_heads / p.keys.layout.num_heads * p.queries.length;
 }
 
 // RoPE pairs that turn with the pages.
 SVDQ_HOST_DEVICE constexpr int select_half(const SelectParams& p) {
-  return p.layout.rope == RopeMode::kPost ? 0 : p.rope.rotary_pairs;
+  return p.keys.layout.rope == RopeMode::kPost ? 0 : p.keys.codec.rope.rotary_pairs;
 }
 
 // The first `most` channels of a part. A band that is cut keeps its place, so the lines of what is
@@ -89,8 +89,8 @@ struct SequencePages {
 };
 
 SVDQ_DEVICE SequencePages sequence_pages(const SelectParams& p, int sequence) {
-  const int length = load(&p.cache_seqlens[sequence]);
-  const bool valid = length >= 0 && length <= p.table_stride * kPageTokens;
+  const int length = load(&p.keys.cache_seqlens[sequence]);
+  const bool valid = length >= 0 && length <= p.keys.table_stride * kPageTokens;
   return {length, valid ? (length + kPageTokens - 1) / kPageTokens : 0, valid};
 }
 

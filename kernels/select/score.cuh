@@ -28,7 +28,7 @@ select_norms_kernel(SelectParams p, SelectWorkspace workspace, HeadTable heads) 
       SVDQ_UNROLL
       for (int t = 0; t < 4 * kRuns; ++t) {
         const int slot = run.page(page) * kPageTokens + run.first_token(first + t / 4) + t % 4;
-        if (slot < p.sink_tokens || slot >= sequence.length) continue;
+        if (slot < p.keys.sink_tokens || slot >= sequence.length) continue;
         SVDQ_UNROLL
         for (int r = 0; r < kRows; ++r) {
           const float x = score[t / 4][t % 4][r];
@@ -114,7 +114,7 @@ select_scores_kernel(SelectParams p, SelectWorkspace workspace, HeadTable heads)
     Floats4 all;
     SVDQ_UNROLL
     for (int t = 0; t < 4; ++t) {
-      const bool counts = slot + t >= p.sink_tokens && slot + t < sequence.length;
+      const bool counts = slot + t >= p.keys.sink_tokens && slot + t < sequence.length;
       all.x[t] = !counts ? kNotSelected : run.known(page) ? weight[i][t] : kInvalid;
     }
     float* to = workspace.weights + run.sequence_head() * workspace.max_pages * kPageTokens + slot;
@@ -123,11 +123,12 @@ select_scores_kernel(SelectParams p, SelectWorkspace workspace, HeadTable heads)
 }
 
 inline LaunchShape select_norms_launch(const SelectParams& p, const SelectWorkspace& workspace) {
-  return {p.layout.num_heads, kSampleRuns, p.batch, kSelectThreads, select_layout(workspace).bytes};
+  return {p.keys.layout.num_heads, kSampleRuns, p.keys.batch, kSelectThreads,
+          select_layout(workspace).bytes};
 }
 
 inline LaunchShape select_scores_launch(const SelectParams& p, const SelectWorkspace& workspace) {
-  return {p.layout.num_heads, (workspace.max_pages + kRunPages - 1) / kRunPages, p.batch,
+  return {p.keys.layout.num_heads, (workspace.max_pages + kRunPages - 1) / kRunPages, p.keys.batch,
           kSelectThreads, select_layout(workspace).bytes};
 }
 

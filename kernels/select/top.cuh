@@ -140,15 +140,15 @@ SVDQ_KERNEL(kTopThreads)
 select_top_kernel(SelectParams p, SelectWorkspace workspace) {
   TopPlan& s = shared_memory<TopPlan>();
   const SequencePages sequence = sequence_pages(p, block_z());
-  const int64_t head = int64_t{block_z()} * p.layout.num_heads + block_x();
-  const int room = p.budget + p.outliers, length = sequence.valid ? sequence.length : 0;
+  const int64_t head = int64_t{block_z()} * p.keys.layout.num_heads + block_x();
+  const int room = p.budget + p.keys.num_outliers, length = sequence.valid ? sequence.length : 0;
   float* weights = workspace.weights + head * workspace.max_pages * kPageTokens;
-  const int32_t* outliers = p.outlier_slots + head * p.outliers;
+  const int32_t* outliers = p.keys.outlier_slots + head * p.keys.num_outliers;
   int32_t* slots = p.slots + head * room;
   const auto known = [&](int slot) { return slot >= 0 && slot < length; };
 
   if (thread_index() == 0) store(&s.invalid, 0);
-  for (int i = thread_index(); i < p.outliers; i += kTopThreads) {
+  for (int i = thread_index(); i < p.keys.num_outliers; i += kTopThreads) {
     const int slot = load(&outliers[i]);
     if (known(slot) && load(&weights[slot]) != kInvalid) store(&weights[slot], kOutlier);
   }
@@ -188,15 +188,15 @@ select_top_kernel(SelectParams p, SelectWorkspace workspace) {
     store(&slots[i], i == 0 && !valid ? kBadSlot : kNoSlot);
   sync_threads();
 
-  for (int i = thread_index(); i < p.outliers; i += kTopThreads) {
+  for (int i = thread_index(); i < p.keys.num_outliers; i += kTopThreads) {
     const int slot = load(&outliers[i]);
-    store(&p.outlier_indices[head * p.outliers + i],
+    store(&p.outlier_indices[head * p.keys.num_outliers + i],
           valid && known(slot) ? place_of(slots, count, slot) : kNoSlot);
   }
 }
 
 inline LaunchShape select_top_launch(const SelectParams& p) {
-  return {p.layout.num_heads, 1, p.batch, kTopThreads, static_cast<int>(sizeof(TopPlan))};
+  return {p.keys.layout.num_heads, 1, p.keys.batch, kTopThreads, static_cast<int>(sizeof(TopPlan))};
 }
 
 }  // namespace svdq::device

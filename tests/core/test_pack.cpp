@@ -113,8 +113,13 @@ TEST_P(Pack, KeyCodesMatchTheFormula) {
 
     Pool pool(random, layout.k_page_bytes(), c.slot + c.num_tokens);
     const Pool before = pool;
-    backend().pack_keys({keys.source(), layout.view(), rope, position, basis.data(), scale.data(),
-                         mean.data(), pool.bytes.data(), pool.table.data(), c.slot},
+    backend().pack_keys({keys.source(),
+                         layout.view(),
+                         {rope, basis.data(), scale.data(), mean.data(), nullptr},
+                         position,
+                         pool.bytes.data(),
+                         pool.table.data(),
+                         c.slot},
                         executor_);
 
     std::vector<uint8_t> expected = before.bytes;
@@ -187,11 +192,8 @@ TEST_P(Pack, ExactArithmeticGivesTheSameBytesOnEveryBackend) {
   }
   backend().pack_keys({keys.source(),
                        layout.view(),
-                       {nullptr, 0},
+                       {{nullptr, 0}, basis.data(), scale.data(), mean.data(), nullptr},
                        0,
-                       basis.data(),
-                       scale.data(),
-                       mean.data(),
                        pool.bytes.data(),
                        pool.table.data(),
                        0},
@@ -209,11 +211,8 @@ TEST_P(Pack, ChannelsWithoutRangeGetTheMiddleCode) {
   const int32_t table = 0;
   backend().pack_keys({keys.source(),
                        layout.view(),
-                       {nullptr, 0},
+                       {{nullptr, 0}, basis.data(), scale.data(), mean.data(), nullptr},
                        0,
-                       basis.data(),
-                       scale.data(),
-                       mean.data(),
                        page.data(),
                        &table,
                        0},

@@ -29,35 +29,38 @@ struct AttendAnswer {
 template <typename Stream>
 AttendAnswer attend_on_device(const AttendParams& host, const gpu::AttendTiling* tiling,
                               Stream& stream) {
-  const LayoutView& layout = host.layout;
+  const LayoutView& layout = host.keys.layout;
   const int64_t dim = layout.head_dim, rows = device::query_rows(host);
-  const int64_t heads = int64_t{host.batch} * layout.num_heads,
-                window_size = size_of(host.window_dtype);
+  const int64_t heads = int64_t{host.keys.batch} * layout.num_heads,
+                window_size = size_of(host.window.dtype);
 
-  const auto query = upload(static_cast<const uint8_t*>(host.query), heads * rows * dim,
-                            size_of(host.query_dtype));
-  const auto k_pages = upload(host.k_pages, host.num_pages, layout.k_page_bytes);
-  const auto v_pages = upload(host.v_pages, host.num_pages, layout.v_page_bytes);
-  const auto table = upload(host.page_table, host.batch * host.table_stride);
-  const auto seqlens = upload(host.cache_seqlens, host.batch),
-             window_lens = upload(host.window_lens, host.batch);
-  const auto basis = upload(host.basis, host.batch * layout.rank * dim),
-             scale = upload(host.scale, host.batch * layout.rank);
-  const auto outlier_slots = upload(host.outlier_slots, heads * host.outliers);
-  const auto outlier_keys = upload(static_cast<const uint8_t*>(host.outlier_keys),
-                                   heads * host.outliers * dim, size_of(host.outlier_dtype));
-  const auto post_mean = upload(host.post_mean, host.post_mean ? heads * dim : 0);
-  const auto mean = upload(host.mean, heads * dim),
-             inv_freq = upload(host.rope.inv_freq, host.rope.rotary_pairs);
-  const auto first = upload(host.first_position, host.first_position ? host.batch : 0);
+  const auto query = upload(static_cast<const uint8_t*>(host.queries.data), heads * rows * dim,
+                            size_of(host.queries.dtype));
+  const auto k_pages = upload(host.keys.pages, host.keys.num_pages, layout.k_page_bytes);
+  const auto v_pages = upload(host.v_pages, host.keys.num_pages, layout.v_page_bytes);
+  const auto table = upload(host.keys.page_table, host.keys.batch * host.keys.table_stride);
+  const auto seqlens = upload(host.keys.cache_seqlens, host.keys.batch),
+             window_lens = upload(host.window.lens, host.keys.batch);
+  const auto basis = upload(host.keys.codec.basis, host.keys.batch * layout.rank * dim),
+             scale = upload(host.keys.codec.scale, host.keys.batch * layout.rank);
+  const auto outlier_slots = upload(host.keys.outlier_slots, heads * host.keys.num_outliers);
+  const auto outlier_keys =
+      upload(static_cast<const uint8_t*>(host.keys.outlier_keys),
+             heads * host.keys.num_outliers * dim, size_of(host.keys.outlier_dtype));
+  const auto post_mean =
+      upload(host.keys.codec.post_mean, host.keys.codec.post_mean ? heads * dim : 0);
+  const auto mean = upload(host.keys.codec.mean, heads * dim),
+             inv_freq = upload(host.keys.codec.rope.inv_freq, host.keys.codec.rope.rotary_pairs);
+  const auto first =
+      upload(host.keys.first_position, host.keys.first_position ? host.keys.batch : 0);
   const auto token_slots =
-      upload(host.token_slots, host.token_slots ? heads * host.table_stride * kPageTokens : 0);
-  const auto window_keys = upload(static_cast<const uint8_t*>(host.window_keys),
-                                  host.batch * host.window_batch_stride, window_size);
-  const auto window_values = upload(static_cast<const uint8_t*>(host.window_values),
-                                    host.batch * host.window_batch_stride, window_size);
+      upload(host.token_slots, host.token_slots ? heads * host.keys.table_stride * kPageTokens : 0);
+  const auto window_keys = upload(static_cast<const uint8_t*>(host.window.keys),
+                                  host.keys.batch * host.window.batch_stride, window_size);
+  const auto window_values = upload(static_cast<const uint8_t*>(host.window.values),
+                                    host.keys.batch * host.window.batch_stride, window_size);
   const DeviceArray<uint8_t> out(
-      static_cast<size_t>(heads * rows * dim * size_of(host.query_dtype)));
+      static_cast<size_t>(heads * rows * dim * size_of(host.queries.dtype)));
 
   const DeviceArray<float> lse(static_cast<size_t>(heads * rows));
 
@@ -65,23 +68,25 @@ AttendAnswer attend_on_device(const AttendParams& host, const gpu::AttendTiling*
     return reinterpret_cast<decltype(type)>(array.data());
   };
   AttendParams p = host;
-  p.rope.inv_freq = as(host.rope.inv_freq, inv_freq);
-  p.query = query.data();
-  p.k_pages = k_pages.data();
+  p.keys.codec.rope.inv_freq = as(host.keys.codec.rope.inv_freq, inv_freq);
+  p.queries.data = query.data();
+  p.keys.pages = k_pages.data();
   p.v_pages = v_pages.data();
-  p.page_table = as(host.page_table, table);
-  p.cache_seqlens = as(host.cache_seqlens, seqlens);
-  p.basis = as(host.basis, basis);
-  p.scale = as(host.scale, scale);
-  p.mean = as(host.mean, mean);
-  p.post_mean = host.post_mean ? as(host.post_mean, post_mean) : nullptr;
-  p.first_position = host.first_position ? as(host.first_position, first) : nullptr;
-  p.outlier_slots = host.outliers ? as(host.outlier_slots, outlier_slots) : nullptr;
-  p.outlier_keys = host.outliers ? outlier_keys.data() : nullptr;
+  p.keys.page_table = as(host.keys.page_table, table);
+  p.keys.cache_seqlens = as(host.keys.cache_seqlens, seqlens);
+  p.keys.codec.basis = as(host.keys.codec.basis, basis);
+  p.keys.codec.scale = as(host.keys.codec.scale, scale);
+  p.keys.codec.mean = as(host.keys.codec.mean, mean);
+  p.keys.codec.post_mean =
+      host.keys.codec.post_mean ? as(host.keys.codec.post_mean, post_mean) : nullptr;
+  p.keys.first_position = host.keys.first_position ? as(host.keys.first_position, first) : nullptr;
+  p.keys.outlier_slots =
+      host.keys.num_outliers ? as(host.keys.outlier_slots, outlier_slots) : nullptr;
+  p.keys.outlier_keys = host.keys.num_outliers ? outlier_keys.data() : nullptr;
   p.token_slots = host.token_slots ? as(host.token_slots, token_slots) : nullptr;
-  p.window_keys = window_keys.data();
-  p.window_values = window_values.data();
-  p.window_lens = as(host.window_lens, window_lens);
+  p.window.keys = window_keys.data();
+  p.window.values = window_values.data();
+  p.window.lens = as(host.window.lens, window_lens);
   p.out = out.data();
   p.lse = lse.data();
 

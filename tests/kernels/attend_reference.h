@@ -31,15 +31,16 @@ class AttendReference {
 
   // Row r of KV head h of sequence b.
   Expected row(int b, int h, int64_t r) const {
-    const int dim = p_.layout.head_dim;
-    const int64_t at = (int64_t{b} * p_.layout.num_heads + h) * device::query_rows(p_) + r;
+    const int dim = p_.keys.layout.head_dim;
+    const int64_t at = (int64_t{b} * p_.keys.layout.num_heads + h) * device::query_rows(p_) + r;
     reference::Row query(dim);
-    for (int d = 0; d < dim; ++d) query[d] = number(p_.query, p_.query_dtype, at * dim + d);
+    for (int d = 0; d < dim; ++d)
+      query[d] = number(p_.queries.data, p_.queries.dtype, at * dim + d);
     std::vector<SeenKey> seen;
-    for (int slot = p_.sink_tokens; slot < p_.cache_seqlens[b]; ++slot)
+    for (int slot = p_.keys.sink_tokens; slot < p_.keys.cache_seqlens[b]; ++slot)
       if (slot_of(b, h, slot) != device::kNoSlot) seen.push_back(packed(b, h, slot, query));
-    const int64_t hidden = p_.causal ? p_.q_len - 1 - r % p_.q_len : 0;
-    for (int64_t e = 0; e < p_.window_lens[b] - hidden; ++e) seen.push_back(exact(b, h, e, query));
+    const int64_t hidden = p_.causal ? p_.queries.length - 1 - r % p_.queries.length : 0;
+    for (int64_t e = 0; e < p_.window.lens[b] - hidden; ++e) seen.push_back(exact(b, h, e, query));
     return combine(seen);
   }
 
@@ -51,37 +52,38 @@ class AttendReference {
   // Slot of token `token` of the pages, which says its position.
   int slot_of(int b, int h, int token) const {
     if (!p_.token_slots) return token;
-    const int64_t list = int64_t{b} * p_.layout.num_heads + h;
-    return p_.token_slots[list * p_.table_stride * kPageTokens + token];
+    const int64_t list = int64_t{b} * p_.keys.layout.num_heads + h;
+    return p_.token_slots[list * p_.keys.table_stride * kPageTokens + token];
   }
 
   SeenKey packed(int b, int h, int slot, const reference::Row& query) const {
-    const LayoutView& layout = p_.layout;
+    const LayoutView& layout = p_.keys.layout;
     const int dim = layout.head_dim, at = slot % kPageTokens;
-    const int64_t id = p_.page_table[b * p_.table_stride + slot / kPageTokens];
-    const uint8_t* keys = p_.k_pages + id * layout.k_page_bytes;
+    const int64_t id = p_.keys.page_table[b * p_.keys.table_stride + slot / kPageTokens];
+    const uint8_t* keys = p_.keys.pages + id * layout.k_page_bytes;
     const uint8_t* values = p_.v_pages + id * layout.v_page_bytes + h * layout.value.page_bytes();
     SeenKey seen{0, 0, reference::Row(dim), reference::Row(dim)};
     fill_values(seen, values, at);
     if (const int64_t outlier = outlier_at(b, h, slot); outlier >= 0) {
-      score_exact(p_.outlier_keys, p_.outlier_dtype, outlier * dim, query, seen);
+      score_exact(p_.keys.outlier_keys, p_.keys.outlier_dtype, outlier * dim, query, seen);
       return seen;
     }
     if (layout.rope != RopeMode::kPre) add_absorbed(b, h, at, query, keys, seen);
     if (layout.rope != RopeMode::kPost) add_reconstructed(b, h, slot, query, keys, seen);
-    seen.score *= double{p_.sm_scale};
-    seen.error *= double{p_.sm_scale};
+    seen.score *= double{p_.queries.sm_scale};
+    seen.error *= double{p_.queries.sm_scale};
     return seen;
   }
 
   // The tail of a key: codes times absorbed queries.
   void add_absorbed(int b, int h, int at, const reference::Row& query, const uint8_t* keys,
                     SeenKey& seen) const {
-    const LayoutView& layout = p_.layout;
+    const LayoutView& layout = p_.keys.layout;
     const int dim = layout.head_dim;
-    const uint16_t* basis = p_.basis + int64_t{b} * layout.rank * dim;
-    const float* mean = (layout.rope == RopeMode::kHybrid ? p_.post_mean : p_.mean) +
-                        (int64_t{b} * layout.num_heads + h) * dim;
+    const uint16_t* basis = p_.keys.codec.basis + int64_t{b} * layout.rank * dim;
+    const float* mean =
+        (layout.rope == RopeMode::kHybrid ? p_.keys.codec.post_mean : p_.keys.codec.mean) +
+        (int64_t{b} * layout.num_heads + h) * dim;
     double magnitude = 0;
     for (int d = 0; d < dim; ++d) {
       seen.score += query[d] * double{mean[d]};
@@ -95,7 +97,7 @@ class AttendReference {
         w += x;
         terms += std::fabs(x);
       }
-      const double scale = double{p_.scale[b * layout.rank + c.row]};
+      const double scale = double{p_.keys.codec.scale[b * layout.rank + c.row]};
       const double code = get_code(keys, c.place(at), c.width);
       seen.score += (code - c.mid()) * w * scale;
       // A weight is a half: off by 2^-11 of itself. Codes pass whole, and their middle is taken off
@@ -114,8 +116,8 @@ class AttendReference {
   }
 
   void fill_values(SeenKey& seen, const uint8_t* values, int at) const {
-    const ValueLayout& value = p_.layout.value;
-    for (int d = 0; d < p_.layout.head_dim; ++d) {
+    const ValueLayout& value = p_.keys.layout.value;
+    for (int d = 0; d < p_.keys.layout.head_dim; ++d) {
       seen.value[d] = reference::decode_value(value, values, d, at, p_.v_dtype);
       if (!value.packed()) continue;
       const int code =
@@ -128,12 +130,12 @@ class AttendReference {
   // do the queries. An error of a pair of columns keeps its length when it is turned.
   void add_reconstructed(int b, int h, int slot, const reference::Row& query, const uint8_t* keys,
                          SeenKey& seen) const {
-    const LayoutView& layout = p_.layout;
-    const int dim = layout.head_dim, half = p_.rope.rotary_pairs;
-    const uint16_t* basis = p_.basis + int64_t{b} * layout.rank * dim;
-    const float* mean = p_.mean + (int64_t{b} * layout.num_heads + h) * dim;
+    const LayoutView& layout = p_.keys.layout;
+    const int dim = layout.head_dim, half = p_.keys.codec.rope.rotary_pairs;
+    const uint16_t* basis = p_.keys.codec.basis + int64_t{b} * layout.rank * dim;
+    const float* mean = p_.keys.codec.mean + (int64_t{b} * layout.num_heads + h) * dim;
     const auto channels = reference::part_channels(layout, h, RopeMode::kPre);
-    const float* scale = p_.scale + int64_t{b} * layout.rank;
+    const float* scale = p_.keys.codec.scale + int64_t{b} * layout.rank;
     reference::Row key =
         reference::decode_key(channels, keys, slot % kPageTokens, basis, scale, mean, dim);
     reference::Row off(dim);
@@ -151,9 +153,9 @@ class AttendReference {
       off[d] +=
           distance * largest * 0x1p-33 + magnitude * (dim * 2 * kFloatRounding + sum_rounding(dim));
     }
-    const double position =
-        (p_.first_position ? p_.first_position[b] : 0) + static_cast<double>(slot_of(b, h, slot));
-    reference::rotate(key, p_.rope, position);
+    const double position = (p_.keys.first_position ? p_.keys.first_position[b] : 0) +
+                            static_cast<double>(slot_of(b, h, slot));
+    reference::rotate(key, p_.keys.codec.rope, position);
     for (int d = 0; d < dim; ++d) seen.score += query[d] * key[d];
     const auto add = [&](double q, double k, double error) {
       // Key and turned query are rounded to halves (2^-25 below their normal range), and products
@@ -170,29 +172,29 @@ class AttendReference {
   }
 
   SeenKey exact(int b, int h, int64_t e, const reference::Row& query) const {
-    const int dim = p_.layout.head_dim;
-    const int64_t at = b * p_.window_batch_stride + h * p_.window_head_stride + e * dim;
+    const int dim = p_.keys.layout.head_dim;
+    const int64_t at = b * p_.window.batch_stride + h * p_.window.head_stride + e * dim;
     SeenKey seen{0, 0, reference::Row(dim), reference::Row(dim)};
-    score_exact(p_.window_keys, p_.window_dtype, at, query, seen);
-    for (int d = 0; d < dim; ++d) seen.value[d] = number(p_.window_values, p_.window_dtype, at + d);
+    score_exact(p_.window.keys, p_.window.dtype, at, query, seen);
+    for (int d = 0; d < dim; ++d) seen.value[d] = number(p_.window.values, p_.window.dtype, at + d);
     return seen;
   }
 
   // Place of a slot's exact key among all outliers, -1 if it has none.
   int64_t outlier_at(int b, int h, int slot) const {
-    const int64_t list = (int64_t{b} * p_.layout.num_heads + h) * p_.outliers;
-    for (int64_t i = list; i < list + p_.outliers; ++i) {
-      if (p_.outlier_slots[i] == slot) return i;
+    const int64_t list = (int64_t{b} * p_.keys.layout.num_heads + h) * p_.keys.num_outliers;
+    for (int64_t i = list; i < list + p_.keys.num_outliers; ++i) {
+      if (p_.keys.outlier_slots[i] == slot) return i;
     }
     return -1;
   }
 
   void score_exact(const void* keys, DataType dtype, int64_t at, const reference::Row& query,
                    SeenKey& seen) const {
-    const int dim = p_.layout.head_dim;
+    const int dim = p_.keys.layout.head_dim;
     double magnitude = 0;
     for (int d = 0; d < dim; ++d) {
-      const double x = double{p_.sm_scale} * query[d] * number(keys, dtype, at + d);
+      const double x = double{p_.queries.sm_scale} * query[d] * number(keys, dtype, at + d);
       seen.score += x;
       magnitude += std::fabs(x);
     }
@@ -200,7 +202,7 @@ class AttendReference {
   }
 
   Expected combine(std::vector<SeenKey>& seen) const {
-    const int dim = p_.layout.head_dim;
+    const int dim = p_.keys.layout.head_dim;
     Expected result{reference::Row(dim), reference::Row(dim),
                     -std::numeric_limits<double>::infinity(), 0};
     if (seen.empty()) return result;
@@ -233,14 +235,15 @@ class AttendReference {
         largest =
             std::max(largest, std::fabs(key.value[d] - key.coded[d]) + std::fabs(key.coded[d]));
       }
-      tolerance += summing * largest + rounding(p_.query_dtype) * std::fabs(out) + 0x1p-25;
+      tolerance += summing * largest + rounding(p_.queries.dtype) * std::fabs(out) + 0x1p-25;
     }
     return result;
   }
 
   // Whether attend_decode serves the rows.
   static bool decodes(const AttendParams& p) {
-    return p.layout.value.packed() && (p.token_slots || device::query_rows(p) <= device::kRowTile);
+    return p.keys.layout.value.packed() &&
+           (p.token_slots || device::query_rows(p) <= device::kRowTile);
   }
 
   const AttendParams& p_;

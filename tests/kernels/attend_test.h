@@ -62,8 +62,8 @@ class AttendTest : public KernelTest {
     const AttendReference reference(p);
     const int64_t rows = device::query_rows(p);
     int64_t row = 0;
-    for (int b = 0; b < p.batch; ++b) {
-      for (int h = 0; h < p.layout.num_heads; ++h) {
+    for (int b = 0; b < p.keys.batch; ++b) {
+      for (int h = 0; h < p.keys.layout.num_heads; ++h) {
         for (int64_t r = 0; r < rows; ++r, ++row) {
           const auto where = [&] {
             return ::testing::Message() << "sequence " << b << " KV head " << h << " row " << r;

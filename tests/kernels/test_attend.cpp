@@ -184,10 +184,10 @@ TEST_P(AttendKernels, AgreesWithTheCpuBackend) {
     const AttendAnswer got = run(p, nullptr);
     problem.run(current_backend(), SerialExecutor());
     const testing::AttendReference reference(p);
-    for (int b = 0; b < p.batch; ++b) {
-      for (int head = 0; head < p.num_qo_heads; ++head) {
+    for (int b = 0; b < p.keys.batch; ++b) {
+      for (int head = 0; head < p.queries.num_heads; ++head) {
         for (int i = 0; i < c.q_len; ++i) {
-          const int64_t row = (int64_t{b} * p.num_qo_heads + head) * c.q_len + i;
+          const int64_t row = (int64_t{b} * p.queries.num_heads + head) * c.q_len + i;
           const testing::Expected own =
               reference.row(b, head / c.group, head % c.group * c.q_len + i);
           const testing::Attended cpu = problem.expected(b, head, i);

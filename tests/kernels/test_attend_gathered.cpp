@@ -108,7 +108,7 @@ TEST_P(AttendGathered, BadSlotsAreSaid) {
       c.v_group_size = 16;
       AttendProblem problem(c, 5000);
       AttendParams p = testing::captured_params(problem);
-      const int64_t room = p.table_stride * kPageTokens;
+      const int64_t room = p.keys.table_stride * kPageTokens;
       std::vector<int32_t> slots(p.token_slots, p.token_slots + 4 * room);
       std::fill_n(slots.begin() + room, room, device::kNoSlot);
       slots[room] = device::kBadSlot;
@@ -125,7 +125,7 @@ TEST_P(AttendGathered, SinksAreAnError) {
   AttendCase c = small_case();
   AttendProblem problem(c, 6000);
   AttendParams p = testing::captured_params(problem);
-  p.sink_tokens = 1;
+  p.keys.sink_tokens = 1;
   EXPECT_THROW(run(p, nullptr), Error);
 }
 

@@ -21,13 +21,14 @@ class AttendInput : public testing::AttendTest {
       AttendProblem problem(c, 1);
       AttendParams p = testing::captured_params(problem);
       const AttendAnswer clean = run(p, nullptr);
-      std::vector<int32_t> table(p.page_table, p.page_table + p.batch * p.table_stride);
-      std::vector<int32_t> lengths(p.cache_seqlens, p.cache_seqlens + p.batch);
-      std::vector<int32_t> exact(p.window_lens, p.window_lens + p.batch);
+      std::vector<int32_t> table(p.keys.page_table,
+                                 p.keys.page_table + p.keys.batch * p.keys.table_stride);
+      std::vector<int32_t> lengths(p.keys.cache_seqlens, p.keys.cache_seqlens + p.keys.batch);
+      std::vector<int32_t> exact(p.window.lens, p.window.lens + p.keys.batch);
       spoil(p, table, lengths, exact);
-      p.page_table = table.data();
-      p.cache_seqlens = lengths.data();
-      p.window_lens = exact.data();
+      p.keys.page_table = table.data();
+      p.keys.cache_seqlens = lengths.data();
+      p.window.lens = exact.data();
       const AttendAnswer got = run(p, nullptr);
       const size_t half = got.lse.size() / 2;
       for (size_t row = 0; row < got.lse.size(); ++row) {
@@ -61,20 +62,20 @@ TEST_P(AttendInput, PagesThatDoNotExist) {
 
 TEST_P(AttendInput, PagesPastThePool) {
   check([](const AttendParams& p, Ints& table, Ints&, Ints&) {
-    table[2] = static_cast<int32_t>(p.num_pages);
+    table[2] = static_cast<int32_t>(p.keys.num_pages);
   });
 }
 
 TEST_P(AttendInput, LengthsOutOfRange) {
   check([](const AttendParams&, Ints&, Ints& lengths, Ints&) { lengths[0] = -1; });
   check([](const AttendParams& p, Ints&, Ints& lengths, Ints&) {
-    lengths[0] = static_cast<int32_t>(p.table_stride * kPageTokens + 1);
+    lengths[0] = static_cast<int32_t>(p.keys.table_stride * kPageTokens + 1);
   });
 }
 
 TEST_P(AttendInput, ExactLengthsOutOfRange) {
   check([](const AttendParams&, Ints&, Ints&, Ints& exact) { exact[0] = -5; });
-  check([](const AttendParams& p, Ints&, Ints&, Ints& exact) { exact[0] = p.window_rows + 1; });
+  check([](const AttendParams& p, Ints&, Ints&, Ints& exact) { exact[0] = p.window.rows + 1; });
 }
 
 SVDQ_KERNEL_TESTS(AttendInput);

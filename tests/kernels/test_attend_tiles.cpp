@@ -184,7 +184,7 @@ TEST_P(AttendTiles, LongQueriesFitTheGrid) {
   AttendCase c = small_case();
   AttendProblem problem(c, 9960);
   AttendParams p = testing::captured_params(problem);
-  p.q_len = 1 << 20;
+  p.queries.length = 1 << 20;
   const gpu::DeviceLimits limits{132, 101376};
   using Scores = device::AbsorbedScores<64>;
   using Tiles = device::AbsorbedTiles<64>;

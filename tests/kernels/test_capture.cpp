@@ -64,11 +64,11 @@ TEST_P(Capture, SelectAndGatherNeverWait) {
   SelectParams select{};  // of an empty cache: nothing is selected
   const Layout layout(testing::layout_ints(RopeMode::kPost, 64, {{{4, 8, 4, 8}}}));
   const testing::DeviceArray<int32_t> length(std::vector<int32_t>{0}), slots(3);
-  select.layout = layout.view();
-  select.batch = 1;
-  select.num_qo_heads = 1;
-  select.q_len = 1;
-  select.cache_seqlens = length.data();
+  select.keys.layout = layout.view();
+  select.keys.batch = 1;
+  select.queries.num_heads = 1;
+  select.queries.length = 1;
+  select.keys.cache_seqlens = length.data();
   select.channels = 8;
   select.budget = 3;
   select.slots = slots.data();

@@ -70,9 +70,13 @@ class PackKernels : public testing::KernelTest {
     for (float& x : scale) x = static_cast<float>(0.02 + 0.01 * random_.integer(0, 30));
     for (float& x : mean) x = static_cast<float>(random_.normal());
 
-    PackKeysParams p{
-        tokens_->source(), layout.view(), {inv_freq.data(), half}, c.position,    basis.data(),
-        scale.data(),      mean.data(),   pages_.data(),           table_.data(), c.slot};
+    PackKeysParams p{tokens_->source(),
+                     layout.view(),
+                     {{inv_freq.data(), half}, basis.data(), scale.data(), mean.data(), nullptr},
+                     c.position,
+                     pages_.data(),
+                     table_.data(),
+                     c.slot};
     const auto before = pages_;
     const auto d_basis = bytes_of(basis.data(), static_cast<int64_t>(basis.size()));
     const DeviceArray<float> d_scale(scale), d_mean(mean);
@@ -85,10 +89,10 @@ class PackKernels : public testing::KernelTest {
     PackKeysParams d = p;
     d.errors = d_errors.data();
     d.keys = upload(c);
-    d.rope.inv_freq = d_freq.data();
-    d.basis = reinterpret_cast<const uint16_t*>(d_basis.data());
-    d.scale = d_scale.data();
-    d.mean = d_mean.data();
+    d.codec.rope.inv_freq = d_freq.data();
+    d.codec.basis = reinterpret_cast<const uint16_t*>(d_basis.data());
+    d.codec.scale = d_scale.data();
+    d.codec.mean = d_mean.data();
     d.pages = d_pages.data();
     gpu::pack_keys(d, stream());
     const auto got = d_pages.read();
@@ -127,7 +131,7 @@ class PackKernels : public testing::KernelTest {
       for (int64_t t = 0; t < c.num_tokens; ++t) {
         const int64_t slot = c.slot + t, page = table_[slot / kPageTokens] * layout.k_page_bytes();
         const reference::Row key =
-            reference::unrotated_key(*tokens_, h, t, c.head_dim, p.rope, c.position);
+            reference::unrotated_key(*tokens_, h, t, c.head_dim, p.codec.rope, c.position);
         for (const auto& channel : channels) {
           const CodeAddress place = channel.place(slot % kPageTokens);
           const int code = get_code(&got[page], place, channel.width),
@@ -136,14 +140,14 @@ class PackKernels : public testing::KernelTest {
           double magnitude = 0;
           for (int d = 0; d < c.head_dim; ++d) {
             magnitude +=
-                (std::fabs(key[d]) * 2 + std::fabs(double{p.mean[h * c.head_dim + d]})) *
-                std::fabs(double{bfloat16_to_float(p.basis[channel.row * c.head_dim + d])});
+                (std::fabs(key[d]) * 2 + std::fabs(double{p.codec.mean[h * c.head_dim + d]})) *
+                std::fabs(double{bfloat16_to_float(p.codec.basis[channel.row * c.head_dim + d])});
           }
-          const double scale = double{p.scale[channel.row]};
-          const double exact =
-              reference::project(key, p.mean + h * c.head_dim, p.basis + channel.row * c.head_dim) /
-                  scale +
-              channel.mid();
+          const double scale = double{p.codec.scale[channel.row]};
+          const double exact = reference::project(key, p.codec.mean + h * c.head_dim,
+                                                  p.codec.basis + channel.row * c.head_dim) /
+                                   scale +
+                               channel.mid();
           // Cosines and sines are off by 2^-22, as the test of rotations says; two of them make one
           // of up to 2 sqrt(2) times that, and a key takes both, with a few roundings besides those
           // of the projection.

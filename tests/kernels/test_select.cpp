@@ -21,39 +21,43 @@ struct Selected {
 template <typename Stream>
 Selected select_on_device(const SelectParams& host, Stream& stream) {
   using testing::upload;
-  const int64_t heads = int64_t{host.batch} * host.layout.num_heads, dim = host.layout.head_dim;
+  const int64_t heads = int64_t{host.keys.batch} * host.keys.layout.num_heads,
+                dim = host.keys.layout.head_dim;
   const auto as = [](auto* type, const DeviceArray<uint8_t>& array) {
     return type ? reinterpret_cast<decltype(type)>(array.data()) : nullptr;
   };
   const auto query =
-      upload(static_cast<const uint8_t*>(host.query), heads * device::query_rows(host) * dim,
-             testing::size_of(host.query_dtype));
-  const auto pages = upload(host.k_pages, host.num_pages, host.layout.k_page_bytes);
-  const auto table = upload(host.page_table, host.batch * host.table_stride);
-  const auto seqlens = upload(host.cache_seqlens, host.batch);
-  const auto basis = upload(host.basis, host.batch * host.layout.rank * dim);
-  const auto scale = upload(host.scale, host.batch * host.layout.rank);
-  const auto mean = upload(host.mean, heads * dim);
-  const auto post_mean = upload(host.post_mean, host.post_mean ? heads * dim : 0);
-  const auto first = upload(host.first_position, host.first_position ? host.batch : 0);
-  const auto inv_freq = upload(host.rope.inv_freq, host.rope.rotary_pairs);
-  const auto outliers = upload(host.outlier_slots, heads * host.outliers);
-  const DeviceArray<int32_t> slots(static_cast<size_t>(heads * (host.budget + host.outliers))),
-      places(static_cast<size_t>(heads * host.outliers));
+      upload(static_cast<const uint8_t*>(host.queries.data), heads * device::query_rows(host) * dim,
+             testing::size_of(host.queries.dtype));
+  const auto pages = upload(host.keys.pages, host.keys.num_pages, host.keys.layout.k_page_bytes);
+  const auto table = upload(host.keys.page_table, host.keys.batch * host.keys.table_stride);
+  const auto seqlens = upload(host.keys.cache_seqlens, host.keys.batch);
+  const auto basis = upload(host.keys.codec.basis, host.keys.batch * host.keys.layout.rank * dim);
+  const auto scale = upload(host.keys.codec.scale, host.keys.batch * host.keys.layout.rank);
+  const auto mean = upload(host.keys.codec.mean, heads * dim);
+  const auto post_mean =
+      upload(host.keys.codec.post_mean, host.keys.codec.post_mean ? heads * dim : 0);
+  const auto first =
+      upload(host.keys.first_position, host.keys.first_position ? host.keys.batch : 0);
+  const auto inv_freq = upload(host.keys.codec.rope.inv_freq, host.keys.codec.rope.rotary_pairs);
+  const auto outliers = upload(host.keys.outlier_slots, heads * host.keys.num_outliers);
+  const DeviceArray<int32_t> slots(
+      static_cast<size_t>(heads * (host.budget + host.keys.num_outliers))),
+      places(static_cast<size_t>(heads * host.keys.num_outliers));
   SelectParams p = host;
-  p.query = query.data();
-  p.k_pages = pages.data();
-  p.page_table = as(host.page_table, table);
-  p.cache_seqlens = as(host.cache_seqlens, seqlens);
-  p.basis = as(host.basis, basis);
-  p.scale = as(host.scale, scale);
-  p.mean = as(host.mean, mean);
-  p.post_mean = as(host.post_mean, post_mean);
-  p.first_position = as(host.first_position, first);
-  p.rope.inv_freq = as(host.rope.inv_freq, inv_freq);
-  p.outlier_slots = as(host.outlier_slots, outliers);
+  p.queries.data = query.data();
+  p.keys.pages = pages.data();
+  p.keys.page_table = as(host.keys.page_table, table);
+  p.keys.cache_seqlens = as(host.keys.cache_seqlens, seqlens);
+  p.keys.codec.basis = as(host.keys.codec.basis, basis);
+  p.keys.codec.scale = as(host.keys.codec.scale, scale);
+  p.keys.codec.mean = as(host.keys.codec.mean, mean);
+  p.keys.codec.post_mean = as(host.keys.codec.post_mean, post_mean);
+  p.keys.first_position = as(host.keys.first_position, first);
+  p.keys.codec.rope.inv_freq = as(host.keys.codec.rope.inv_freq, inv_freq);
+  p.keys.outlier_slots = as(host.keys.outlier_slots, outliers);
   p.slots = slots.data();
-  p.outlier_indices = host.outliers ? places.data() : nullptr;
+  p.outlier_indices = host.keys.num_outliers ? places.data() : nullptr;
   gpu::select(p, stream);
   return {slots.read(), places.read()};
 }
@@ -219,17 +223,18 @@ TEST_P(SelectKernels, BadLengthsAndPagesAreSaid) {
   SelectProblem problem(c, 9100);
   const SelectParams good = problem.params();
   const Selected whole = select_on_device(good, stream());
-  const int64_t list = good.budget + good.outliers;
+  const int64_t list = good.budget + good.keys.num_outliers;
   for (int kind = 0; kind < 4; ++kind) {
     std::vector<int32_t> lengths = {130, 70},
-                         table(good.page_table, good.page_table + 2 * good.table_stride);
+                         table(good.keys.page_table,
+                               good.keys.page_table + 2 * good.keys.table_stride);
     if (kind == 0) lengths[0] = -1;
-    if (kind == 1) lengths[0] = static_cast<int>(good.table_stride) * kPageTokens + 1;
-    if (kind == 2) table[1] = static_cast<int>(good.num_pages);
+    if (kind == 1) lengths[0] = static_cast<int>(good.keys.table_stride) * kPageTokens + 1;
+    if (kind == 2) table[1] = static_cast<int>(good.keys.num_pages);
     if (kind == 3) table[2] = -5;
     SelectParams p = good;
-    p.cache_seqlens = lengths.data();
-    p.page_table = table.data();
+    p.keys.cache_seqlens = lengths.data();
+    p.keys.page_table = table.data();
     const Selected got = select_on_device(p, stream());
     for (int64_t i = 0; i < 2 * list; ++i) {
       const int32_t expected =

@@ -90,12 +90,13 @@ class InspectKernels : public testing::KernelTest {
         keys(static_cast<size_t>(count));
     const DeviceArray<uint16_t> d_basis(basis);
     const Rope rope{inv_freq.data(), static_cast<int>(inv_freq.size())};
-    gpu::unpack_keys(params(c, pages.data()), {d_freq.data(), rope.rotary_pairs}, c.position,
-                     d_basis.data(), d_scale.data(), d_mean.data(), keys.data(), stream());
+    const KeyCodec d_codec{
+        {d_freq.data(), rope.rotary_pairs}, d_basis.data(), d_scale.data(), d_mean.data(), nullptr};
+    gpu::unpack_keys({params(c, pages.data()), d_codec, c.position, keys.data()}, stream());
     const std::vector<float> got = keys.read();
     std::vector<float> expected(count);
-    unpack_keys(params(c, k_pages_.data()), SerialExecutor(), rope, c.position, basis.data(),
-                scale.data(), mean.data(), expected.data());
+    const KeyCodec codec{rope, basis.data(), scale.data(), mean.data(), nullptr};
+    unpack_keys({params(c, k_pages_.data()), codec, c.position, expected.data()}, SerialExecutor());
 
     for (int h = 0; h < heads; ++h) {
       const auto channels = reference::channels_of(layout_->view().heads[h]);

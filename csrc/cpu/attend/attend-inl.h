@@ -38,12 +38,12 @@ inline void attend_page_rows(const AttendPlan& plan, const AttendTask& task, con
                              const RowBlock& head_rows, int64_t first, const PageVisit& visit,
                              Prefetcher& next) {
   const AttendParams& p = plan.p;
-  const int dim = p.layout.head_dim, groups = plan.v_groups;
+  const int dim = p.keys.layout.head_dim, groups = plan.v_groups;
   const RowBlock rows = sub_block(head_rows, first, dim, groups);
   const uint64_t mask = visit.mask;
   next.fetch(next.share(kScoresShare));
   page_scores<kRows>(plan, task, s, first, visit);
-  if (!p.layout.value.packed()) {
+  if (!p.keys.layout.value.packed()) {
     uint64_t masks[kRows];
     for (int r = 0; r < kRows; ++r) masks[r] = mask;
     if (softmax_rows<kRows>(s, rows, masks, dim, groups))
@@ -53,12 +53,12 @@ inline void attend_page_rows(const AttendPlan& plan, const AttendTask& task, con
   }
   next.fetch(next.share(kScoresShare));
   if (mask != ~uint64_t{0}) mask_scores<kRows>(mask, s.scores);
-  weigh_rows<kRows>(rows, s.scores, p.layout.value, groups, s.value_scales, next, s.weights);
+  weigh_rows<kRows>(rows, s.scores, p.keys.layout.value, groups, s.value_scales, next, s.weights);
   const uint8_t* codes = visit.bytes.values + plan.v_code_offset;
-  if (p.layout.value.bits == 4)
-    accumulate_packed<4, kRows>(p.layout.value, groups, codes, s.weights, next, rows.out);
-  if (p.layout.value.bits == 2)
-    accumulate_packed<2, kRows>(p.layout.value, groups, codes, s.weights, next, rows.out);
+  if (p.keys.layout.value.bits == 4)
+    accumulate_packed<4, kRows>(p.keys.layout.value, groups, codes, s.weights, next, rows.out);
+  if (p.keys.layout.value.bits == 2)
+    accumulate_packed<2, kRows>(p.keys.layout.value, groups, codes, s.weights, next, rows.out);
 }
 
 inline void attend_page(const AttendPlan& plan, const AttendTask& task, const AttendScratch& s,
@@ -74,12 +74,12 @@ inline void attend_page(const AttendPlan& plan, const AttendTask& task, const At
                   plan.has_pre() ? plan.columns[task.sequence_head] : Columns{},
                   {}};
   if (visit.mask == 0) return;
-  if (p.outliers) visit.outliers = page_outliers(plan, task, page);
+  if (p.keys.num_outliers) visit.outliers = page_outliers(plan, task, page);
   next.fetch(next.share(kScoresShare));
   if (visit.columns.used()) reconstruct_page(plan, task, s, visit);
   if (visit.columns.used() || visit.columns.num_means) turn_queries(plan, task, s, visit.page);
-  if (p.layout.value.packed())
-    load_value_scales(p.layout.value, plan.v_groups, visit.bytes.values, visit.mask,
+  if (p.keys.layout.value.packed())
+    load_value_scales(p.keys.layout.value, plan.v_groups, visit.bytes.values, visit.mask,
                       s.value_scales);
   for (int64_t first = 0; first < task.rows; first += kMaxRows) {
     with_count<kMaxRows>(static_cast<int>(task.rows - first), [&]<int kRows>() {
@@ -92,20 +92,20 @@ inline void attend_page(const AttendPlan& plan, const AttendTask& task, const At
 inline void attend_window(const AttendPlan& plan, const AttendTask& task, const AttendScratch& s,
                           const RowBlock& head_rows, int64_t block) {
   const AttendParams& p = plan.p;
-  const int dim = p.layout.head_dim, groups = plan.v_groups;
+  const int dim = p.keys.layout.head_dim, groups = plan.v_groups;
   const int64_t begin = block * kPageTokens;
   const int count =
       static_cast<int>(std::min<int64_t>(kPageTokens, plan.window_len(task.b) - begin));
-  const int64_t at = task.b * p.window_batch_stride + task.h * p.window_head_stride + begin * dim;
+  const int64_t at = task.b * p.window.batch_stride + task.h * p.window.head_stride + begin * dim;
   for (int64_t first = 0; first < task.rows; first += kMaxRows) {
     with_count<kMaxRows>(static_cast<int>(task.rows - first), [&]<int kRows>() {
       uint64_t masks[kRows], any = 0;
       for (int r = 0; r < kRows; ++r) {
         int64_t visible = count;
         if (p.causal) {
-          const int64_t i = (task.row + first + r) % p.q_len;
-          visible =
-              std::clamp<int64_t>(plan.window_len(task.b) - (p.q_len - 1 - i) - begin, 0, count);
+          const int64_t i = (task.row + first + r) % p.queries.length;
+          visible = std::clamp<int64_t>(
+              plan.window_len(task.b) - (p.queries.length - 1 - i) - begin, 0, count);
         }
         masks[r] = visible == kPageTokens ? ~uint64_t{0} : (uint64_t{1} << visible) - 1;
         any |= masks[r];
@@ -113,9 +113,9 @@ inline void attend_window(const AttendPlan& plan, const AttendTask& task, const 
       if (any == 0) return;
       const RowBlock rows = sub_block(head_rows, first, dim, groups);
       const float* query = plan.query + (task.sequence_head * plan.rows + task.row + first) * dim;
-      exact_scores<kRows>(query, dim, p.window_keys, p.window_dtype, at, count, s.scores);
+      exact_scores<kRows>(query, dim, p.window.keys, p.window.dtype, at, count, s.scores);
       if (!softmax_rows<kRows>(s, rows, masks, dim, groups)) return;
-      accumulate_window<kRows>(s.probabilities, p.window_values, p.window_dtype, at, any, dim,
+      accumulate_window<kRows>(s.probabilities, p.window.values, p.window.dtype, at, any, dim,
                                rows.out);
     });
   }
@@ -149,14 +149,14 @@ inline void absorb_run(const AttendPlan& plan, const AttendTask& task, const Att
 // Writes the partial results of one head's rows.
 inline void store_partial(const AttendPlan& plan, const AttendTask& task, const RowBlock& rows,
                           int64_t split) {
-  const int dim = plan.p.layout.head_dim, groups = plan.v_groups;
+  const int dim = plan.p.keys.layout.head_dim, groups = plan.v_groups;
   for (int64_t r = 0; r < task.rows; ++r) {
     const int64_t at = (task.sequence_head * plan.rows + task.row + r) * plan.splits + split;
     float* out = plan.partial_out + at * dim;
     for (int d = 0; d < dim; d += kVecLanes) {
       F32 value = load<F32>(rows.out + r * dim + d);
       if (groups) {
-        const int64_t group = r * groups + d / plan.p.layout.value.group_size;
+        const int64_t group = r * groups + d / plan.p.keys.layout.value.group_size;
         value += reduce_add(load<F32>(rows.middle_sum + group * kVecLanes));
       }
       store(out + d, value);
@@ -168,7 +168,7 @@ inline void store_partial(const AttendPlan& plan, const AttendTask& task, const 
 
 inline void attend_task(const AttendPlan& plan, int64_t index, const AttendScratch& s) {
   const AttendParams& p = plan.p;
-  const int dim = p.layout.head_dim, groups = plan.v_groups;
+  const int dim = p.keys.layout.head_dim, groups = plan.v_groups;
   const auto take = [&](int64_t count) {
     const int64_t rest = index % count;
     index /= count;
@@ -176,11 +176,11 @@ inline void attend_task(const AttendPlan& plan, int64_t index, const AttendScrat
   };
   const int64_t first_head = take(plan.head_groups()) * plan.task_heads;
   const int64_t row = take(plan.row_chunks) * kTaskRows, split = take(plan.splits), b = index;
-  const int64_t heads = std::min(plan.task_heads, p.layout.num_heads - first_head);
+  const int64_t heads = std::min(plan.task_heads, p.keys.layout.num_heads - first_head);
   const int64_t count = std::min(kTaskRows, plan.rows - row);
   const auto head_task = [&](int64_t i) {
     const int64_t h = first_head + i;
-    return AttendTask{b, h, b * p.layout.num_heads + h, row, count};
+    return AttendTask{b, h, b * p.keys.layout.num_heads + h, row, count};
   };
   reset_rows(s.rows, static_cast<int>(heads * count), dim, groups);
   const int64_t first = split * plan.split_blocks;
@@ -216,7 +216,7 @@ inline void attend_task(const AttendPlan& plan, int64_t index, const AttendScrat
 }
 
 inline void attend(const AttendParams& p, const Executor& executor) {
-  const PageAngles angles(p.rope);
+  const PageAngles angles(p.keys.codec.rope);
   AttendPlan plan = make_plan(p, angles);
   AttendScratch scratch{};
   const int64_t plan_bytes = carve_plan(plan, nullptr);
@@ -230,12 +230,13 @@ inline void attend(const AttendParams& p, const Executor& executor) {
   const auto executor_for = [&](int64_t products) -> const Executor& {
     return products < kSerialProducts ? this_thread : executor;
   };
-  const int64_t heads = plan.sequence_heads(), dim = p.layout.head_dim;
+  const int64_t heads = plan.sequence_heads(), dim = p.keys.layout.head_dim;
   const int64_t weights = plan.weight_rows + (plan.absorbs ? 4 * plan.slow.count * plan.rows : 0);
   const int64_t chunks = (plan.angle_pages() + kAngleChunk - 1) / kAngleChunk;
-  const int64_t angles_work = p.batch * plan.angle_pages() * p.rope.rotary_pairs * 8;
+  const int64_t angles_work =
+      p.keys.batch * plan.angle_pages() * p.keys.codec.rope.rotary_pairs * 8;
   for_each_task(executor_for(plan.batch_rank() * weights * dim + angles_work),
-                heads + p.batch * chunks, [&](int64_t task, int) {
+                heads + p.keys.batch * chunks, [&](int64_t task, int) {
                   if (task < heads) {
                     prepare_head(plan, task);
                   } else {

@@ -3,7 +3,7 @@
 // Merges the splits of one query row and writes it out.
 inline void finish_row(const AttendPlan& plan, int64_t row) {
   const AttendParams& p = plan.p;
-  const int dim = p.layout.head_dim;
+  const int dim = p.keys.layout.head_dim;
   const float* maxima = plan.partial_max + row * plan.splits;
   const float* sums = plan.partial_sum + row * plan.splits;
   float most = kNoScore;
@@ -20,7 +20,8 @@ inline void finish_row(const AttendPlan& plan, int64_t row) {
   }
   // Nothing visible: zeros, and the logarithm of an empty sum.
   const float inverse = sum > 0 ? 1.0f / sum : 0.0f;
-  for (int d = 0; d < dim; ++d) store_scalar(p.out, p.query_dtype, row * dim + d, out[d] * inverse);
+  for (int d = 0; d < dim; ++d)
+    store_scalar(p.out, p.queries.dtype, row * dim + d, out[d] * inverse);
   p.lse[row] = sum > 0 ? (most + std::log2(sum)) * kLn2 : kNoScore;
 }
 

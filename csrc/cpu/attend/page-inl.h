@@ -18,7 +18,7 @@ struct AttendScratch {
 
 // Lays the scratch of one worker out from `base` (null: only to measure); returns its bytes.
 inline int64_t carve_scratch(const AttendPlan& plan, uint8_t* base, AttendScratch& s) {
-  const int64_t dim = plan.p.layout.head_dim, groups = plan.v_groups;
+  const int64_t dim = plan.p.keys.layout.head_dim, groups = plan.v_groups;
   const int64_t rows = std::min(plan.rows, kTaskRows), all_rows = plan.task_heads * rows;
   int64_t bytes = 0;
   carve(s.codes, base, bytes, dim * kPageTokens);
@@ -34,7 +34,8 @@ inline int64_t carve_scratch(const AttendPlan& plan, uint8_t* base, AttendScratc
     carve(s.absorbed.low, base, bytes, kDegrees * plan.lanes);
     carve(s.absorbed.raw, base, bytes, kDegrees * plan.lanes);
   }
-  if (plan.gathered()) carve(s.turns, base, bytes, 2 * plan.p.rope.rotary_pairs * kPageTokens);
+  if (plan.gathered())
+    carve(s.turns, base, bytes, 2 * plan.p.keys.codec.rope.rotary_pairs * kPageTokens);
   carve(s.rows.max, base, bytes, all_rows);
   carve(s.rows.sum, base, bytes, all_rows * kVecLanes);
   carve(s.rows.middle_sum, base, bytes, all_rows * groups * kVecLanes);
@@ -51,22 +52,22 @@ struct AttendTask {
 
 // Slots of the 64 tokens of a gathered page.
 inline const int32_t* gathered_slots(const AttendPlan& plan, const AttendTask& task, int64_t page) {
-  return plan.p.token_slots + (task.sequence_head * plan.p.table_stride + page) * kPageTokens;
+  return plan.p.token_slots + (task.sequence_head * plan.p.keys.table_stride + page) * kPageTokens;
 }
 
 // Tokens of packed page `page` that count: neither sinks nor past the end nor gathered from nowhere.
 inline uint64_t page_mask(const AttendPlan& plan, const AttendTask& task, int64_t page) {
   const int64_t begin =
-      std::clamp<int64_t>(plan.p.sink_tokens - page * kPageTokens, 0, kPageTokens);
+      std::clamp<int64_t>(plan.p.keys.sink_tokens - page * kPageTokens, 0, kPageTokens);
   const int64_t end =
-      std::clamp<int64_t>(plan.p.cache_seqlens[task.b] - page * kPageTokens, 0, kPageTokens);
+      std::clamp<int64_t>(plan.p.keys.cache_seqlens[task.b] - page * kPageTokens, 0, kPageTokens);
   if (begin >= end) return 0;
   uint64_t mask = end == kPageTokens ? ~uint64_t{0} : (uint64_t{1} << end) - 1;
   mask &= ~uint64_t{0} << begin;
   if (!plan.gathered()) return mask;
   const int32_t* slots = gathered_slots(plan, task, page);
   uint64_t there = 0;
-  for (int t = 0; t < kPageTokens; ++t) there |= uint64_t{slots[t] != INT32_MAX} << t;
+  for (int t = 0; t < kPageTokens; ++t) there |= uint64_t{slots[t] != kNoSlot} << t;
   return mask & there;
 }
 
@@ -81,17 +82,17 @@ struct OutlierRange {
 };
 
 inline OutlierRange page_outliers(const AttendPlan& plan, const AttendTask& task, int64_t page) {
-  const int32_t* slots = plan.p.outlier_slots + task.sequence_head * plan.p.outliers;
-  const int32_t* end = slots + plan.p.outliers;
+  const int32_t* slots = plan.p.keys.outlier_slots + task.sequence_head * plan.p.keys.num_outliers;
+  const int32_t* end = slots + plan.p.keys.num_outliers;
   const int32_t* first = std::lower_bound(slots, end, page * kPageTokens);
   const int32_t* last = std::lower_bound(first, end, (page + 1) * kPageTokens);
   return {first - slots, last - first};
 }
 
 inline PageBytes page_bytes(const AttendPlan& plan, const AttendTask& task, int64_t page) {
-  const LayoutView& layout = plan.p.layout;
-  const int64_t id = plan.p.page_table[task.b * plan.p.table_stride + page];
-  return {plan.p.k_pages + id * layout.k_page_bytes + plan.head(task.h).k_offset,
+  const LayoutView& layout = plan.p.keys.layout;
+  const int64_t id = plan.p.keys.page_table[task.b * plan.p.keys.table_stride + page];
+  return {plan.p.keys.pages + id * layout.k_page_bytes + plan.head(task.h).k_offset,
           plan.p.v_pages + id * layout.v_page_bytes + task.h * plan.v_head_bytes};
 }
 
@@ -110,9 +111,10 @@ struct PageVisit {
 // Whether a task scores columns as it makes them: where one tile of rows reads them, their codes are
 // narrow, and all of them turn.
 inline bool fuses_columns(const AttendPlan& plan, const AttendTask& task) {
-  const LayoutView& layout = plan.p.layout;
+  const LayoutView& layout = plan.p.keys.layout;
   const bool all_turn =
-      plan.absorbs || (plan.gathered() && 2 * plan.p.rope.rotary_pairs == layout.head_dim);
+      plan.absorbs ||
+      (plan.gathered() && 2 * plan.p.keys.codec.rope.rotary_pairs == layout.head_dim);
   return all_turn && task.rows <= kMaxRows && plan.head(task.h).pre.count[0] == 0;
 }
 
@@ -125,7 +127,7 @@ template <int kRows>
 inline void page_scores(const AttendPlan& plan, const AttendTask& task, const AttendScratch& s,
                         int64_t first, const PageVisit& visit) {
   const AttendParams& p = plan.p;
-  const int dim = p.layout.head_dim;
+  const int dim = p.keys.layout.head_dim;
   const HeadPlan& head = plan.head(task.h);
   bool scored = false;
   if (plan.absorbs) {
@@ -156,7 +158,7 @@ inline void page_scores(const AttendPlan& plan, const AttendTask& task, const At
     scored = true;
   }
   if (visit.columns.num_means) {
-    add_mean_scores<kRows>(visit.columns, p.mean + task.sequence_head * dim,
+    add_mean_scores<kRows>(visit.columns, p.keys.codec.mean + task.sequence_head * dim,
                            plan.angles.column_cos(0), s.page_query + first * dim, dim, s.scores);
   }
   if (plan.has_post()) {
@@ -170,10 +172,10 @@ inline void page_scores(const AttendPlan& plan, const AttendTask& task, const At
     }
   }
   for (int64_t i = visit.outliers.first; i < visit.outliers.first + visit.outliers.count; ++i) {
-    const int64_t at = task.sequence_head * p.outliers + i;
+    const int64_t at = task.sequence_head * p.keys.num_outliers + i;
     const float* query = plan.query + (task.sequence_head * plan.rows + task.row + first) * dim;
-    exact_score<kRows>(query, dim, p.outlier_keys, p.outlier_dtype, at * dim,
-                       s.scores + p.outlier_slots[at] % kPageTokens);
+    exact_score<kRows>(query, dim, p.keys.outlier_keys, p.keys.outlier_dtype, at * dim,
+                       s.scores + p.keys.outlier_slots[at] % kPageTokens);
   }
 }
 
@@ -181,13 +183,13 @@ inline void page_scores(const AttendPlan& plan, const AttendTask& task, const At
 // that of its offset there.
 inline void turn_gathered(const AttendPlan& plan, const AttendTask& task, const AttendScratch& s,
                           int64_t page) {
-  const int half = plan.p.rope.rotary_pairs;
+  const int half = plan.p.keys.codec.rope.rotary_pairs;
   const int32_t* slots = gathered_slots(plan, task, page);
   for (int first = 0; first < kPageTokens; first += kVecLanes) {
     const float* base[kVecLanes];
     const float* offset[kVecLanes];
     for (int t = 0; t < kVecLanes; ++t) {
-      const int64_t slot = slots[first + t] == INT32_MAX ? 0 : slots[first + t];
+      const int64_t slot = slots[first + t] == kNoSlot ? 0 : slots[first + t];
       base[t] = plan.page_start(task.b, slot / kPageTokens);
       offset[t] = plan.angles.row_cos(static_cast<int>(slot % kPageTokens));
     }
@@ -223,7 +225,7 @@ inline void turn_gathered(const AttendPlan& plan, const AttendTask& task, const 
 // Turns the queries back by the first position of the page, or not where keys are turned all the way.
 inline void turn_queries(const AttendPlan& plan, const AttendTask& task, const AttendScratch& s,
                          int64_t page) {
-  const int dim = plan.p.layout.head_dim, half = plan.p.rope.rotary_pairs;
+  const int dim = plan.p.keys.layout.head_dim, half = plan.p.keys.codec.rope.rotary_pairs;
   const float* query = plan.query + (task.sequence_head * plan.rows + task.row) * dim;
   std::memcpy(s.page_query, query, sizeof(float) * task.rows * dim);
   if (plan.gathered()) return;

@@ -53,18 +53,18 @@ struct AttendPlan {
   int64_t v_code_offset, v_head_bytes;
 
   bool gathered() const { return p.token_slots != nullptr; }
-  bool has_pre() const { return p.layout.rope != RopeMode::kPost; }
-  bool has_post() const { return p.layout.rope != RopeMode::kPre; }
-  const HeadPlan& head(int64_t h) const { return p.layout.heads[h]; }
-  int64_t batch_rank() const { return int64_t{p.batch} * p.layout.rank; }
-  int64_t sequence_heads() const { return int64_t{p.batch} * p.layout.num_heads; }
-  int64_t window_len(int64_t b) const { return p.window_lens[b]; }
+  bool has_pre() const { return p.keys.layout.rope != RopeMode::kPost; }
+  bool has_post() const { return p.keys.layout.rope != RopeMode::kPre; }
+  const HeadPlan& head(int64_t h) const { return p.keys.layout.heads[h]; }
+  int64_t batch_rank() const { return int64_t{p.keys.batch} * p.keys.layout.rank; }
+  int64_t sequence_heads() const { return int64_t{p.keys.batch} * p.keys.layout.num_heads; }
+  int64_t window_len(int64_t b) const { return p.window.lens[b]; }
   int64_t pages(int64_t b) const {
-    return (int64_t{p.cache_seqlens[b]} + kPageTokens - 1) / kPageTokens;
+    return (int64_t{p.keys.cache_seqlens[b]} + kPageTokens - 1) / kPageTokens;
   }
   int64_t tiles() const { return (rows + kMaxRows - 1) / kMaxRows; }
   AbsorbedQuery absorbed(int64_t sequence_head, int64_t tile) const {
-    const int64_t h = sequence_head % p.layout.num_heads, at = sequence_head * tiles() + tile;
+    const int64_t h = sequence_head % p.keys.layout.num_heads, at = sequence_head * tiles() + tile;
     return {turn + at * slow.count * lanes,
             fixed + at * lanes,
             unit + at * kMaxRows,
@@ -80,13 +80,13 @@ struct AttendPlan {
     return gathered() ? source_pages : splits * split_blocks;
   }
   const float* page_start(int64_t b, int64_t page) const {
-    return starts + (b * angle_pages() + page) * 2 * p.rope.rotary_pairs;
+    return starts + (b * angle_pages() + page) * 2 * p.keys.codec.rope.rotary_pairs;
   }
   MiddleAngles page_middle(int64_t b, int64_t page) const {
     return middles.at(b * angle_pages() + page);
   }
-  int64_t head_groups() const { return (p.layout.num_heads + task_heads - 1) / task_heads; }
-  int64_t tasks() const { return p.batch * splits * row_chunks * head_groups(); }
+  int64_t head_groups() const { return (p.keys.layout.num_heads + task_heads - 1) / task_heads; }
+  int64_t tasks() const { return p.keys.batch * splits * row_chunks * head_groups(); }
   int64_t blocks(int64_t b) const {
     return pages(b) + (window_len(b) + kPageTokens - 1) / kPageTokens;
   }
@@ -102,7 +102,7 @@ inline void carve(T*& to, uint8_t* base, int64_t& bytes, int64_t count) {
 
 // Lays the plan's memory out from `base` (null: only to measure); returns its bytes.
 inline int64_t carve_plan(AttendPlan& plan, uint8_t* base) {
-  const int64_t dim = plan.p.layout.head_dim, half = plan.p.rope.rotary_pairs;
+  const int64_t dim = plan.p.keys.layout.head_dim, half = plan.p.keys.codec.rope.rotary_pairs;
   const int64_t heads = plan.sequence_heads(), rows = heads * plan.rows;
   const int64_t weight_rows = heads * plan.weight_rows;
   const int64_t tiles = plan.absorbs ? heads * plan.tiles() : 0;
@@ -117,8 +117,8 @@ inline int64_t carve_plan(AttendPlan& plan, uint8_t* base) {
   carve(plan.fixed, base, bytes, tiles * plan.lanes);
   carve(plan.unit, base, bytes, tiles * kMaxRows);
   carve(plan.constant, base, bytes, tiles * (1 + 2 * plan.slow.count) * kConstantLanes);
-  carve(plan.mids, base, bytes, tiles ? plan.p.layout.num_heads * plan.lanes : 0);
-  const int64_t angle_pages = plan.p.batch * plan.angle_pages();
+  carve(plan.mids, base, bytes, tiles ? plan.p.keys.layout.num_heads * plan.lanes : 0);
+  const int64_t angle_pages = plan.p.keys.batch * plan.angle_pages();
   const int64_t pairs = plan.absorbs ? round_up(plan.slow.count, kVecLanes) : 0;
   plan.middles.pairs = static_cast<int>(pairs);
   carve(plan.starts, base, bytes, angle_pages * 2 * half);
@@ -134,8 +134,8 @@ inline int64_t carve_plan(AttendPlan& plan, uint8_t* base) {
 inline void cut_tasks(AttendPlan& plan) {
   const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   int64_t most_blocks = 1;
-  for (int b = 0; b < plan.p.batch; ++b) most_blocks = std::max(most_blocks, plan.blocks(b));
-  const int64_t heads = plan.p.layout.num_heads, others = plan.p.batch * plan.row_chunks;
+  for (int b = 0; b < plan.p.keys.batch; ++b) most_blocks = std::max(most_blocks, plan.blocks(b));
+  const int64_t heads = plan.p.keys.layout.num_heads, others = plan.p.keys.batch * plan.row_chunks;
   const int64_t wanted = ceil_div(kTargetTasks, others);
   plan.split_blocks = round_up(ceil_div(most_blocks, wanted), kMinSplitBlocks);
   plan.splits = ceil_div(most_blocks, plan.split_blocks);
@@ -146,27 +146,26 @@ inline void cut_tasks(AttendPlan& plan) {
 inline AttendPlan make_plan(const AttendParams& p, const PageAngles& angles) {
   AttendPlan plan{.p = p,
                   .angles = angles,
-                  .slow = slow_pairs(p.rope),
-                  .rows = p.num_qo_heads / p.layout.num_heads * p.q_len,
-                  .v_groups = p.layout.value.groups(),
-                  .v_code_offset = p.layout.value.code_offset(),
-                  .v_head_bytes = p.layout.value.page_bytes()};
+                  .slow = slow_pairs(p.keys.codec.rope),
+                  .rows = p.queries.num_heads / p.keys.layout.num_heads * p.queries.length,
+                  .v_groups = p.keys.layout.value.groups(),
+                  .v_code_offset = p.keys.layout.value.code_offset(),
+                  .v_head_bytes = p.keys.layout.value.page_bytes()};
   plan.row_chunks = (plan.rows + kTaskRows - 1) / kTaskRows;
   if (plan.has_pre()) {
     plan.absorbs = plan.rows <= kAbsorbRows && !plan.gathered();
-    const int64_t columns =
-        plan.absorbs ? 2 * (p.rope.rotary_pairs - plan.slow.count) : p.layout.head_dim;
+    const int64_t columns = plan.absorbs ? 2 * (p.keys.codec.rope.rotary_pairs - plan.slow.count)
+                                         : p.keys.layout.head_dim;
     plan.pre_rows = round_up(columns, kMaxRows);
-    for (int h = 0; h < p.layout.num_heads; ++h)
+    for (int h = 0; h < p.keys.layout.num_heads; ++h)
       plan.lanes = std::max(plan.lanes, absorbed_lanes(plan.head(h).pre.rank()));
   }
   plan.weight_rows = plan.pre_rows + (plan.has_post() ? plan.rows : 0);
   if (plan.gathered() && plan.has_pre()) {
-    const int64_t all = plan.sequence_heads() * p.table_stride * kPageTokens;
+    const int64_t all = plan.sequence_heads() * p.keys.table_stride * kPageTokens;
     for (int64_t i = 0; i < all; ++i) {
       const int64_t slot = p.token_slots[i];
-      if (slot != INT32_MAX)
-        plan.source_pages = std::max(plan.source_pages, slot / kPageTokens + 1);
+      if (slot != kNoSlot) plan.source_pages = std::max(plan.source_pages, slot / kPageTokens + 1);
     }
   }
   cut_tasks(plan);
@@ -177,12 +176,12 @@ inline AttendPlan make_plan(const AttendParams& p, const PageAngles& angles) {
 inline QueryCodes weight_codes(const AttendPlan& plan, int64_t sequence_head, int64_t row,
                                int rank) {
   const int64_t first = sequence_head * plan.weight_rows + row;
-  const int8_t* high = plan.weights + first * 2 * plan.p.layout.head_dim;
+  const int8_t* high = plan.weights + first * 2 * plan.p.keys.layout.head_dim;
   return {high,
           high + rank,
           plan.steps + first,
           plan.offsets + first,
-          2 * int64_t{plan.p.layout.head_dim},
+          2 * int64_t{plan.p.keys.layout.head_dim},
           kQuad};
 }
 

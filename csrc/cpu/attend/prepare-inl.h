@@ -5,7 +5,7 @@
 inline void store_weights(const AttendPlan& plan, int64_t sequence_head, int64_t row,
                           const Bands& bands, const ChannelRow& weights, float constant) {
   const int64_t at = sequence_head * plan.weight_rows + row;
-  const int dim = plan.p.layout.head_dim, rank = bands.rank();
+  const int dim = plan.p.keys.layout.head_dim, rank = bands.rank();
   int8_t high[kMaxHeadDim + 4 * kVecLanes], low[kMaxHeadDim + 4 * kVecLanes];
   quantize_row(bands, weights, constant, high, low, plan.steps + at, plan.offsets + at);
   std::memcpy(plan.weights + at * 2 * dim, high, rank);
@@ -45,7 +45,8 @@ class PreBasis {
 // pairs in which the head has anything.
 inline void prepare_columns(const AttendPlan& plan, int64_t sequence_head, const HeadPlan& head,
                             const PreBasis& pre, const float* mean) {
-  const int dim = plan.p.layout.head_dim, half = plan.p.rope.rotary_pairs, rank = head.pre.rank();
+  const int dim = plan.p.keys.layout.head_dim, half = plan.p.keys.codec.rope.rotary_pairs,
+            rank = head.pre.rank();
   int16_t* pairs = plan.column_pairs + sequence_head * half;
   const auto coded = [&](int channel) {
     const float* x = pre.row(channel);
@@ -54,7 +55,7 @@ inline void prepare_columns(const AttendPlan& plan, int64_t sequence_head, const
   int count = 0, means = 0;
   const auto list = [&](bool with_codes, int& listed) {
     for (int i = 0; i < half; ++i) {
-      if (plan.absorbs && plan.slow.slow(plan.p.rope.inv_freq[i])) continue;
+      if (plan.absorbs && plan.slow.slow(plan.p.keys.codec.rope.inv_freq[i])) continue;
       const bool has_codes = !plan.absorbs || coded(i) || coded(i + half);
       if (has_codes != with_codes) continue;
       if (!has_codes && mean[i] == 0 && mean[i + half] == 0) continue;
@@ -164,26 +165,28 @@ inline void absorb_tile(const SlowPairs& slow, const Rope& rope, const float* qu
 // Scales the queries of one (sequence, KV head) and prepares what multiplies its codes.
 inline void prepare_head(const AttendPlan& plan, int64_t sequence_head) {
   const AttendParams& p = plan.p;
-  const int64_t b = sequence_head / p.layout.num_heads, h = sequence_head % p.layout.num_heads;
-  const int dim = p.layout.head_dim;
+  const int64_t b = sequence_head / p.keys.layout.num_heads,
+                h = sequence_head % p.keys.layout.num_heads;
+  const int dim = p.keys.layout.head_dim;
   const HeadPlan& head = plan.head(h);
   float* query = plan.query + sequence_head * plan.rows * dim;
-  const float factor = p.sm_scale * kLog2E;
+  const float factor = p.queries.sm_scale * kLog2E;
   for (int64_t i = 0; i < plan.rows * dim; i += kVecLanes) {
     store(query + i,
-          load_as_float(p.query, p.query_dtype, sequence_head * plan.rows * dim + i) * factor);
+          load_as_float(p.queries.data, p.queries.dtype, sequence_head * plan.rows * dim + i) *
+              factor);
   }
   if (plan.pages(b) == 0) return;
 
-  const uint16_t* basis = p.basis + (b * p.layout.rank + head.first_channel) * dim;
-  const float* scale = p.scale + b * p.layout.rank + head.first_channel;
-  const float* mean = p.mean + sequence_head * dim;
+  const uint16_t* basis = p.keys.codec.basis + (b * p.keys.layout.rank + head.first_channel) * dim;
+  const float* scale = p.keys.codec.scale + b * p.keys.layout.rank + head.first_channel;
+  const float* mean = p.keys.codec.mean + sequence_head * dim;
   if (plan.has_pre()) {
     const PreBasis pre(basis, scale, head.pre.rank(), dim);
     prepare_columns(plan, sequence_head, head, pre, mean);
     for (int64_t tile = 0; plan.absorbs && tile < plan.tiles(); ++tile) {
       const int64_t row = tile * kMaxRows;
-      absorb_tile(plan.slow, p.rope, query + row * dim,
+      absorb_tile(plan.slow, p.keys.codec.rope, query + row * dim,
                   static_cast<int>(std::min<int64_t>(kMaxRows, plan.rows - row)), dim, pre, mean,
                   plan.absorbed(sequence_head, tile));
     }
@@ -191,7 +194,7 @@ inline void prepare_head(const AttendPlan& plan, int64_t sequence_head) {
   if (!plan.has_post()) return;
   basis += int64_t{head.pre.rank()} * dim;
   scale += head.pre.rank();
-  if (p.layout.rope == RopeMode::kHybrid) mean = p.post_mean + sequence_head * dim;
+  if (p.keys.layout.rope == RopeMode::kHybrid) mean = p.keys.codec.post_mean + sequence_head * dim;
   ChannelRow weights{};
   for (int64_t row = 0; row < plan.rows; ++row) {
     const float* q = query + row * dim;
@@ -204,7 +207,7 @@ inline void prepare_head(const AttendPlan& plan, int64_t sequence_head) {
 
 // Twice the middle codes of every head's pre-RoPE channels, in the order of a tile's weights.
 inline void prepare_mids(const AttendPlan& plan) {
-  for (int h = 0; h < plan.p.layout.num_heads; ++h) {
+  for (int h = 0; h < plan.p.keys.layout.num_heads; ++h) {
     const Bands& pre = plan.head(h).pre;
     uint8_t* mids = plan.mids + int64_t{h} * plan.lanes;
     for (int lane = 0; lane < plan.lanes; ++lane) {
@@ -219,12 +222,12 @@ inline constexpr int64_t kAngleChunk = 4 * kRunPages;
 
 // Rotations to the first positions and the middles of pages chunk * kAngleChunk and on of sequence b.
 inline void prepare_angles(const AttendPlan& plan, int64_t b, int64_t chunk) {
-  const int half = plan.p.rope.rotary_pairs;
+  const int half = plan.p.keys.codec.rope.rotary_pairs;
   const int64_t first = chunk * kAngleChunk;
   const int64_t last = std::min(first + kAngleChunk, plan.angle_pages());
   double rotation[kMaxHeadDim];
-  const int64_t position = plan.p.first_position ? plan.p.first_position[b] : 0;
-  start_rotation(plan.p.rope, position + first * kPageTokens, rotation);
+  const int64_t position = plan.p.keys.first_position ? plan.p.keys.first_position[b] : 0;
+  start_rotation(plan.p.keys.codec.rope, position + first * kPageTokens, rotation);
   for (int64_t page = first; page < last; ++page) {
     float* start = plan.starts + (b * plan.angle_pages() + page) * 2 * half;
     for (int i = 0; i < 2 * half; ++i) start[i] = static_cast<float>(rotation[i]);

@@ -85,7 +85,7 @@ struct ChannelScales {
         top(memory + 3 * padded) {
     std::memset(memory, 0, sizeof(float) * 4 * padded);
     for (int j = 0; j < head.rank(); ++j) {
-      scale[j] = p.scale[head.first_channel + j];
+      scale[j] = p.codec.scale[head.first_channel + j];
       inverse[j] = scale[j] > 0 ? 1.0f / scale[j] : 0.0f;
       top[j] = static_cast<float>((1 << channel_width(head, j)) - 1);
       mid[j] = top[j] / 2;
@@ -140,7 +140,7 @@ inline void pack_keys(const PackKeysParams& p, const Executor& executor) {
   const LayoutView& layout = p.layout;
   const int64_t num_pages = spanned_pages(p.slot, p.keys.num_tokens);
   const int64_t chunks = (num_pages + kPagesPerTask - 1) / kPagesPerTask;
-  const RopeTable table(p.rope, p.position - p.slot % kPageTokens, num_pages);
+  const RopeTable table(p.codec.rope, p.position - p.slot % kPageTokens, num_pages);
   const int64_t dim = layout.head_dim, most = padded_rank(static_cast<int>(dim));
   const int64_t worker_size = kPageTokens * dim + 2 * kPageTokens * most + dim * most + 4 * most +
                               (p.errors ? dim * dim : 0);
@@ -155,7 +155,7 @@ inline void pack_keys(const PackKeysParams& p, const Executor& executor) {
     int32_t* codes = reinterpret_cast<int32_t*>(latent + kPageTokens * most);
     float* columns = reinterpret_cast<float*>(codes + kPageTokens * most);
     float* basis_rows = columns + dim * most + 4 * most;
-    const uint16_t* basis = p.basis + int64_t{head.first_channel} * dim;
+    const uint16_t* basis = p.codec.basis + int64_t{head.first_channel} * dim;
     transpose_basis(basis, rank, static_cast<int>(dim), columns);
     if (p.errors) {
       for (int64_t i = 0; i < rank * dim; i += kVecLanes)
@@ -167,7 +167,7 @@ inline void pack_keys(const PackKeysParams& p, const Executor& executor) {
     for (int64_t run = first; run < std::min(first + kPagesPerTask, num_pages); ++run) {
       const PageSpan span = page_span(p.page_table, p.slot, p.keys.num_tokens, run);
       load_rows(p.keys, h, static_cast<int>(dim), span.token, span.count, table, run, span.first,
-                p.mean + h * dim, rows);
+                p.codec.mean + h * dim, rows);
       project_rows(rows, columns, rank, static_cast<int>(dim), latent);
       quantize(scales, rank, latent, codes);
       write_codes(head, codes, span, p.pages + span.page * layout.k_page_bytes + head.k_offset);

@@ -27,9 +27,9 @@ struct SelectPlan {
   int32_t* candidates = nullptr;  // [B, H, max_pages * 64 + kLanes]
 
   int64_t pages(int64_t b) const {
-    return (int64_t{p.cache_seqlens[b]} + kPageTokens - 1) / kPageTokens;
+    return (int64_t{p.keys.cache_seqlens[b]} + kPageTokens - 1) / kPageTokens;
   }
-  int64_t max_pages() const { return p.table_stride; }
+  int64_t max_pages() const { return p.keys.table_stride; }
   int64_t angle_pages() const { return round_up(max_pages(), kRunPages); }
   int num_pairs() const { return slow.count; }
   int64_t tiles() const { return (rows + kMaxRows - 1) / kMaxRows; }
@@ -42,17 +42,17 @@ struct SelectPlan {
             steps + sequence_head * rows * ProxyBands::kMost};
   }
   const uint8_t* lines(int64_t b, int64_t h, int64_t page) const {
-    const int64_t id = p.page_table[b * p.table_stride + page];
-    return p.k_pages + id * p.layout.k_page_bytes + p.layout.heads[h].k_offset;
+    const int64_t id = p.keys.page_table[b * p.keys.table_stride + page];
+    return p.keys.pages + id * p.keys.layout.k_page_bytes + p.keys.layout.heads[h].k_offset;
   }
 };
 
 inline int64_t carve_select(SelectPlan& plan, uint8_t* base) {
   const SelectParams& p = plan.p;
-  const int64_t heads = int64_t{p.batch} * p.layout.num_heads;
+  const int64_t heads = int64_t{p.keys.batch} * p.keys.layout.num_heads;
   const int64_t size = heads * plan.tiles() * plan.tile;
   int64_t bytes = 0;
-  carve(plan.angles, base, bytes, p.batch * plan.angle_pages() * 2 * plan.num_pairs());
+  carve(plan.angles, base, bytes, p.keys.batch * plan.angle_pages() * 2 * plan.num_pairs());
   carve(plan.fixed, base, bytes, size);
   carve(plan.turn, base, bytes, size * 2 * plan.num_pairs());
   carve(plan.steps, base, bytes, heads * plan.rows * ProxyBands::kMost);
@@ -64,18 +64,19 @@ inline int64_t carve_select(SelectPlan& plan, uint8_t* base) {
 }
 
 inline SelectPlan make_select_plan(const SelectParams& p) {
-  SelectPlan plan{.p = p, .rows = p.num_qo_heads / p.layout.num_heads * p.q_len, .slow = {}};
-  for (int i = 0; i < p.rope.rotary_pairs; ++i) {
-    const float frequency = p.rope.inv_freq[i];
+  SelectPlan plan{
+      .p = p, .rows = p.queries.num_heads / p.keys.layout.num_heads * p.queries.length, .slow = {}};
+  for (int i = 0; i < p.keys.codec.rope.rotary_pairs; ++i) {
+    const float frequency = p.keys.codec.rope.inv_freq[i];
     if (frequency > kSmoothFastest && frequency <= kSelectFastest)
       plan.slow.pair[plan.slow.count++] = i;
   }
   plan.slow.quick = plan.slow.count;
-  for (int i = 0; i < p.rope.rotary_pairs; ++i) {
-    if (p.rope.inv_freq[i] <= kSmoothFastest) plan.slow.pair[plan.slow.count++] = i;
+  for (int i = 0; i < p.keys.codec.rope.rotary_pairs; ++i) {
+    if (p.keys.codec.rope.inv_freq[i] <= kSmoothFastest) plan.slow.pair[plan.slow.count++] = i;
   }
-  for (int h = 0; h < p.layout.num_heads; ++h)
-    plan.tile = std::max(plan.tile, proxy_bands(p.layout.heads[h], p.channels).tile());
+  for (int h = 0; h < p.keys.layout.num_heads; ++h)
+    plan.tile = std::max(plan.tile, proxy_bands(p.keys.layout.heads[h], p.channels).tile());
   return plan;
 }
 
@@ -87,11 +88,11 @@ inline void prepare_angles(const SelectPlan& plan, int64_t b, int64_t chunk) {
   const int count = plan.num_pairs();
   if (first >= last || count == 0) return;
   float frequencies[kMaxHeadDim / 2];
-  for (int i = 0; i < count; ++i) frequencies[i] = p.rope.inv_freq[plan.slow.pair[i]];
+  for (int i = 0; i < count; ++i) frequencies[i] = p.keys.codec.rope.inv_freq[plan.slow.pair[i]];
   const Rope slow{frequencies, count};
   double turn[kMaxHeadDim], rotation[kMaxHeadDim];
   start_rotation(slow, kPageTokens, turn);
-  const int64_t position = p.first_position ? p.first_position[b] : 0;
+  const int64_t position = p.keys.first_position ? p.keys.first_position[b] : 0;
   start_rotation(slow, position + first * kPageTokens + kPageTokens / 2, rotation);
   for (int64_t page = first; page < last; ++page) {
     float* angles = plan.angles + (b * plan.angle_pages() + page) * 2 * count;
@@ -103,20 +104,22 @@ inline void prepare_angles(const SelectPlan& plan, int64_t b, int64_t chunk) {
 // Absorbs the queries of one head into its leading channels.
 inline void prepare_proxy(const SelectPlan& plan, int64_t sequence_head) {
   const SelectParams& p = plan.p;
-  const int64_t b = sequence_head / p.layout.num_heads, h = sequence_head % p.layout.num_heads;
-  const int dim = p.layout.head_dim, half = p.rope.rotary_pairs;
-  const HeadPlan& head = p.layout.heads[h];
+  const int64_t b = sequence_head / p.keys.layout.num_heads,
+                h = sequence_head % p.keys.layout.num_heads;
+  const int dim = p.keys.layout.head_dim, half = p.keys.codec.rope.rotary_pairs;
+  const HeadPlan& head = p.keys.layout.heads[h];
   const ProxyBands lead = proxy_bands(head, p.channels);
   const ProxyQuery query = plan.proxy_query(sequence_head);
   const int64_t size = plan.tiles() * lead.tile();
   std::memset(query.fixed, 0, sizeof(float) * size);
   std::memset(query.turn, 0, sizeof(float) * size * 2 * plan.num_pairs());
   float q[kMaxHeadDim], x[kMaxHeadDim];
-  const float factor = p.sm_scale * kLog2E;
+  const float factor = p.queries.sm_scale * kLog2E;
   for (int row = 0; row < plan.rows; ++row) {
     const ProxyRow own = proxy_row(lead, query, row, plan.num_pairs());
     const int64_t at = (sequence_head * plan.rows + row) * dim;
-    for (int d = 0; d < dim; ++d) q[d] = load_scalar(p.query, p.query_dtype, at + d) * factor;
+    for (int d = 0; d < dim; ++d)
+      q[d] = load_scalar(p.queries.data, p.queries.dtype, at + d) * factor;
     const auto absorb = [&](float* fixed, float* turn, bool pre) {
       absorb_fixed(fixed, q, x, pre ? 2 * half : 0, dim);
       if (pre) absorb_turned(turn, own.stride, plan.slow, half, q, x);
@@ -124,16 +127,17 @@ inline void prepare_proxy(const SelectPlan& plan, int64_t sequence_head) {
     for (int i = 0; i < lead.bands; ++i) {
       const ProxyBand& band = lead.band[i];
       for (int j = 0; j < band.used; ++j) {
-        const int64_t channel = b * p.layout.rank + head.first_channel + band.channel + j;
+        const int64_t channel = b * p.keys.layout.rank + head.first_channel + band.channel + j;
         for (int d = 0; d < dim; ++d)
-          x[d] = bfloat16_to_float(p.basis[channel * dim + d]) * p.scale[channel];
+          x[d] = bfloat16_to_float(p.keys.codec.basis[channel * dim + d]) *
+                 p.keys.codec.scale[channel];
         absorb(own.fixed + band.lane + j, own.turn + band.lane + j, band.pre);
       }
     }
-    std::memcpy(x, p.mean + sequence_head * dim, sizeof(float) * dim);
-    absorb(own.fixed_constant, own.turn_constant, p.layout.rope != RopeMode::kPost);
-    if (p.layout.rope == RopeMode::kHybrid)
-      absorb_fixed(own.fixed_constant, q, p.post_mean + sequence_head * dim, 0, dim);
+    std::memcpy(x, p.keys.codec.mean + sequence_head * dim, sizeof(float) * dim);
+    absorb(own.fixed_constant, own.turn_constant, p.keys.layout.rope != RopeMode::kPost);
+    if (p.keys.layout.rope == RopeMode::kHybrid)
+      absorb_fixed(own.fixed_constant, q, p.keys.codec.post_mean + sequence_head * dim, 0, dim);
     scale_proxy(lead, query, row, plan.num_pairs());
   }
 }
@@ -141,8 +145,8 @@ inline void prepare_proxy(const SelectPlan& plan, int64_t sequence_head) {
 // Slots of page `page` that may be selected or count for a norm.
 inline uint64_t select_mask(const SelectPlan& plan, int64_t b, int64_t page) {
   const int64_t at = page * kPageTokens;
-  const int64_t begin = std::clamp<int64_t>(plan.p.sink_tokens - at, 0, kPageTokens);
-  const int64_t end = std::clamp<int64_t>(plan.p.cache_seqlens[b] - at, 0, kPageTokens);
+  const int64_t begin = std::clamp<int64_t>(plan.p.keys.sink_tokens - at, 0, kPageTokens);
+  const int64_t end = std::clamp<int64_t>(plan.p.keys.cache_seqlens[b] - at, 0, kPageTokens);
   if (begin >= end) return 0;
   return (end == kPageTokens ? ~uint64_t{0} : (uint64_t{1} << end) - 1) & (~uint64_t{0} << begin);
 }
@@ -275,13 +279,14 @@ inline int64_t collect(const float* weights, int64_t pages, float least, int32_t
 // Selects a head's tokens, outliers with them.
 inline void write_selected(const SelectPlan& plan, const SelectHead& head) {
   const SelectParams& p = plan.p;
-  const int64_t count = p.cache_seqlens[head.b], pages = plan.pages(head.b);
+  const int64_t count = p.keys.cache_seqlens[head.b], pages = plan.pages(head.b);
   const int64_t size = plan.max_pages() * kPageTokens;
   float* weights = plan.weights + head.sequence_head * size;
   int32_t* candidates = plan.candidates + head.sequence_head * (size + kLanes);
-  const int32_t* outliers = p.outlier_slots + head.sequence_head * p.outliers;
+  const int32_t* outliers = p.keys.outlier_slots + head.sequence_head * p.keys.num_outliers;
   int64_t kept = 0;
-  for (; kept < p.outliers && outliers[kept] < count; ++kept) weights[outliers[kept]] = -1.0f;
+  for (; kept < p.keys.num_outliers && outliers[kept] < count; ++kept)
+    weights[outliers[kept]] = -1.0f;
 
   const float bound = likely_bound(weights, count, p.budget);
   int64_t found = collect(weights, pages, bound, candidates);
@@ -289,11 +294,11 @@ inline void write_selected(const SelectPlan& plan, const SelectHead& head) {
   keep_largest(weights, p.budget, found, candidates);
   int64_t i = std::min<int64_t>(found, p.budget), j = kept;
   // Both lists ascend.
-  int32_t* slots = p.slots + head.sequence_head * (int64_t{p.budget} + p.outliers);
-  std::fill(slots + i + j, slots + p.budget + p.outliers, INT32_MAX);
-  if (p.outliers) {
-    int32_t* places = p.outlier_indices + head.sequence_head * p.outliers;
-    std::fill(places + kept, places + p.outliers, INT32_MAX);
+  int32_t* slots = p.slots + head.sequence_head * (int64_t{p.budget} + p.keys.num_outliers);
+  std::fill(slots + i + j, slots + p.budget + p.keys.num_outliers, kNoSlot);
+  if (p.keys.num_outliers) {
+    int32_t* places = p.outlier_indices + head.sequence_head * p.keys.num_outliers;
+    std::fill(places + kept, places + p.keys.num_outliers, kNoSlot);
     for (; j > 0; --j) {
       for (; i > 0 && candidates[i - 1] > outliers[j - 1]; --i)
         slots[i + j - 1] = candidates[i - 1];
@@ -308,25 +313,26 @@ inline void select(const SelectParams& p, const Executor& executor) {
   SelectPlan plan = make_select_plan(p);
   const AlignedBuffer memory(carve_select(plan, nullptr));
   carve_select(plan, memory.as());
-  const int64_t heads = int64_t{p.batch} * p.layout.num_heads;
+  const int64_t heads = int64_t{p.keys.batch} * p.keys.layout.num_heads;
   const int64_t chunks = (plan.max_pages() + kSelectChunkPages - 1) / kSelectChunkPages;
   const int64_t angle_chunks = (plan.max_pages() + kAngleChunkPages - 1) / kAngleChunkPages;
   const auto select_head = [&](int64_t sequence_head) {
-    const int64_t b = sequence_head / p.layout.num_heads, h = sequence_head % p.layout.num_heads;
-    return SelectHead{b, h, sequence_head, proxy_bands(p.layout.heads[h], p.channels)};
+    const int64_t b = sequence_head / p.keys.layout.num_heads,
+                  h = sequence_head % p.keys.layout.num_heads;
+    return SelectHead{b, h, sequence_head, proxy_bands(p.keys.layout.heads[h], p.channels)};
   };
-  for_each_task(executor, p.batch * angle_chunks, [&](int64_t task, int) {
+  for_each_task(executor, p.keys.batch * angle_chunks, [&](int64_t task, int) {
     prepare_angles(plan, task / angle_chunks, task % angle_chunks);
   });
   for_each_task(executor, heads, [&](int64_t sequence_head, int) {
     prepare_proxy(plan, sequence_head);
     prepare_norms(plan, select_head(sequence_head));
   });
-  for_each_task(executor, p.batch * chunks, [&](int64_t task, int) {
+  for_each_task(executor, p.keys.batch * chunks, [&](int64_t task, int) {
     const int64_t b = task / chunks, first = task % chunks * kSelectChunkPages;
     const int64_t last = std::min(first + kSelectChunkPages, plan.pages(b));
-    for (int64_t h = 0; h < p.layout.num_heads; ++h)
-      weigh_pages(plan, select_head(b * p.layout.num_heads + h), first, last);
+    for (int64_t h = 0; h < p.keys.layout.num_heads; ++h)
+      weigh_pages(plan, select_head(b * p.keys.layout.num_heads + h), first, last);
   });
   for_each_task(executor, heads, [&](int64_t sequence_head, int) {
     write_selected(plan, select_head(sequence_head));
