@@ -58,6 +58,14 @@ struct TokenSource {
   int64_t num_tokens;
 };
 
+// Is every number finite and at most `limit` in magnitude?
+struct FiniteParams {
+  TokenSource tokens;
+  int num_heads;
+  int head_dim;
+  float limit;
+};
+
 struct CovarianceParams {
   TokenSource keys;
   int num_heads;
@@ -66,6 +74,15 @@ struct CovarianceParams {
   int64_t position;   // of the first token
   float* mean;        // [H, D]
   float* covariance;  // [H, D, D], divided by T
+};
+
+// Eigenvectors of the covariances, for backends that have a solver.
+struct ComponentsParams {
+  float* covariance;  // [H, D, D], overwritten
+  int num_heads;
+  int head_dim;
+  float* components;  // [H, D, D], rows by falling variance
+  float* variance;    // [H, D]
 };
 
 struct QuantizerParams {
@@ -111,13 +128,32 @@ struct PackValuesParams {
   int64_t slot;
 };
 
-// What to read back: slots slot .. slot + num_tokens - 1 of one sequence.
+// Slots slot .. slot + num_tokens - 1 of one sequence, to read back.
 struct UnpackParams {
   LayoutView layout;
   const uint8_t* pages;       // [P, k_page_bytes] or [P, v_page_bytes]
   const int32_t* page_table;  // page of each 64 slots
   int64_t slot;
   int64_t num_tokens;
+};
+
+struct UnpackCodesParams {
+  UnpackParams packed;
+  uint8_t* codes;  // [num_tokens, R]
+};
+
+// Keys to decode, rotated to the positions from `position` on.
+struct UnpackKeysParams {
+  UnpackParams packed;
+  KeyCodec codec;
+  int64_t position;
+  float* keys;  // [H, num_tokens, D]
+};
+
+struct UnpackValuesParams {
+  UnpackParams packed;
+  DataType dtype;  // of values of 16 and 32 bits
+  float* values;   // [H, num_tokens, D]
 };
 
 // Packed keys of B sequences in pages of one pool.
@@ -218,14 +254,6 @@ struct GatherParams {
   int64_t num_slots;     // M
   uint8_t* k_out;        // [B * ceil(M / 64), k_page_bytes]
   uint8_t* v_out;        // [B * ceil(M / 64), v_page_bytes]
-};
-
-// Keys to decode, rotated to the positions from `position` on.
-struct UnpackKeysParams {
-  UnpackParams packed;
-  KeyCodec codec;
-  int64_t position;
-  float* keys;  // [H, num_tokens, D]
 };
 
 struct MergeParams {

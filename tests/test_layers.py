@@ -19,7 +19,7 @@ OWN_INCLUDES = {
     "csrc/torch": (
         "kernels/",
         "csrc/core/",
-        "csrc/gpu/context.h",
+        "csrc/core/gpu_context.h",
         "csrc/cuda/stages.h",
         "csrc/torch/",
     ),

@@ -141,7 +141,7 @@ void prefill(const gpu::DeviceLimits& limits, int dim, int v_bits) {
   covariance.head_dim = dim;
   covariance.rope.rotary_pairs = dim / 2;
   gpu::covariance(covariance, printer);
-  gpu::components(nullptr, kHeads, dim, nullptr, nullptr, printer);
+  gpu::components({nullptr, kHeads, dim, nullptr, nullptr}, printer);
   for (bool clip : {false, true}) {
     QuantizerParams quantizer{};
     quantizer.keys = tokens;

@@ -8,35 +8,24 @@
 namespace svdq {
 
 #if defined(__x86_64__)
-namespace avx512 {
-extern const Backend kBackend;
-}
-namespace avx2 {
-extern const Backend kBackend;
-}
+const Backend& avx512_backend();
+const Backend& avx2_backend();
 #endif
-namespace portable {
-extern const Backend kBackend;
-}
-#if defined(SVDQ_WITH_EMULATION)
-namespace emulator {
-extern const Backend kBackend;
-}
-#endif
+const Backend& portable_backend();
 
 namespace {
 
 // In order of preference.
-const Backend* const kBackends[] = {
+std::vector<const Backend*>& table() {
+  static std::vector<const Backend*> rows = {
 #if defined(__x86_64__)
-    &avx512::kBackend,
-    &avx2::kBackend,
+      &avx512_backend(),
+      &avx2_backend(),
 #endif
-    &portable::kBackend,
-#if defined(SVDQ_WITH_EMULATION)
-    &emulator::kBackend,
-#endif
-};
+      &portable_backend(),
+  };
+  return rows;
+}
 
 const Backend& find_backend(const std::string& name) {
   std::string names;
@@ -44,19 +33,28 @@ const Backend& find_backend(const std::string& name) {
     if (name == backend->name) return *backend;
     names += names.empty() ? backend->name : join(", ", backend->name);
   }
-  throw Error(join("backend '", name, "' is not available; this limits runs: ", names));
+  throw Error(join("backend '", name, "' is not available; this machine runs: ", names));
 }
 
 std::atomic<const Backend*> chosen{nullptr};
 
 }  // namespace
 
+void add_backend(const Backend& backend) { table().push_back(&backend); }
+
 std::vector<const Backend*> available_backends() {
   std::vector<const Backend*> found;
-  for (const Backend* backend : kBackends) {
-    if (backend->available()) found.push_back(backend);
+  for (const Backend* backend : table()) {
+    if (backend->device == DeviceKind::kCpu && backend->available()) found.push_back(backend);
   }
   return found;
+}
+
+const Backend* cuda_backend() {
+  for (const Backend* backend : table()) {
+    if (backend->device == DeviceKind::kCuda) return backend;
+  }
+  return nullptr;
 }
 
 const Backend& current_backend() {

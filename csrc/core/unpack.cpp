@@ -72,12 +72,13 @@ void rotate_forward(double* key, const double* rotation, int half) {
 
 }  // namespace
 
-void unpack_codes(const UnpackParams& p, const Executor& executor, uint8_t* codes) {
+void unpack_codes(const UnpackCodesParams& params, const Executor& executor) {
+  const UnpackParams& p = params.packed;
   for_each(executor, p.num_tokens, [&](int64_t t) {
     const Slot slot = find_slot(p, t, p.layout.k_page_bytes);
     for (int h = 0; h < p.layout.num_heads; ++h) {
       const HeadPlan& head = p.layout.heads[h];
-      uint8_t* to = codes + t * p.layout.rank + head.first_channel;
+      uint8_t* to = params.codes + t * p.layout.rank + head.first_channel;
       for_each_code(head, slot.page + head.k_offset, slot.token,
                     [&](int channel, int code, int) { to[channel] = static_cast<uint8_t>(code); });
     }
@@ -124,7 +125,10 @@ void unpack_keys(const UnpackKeysParams& params, const Executor& executor) {
   });
 }
 
-void unpack_values(const UnpackParams& p, const Executor& executor, DataType dtype, float* values) {
+void unpack_values(const UnpackValuesParams& params, const Executor& executor) {
+  const UnpackParams& p = params.packed;
+  const DataType dtype = params.dtype;
+  float* values = params.values;
   const ValueLayout& value = p.layout.value;
   const int dim = p.layout.head_dim;
   for_each(executor, p.num_tokens, [&](int64_t t) {

@@ -6,14 +6,11 @@
 
 namespace svdq {
 
-// codes [num_tokens, R] uint8.
-void unpack_codes(const UnpackParams& params, const Executor& executor, uint8_t* codes);
+void unpack_codes(const UnpackCodesParams& params, const Executor& executor);
 
 // Decodes the keys of a layout that codes one space; codec.post_mean is not read.
 void unpack_keys(const UnpackKeysParams& params, const Executor& executor);
 
-// values [H, num_tokens, D] float; `dtype` is that of exact values.
-void unpack_values(const UnpackParams& params, const Executor& executor, DataType dtype,
-                   float* values);
+void unpack_values(const UnpackValuesParams& params, const Executor& executor);
 
 }  // namespace svdq

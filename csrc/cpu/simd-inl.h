@@ -4,6 +4,22 @@
 //
 // A line of the packed format is 64 bytes; a vector holds 1/kParts of it. Arithmetic uses the
 // compiler's vector extensions; only what they cannot say is an intrinsic.
+#pragma once
+
+#if SVDQ_TARGET != 128
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "csrc/core/scalar.h"
+#include "kernels/format.h"
+
+#include "csrc/cpu/target_begin-inl.h"
+
+namespace svdq::SVDQ_TARGET_NAME {
 
 inline constexpr int kVecBytes = SVDQ_TARGET / 8;
 inline constexpr int kVecLanes = kVecBytes / 4;
@@ -318,60 +334,6 @@ inline void transpose(F32 (&v)[kVecLanes]) {
   }
 }
 
-// 2^v for v <= 0 or small; relative error below 4e-7; below 2^-126 the result stays 2^-126.
-inline F32 exp2(F32 v) {
-  v = max(v, splat(-126.0f));
-  const F32 whole = round_even(v);
-  const F32 x = v - whole;  // |x| <= 1/2
-  // The polynomial of degree 5 with the smallest largest relative error there, 8e-8, but for the
-  // last number, which makes 2^0 exact.
-  F32 sum = splat(1.327647217e-3f);
-  sum = sum * x + 9.675541331e-3f;
-  sum = sum * x + 5.550713273e-2f;
-  sum = sum * x + 2.402211972e-1f;
-  sum = sum * x + 6.931469671e-1f;
-  sum = sum * x + 1.0f;
-  return scale_by_power(sum, whole);
-}
+}  // namespace svdq::SVDQ_TARGET_NAME
 
-inline F32 load_as_float(const void* data, DataType dtype, int64_t index) {
-  if (dtype == DataType::kFloat32) return load<F32>(static_cast<const float*>(data) + index);
-  const uint16_t* from = static_cast<const uint16_t*>(data) + index;
-  return dtype == DataType::kBFloat16 ? load_bfloat16(from) : load_half(from);
-}
-
-// The same for a dtype known when compiling, so that loops over a row hold no choice.
-template <DataType kType>
-inline F32 load_number(const void* data, int64_t index) {
-  if constexpr (kType == DataType::kFloat32) {
-    return load<F32>(static_cast<const float*>(data) + index);
-  } else if constexpr (kType == DataType::kBFloat16) {
-    return load_bfloat16(static_cast<const uint16_t*>(data) + index);
-  } else {
-    return load_half(static_cast<const uint16_t*>(data) + index);
-  }
-}
-
-// Calls fn.template operator()<dtype>().
-template <typename Fn>
-inline void with_dtype(DataType dtype, const Fn& fn) {
-  switch (dtype) {
-    case DataType::kFloat32:
-      return fn.template operator()<DataType::kFloat32>();
-    case DataType::kBFloat16:
-      return fn.template operator()<DataType::kBFloat16>();
-    case DataType::kFloat16:
-      return fn.template operator()<DataType::kFloat16>();
-  }
-}
-
-// Calls fn(task, worker) for each task on the executor's workers.
-template <typename Fn>
-inline void for_each_task(const Executor& executor, int64_t num_tasks, const Fn& fn) {
-  executor.run(
-      num_tasks,
-      [](void* context, int64_t task, int worker) {
-        (*static_cast<const Fn*>(context))(task, worker);
-      },
-      const_cast<Fn*>(&fn));
-}
+#include "csrc/cpu/target_end-inl.h"

@@ -1,60 +1,14 @@
-// The avx512 backend: the kernels compiled for
-// avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c, used only where the processor has
-// it.
-#include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <initializer_list>
-#include <limits>
-#include <type_traits>
-
-#include "csrc/core/absorb.h"
-#include "csrc/core/backend.h"
-#include "csrc/core/rope_table.h"
-#include "csrc/core/scalar.h"
-#include "csrc/core/top_tokens.h"
+// The avx512 backend: AVX-512 F, BW, DQ, VL and VNNI.
+#if defined(__x86_64__)
+#define SVDQ_TARGET 512
+#define SVDQ_TARGET_NAME avx512
+#include "csrc/cpu/backend-inl.h"
 #include "csrc/cpu/isa.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-
-// Everything below, and nothing above, is compiled for the target; build flags stay at the
-// platform's baseline.
-#pragma GCC push_options
-// GCC 12's own AVX-512 headers start "undefined" vectors from themselves.
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
-
-#define SVDQ_TARGET 512
-
-namespace svdq::avx512 {
-
-#include "csrc/cpu/simd-inl.h"
-// Each builds on the one before.
-#include "csrc/cpu/pack/project-inl.h"
-#include "csrc/cpu/fit/basis-inl.h"
-#include "csrc/cpu/pack/pack-inl.h"
-#include "csrc/cpu/attend/scores-inl.h"
-#include "csrc/cpu/attend/accumulate-inl.h"
-#include "csrc/cpu/attend/absorb-inl.h"
-#include "csrc/cpu/attend/plan-inl.h"
-#include "csrc/cpu/attend/prepare-inl.h"
-#include "csrc/cpu/attend/merge-inl.h"
-#include "csrc/cpu/attend/page-inl.h"
-#include "csrc/cpu/attend/attend-inl.h"
-#include "csrc/cpu/select/proxy-inl.h"
-#include "csrc/cpu/select/select-inl.h"
-#include "csrc/cpu/select/gather-inl.h"
-
-extern const Backend kBackend;
-const Backend kBackend = {"avx512",      cpu_has_avx512, all_within,  covariance,
-                          fit_quantizer, pack_keys,      pack_values, select,
-                          gather,        attend,         merge};
-
-}  // namespace svdq::avx512
-
-#pragma GCC pop_options
+namespace svdq {
+const Backend& avx512_backend() {
+  static constexpr Backend kRow = avx512::make_backend("avx512", cpu_has_avx512);
+  return kRow;
+}
+}  // namespace svdq
 #endif

@@ -1,18 +1,17 @@
-#include "csrc/cuda/attend_classes.cuh"
-#include "csrc/cuda/stages.h"
+// The attend and merge stages, compiled for CUDA. The kernels of each class of head_dim are in a file of
+// their own, attend_*.cu, so that nvcc compiles them side by side.
+#include "csrc/gpu/attend.h"
 
-namespace svdq::cuda {
+#include "csrc/cuda/stream.cuh"
 
-void attend(const AttendParams& params, const GpuContext& context) {
-  const Range range("svdq.attend");
-  Stream stream(context);
-  gpu::attend(params, stream);
-}
+namespace svdq::gpu {
 
-void merge(const MergeParams& params, const GpuContext& context) {
-  const Range range("svdq.merge");
-  Stream stream(context);
-  gpu::merge(params, stream);
-}
+extern template void attend_class<64>(const AttendParams&, const AttendTiling*, cuda::Stream&);
+extern template void attend_class<128>(const AttendParams&, const AttendTiling*, cuda::Stream&);
+extern template void attend_class<256>(const AttendParams&, const AttendTiling*, cuda::Stream&);
+extern template void attend_class<512>(const AttendParams&, const AttendTiling*, cuda::Stream&);
 
-}  // namespace svdq::cuda
+template void attend(const AttendParams&, cuda::Stream&);
+template void merge(const MergeParams&, cuda::Stream&);
+
+}  // namespace svdq::gpu

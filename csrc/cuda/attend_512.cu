@@ -1,8 +1,10 @@
-// The attend stage for head_dim up to 512, in a file of its own so that files compile side by side.
-#include "csrc/cuda/stream.cuh"
+// The attend stage for head_dim up to 512, compiled for CUDA.
 #include "csrc/gpu/attend.h"
 
+#include "csrc/cuda/stream.cuh"
+
 namespace svdq::gpu {
-template void attend_class<512, cuda::Stream>(const AttendParams&, const AttendTiling*,
-                                              cuda::Stream&);
+
+template void attend_class<512>(const AttendParams&, const AttendTiling*, cuda::Stream&);
+
 }  // namespace svdq::gpu

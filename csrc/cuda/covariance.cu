@@ -1,21 +1,11 @@
+// The covariance stage and its eigenvectors, compiled for CUDA; it needs cuBLAS and cuSOLVER.
 #include "csrc/gpu/covariance.h"
 
 #include "csrc/cuda/stream.cuh"
-#include "csrc/cuda/stages.h"
 
-namespace svdq::cuda {
+namespace svdq::gpu {
 
-void covariance(const CovarianceParams& params, const GpuContext& context) {
-  const Range range("svdq.covariance");
-  Stream stream(context);
-  gpu::covariance(params, stream);
-}
+template void covariance(const CovarianceParams&, cuda::Stream&);
+template void components(const ComponentsParams&, cuda::Stream&);
 
-void components(float* covariance, int num_heads, int head_dim, float* components, float* variance,
-                const GpuContext& context) {
-  const Range range("svdq.components");
-  Stream stream(context);
-  gpu::components(covariance, num_heads, head_dim, components, variance, stream);
-}
-
-}  // namespace svdq::cuda
+}  // namespace svdq::gpu

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "csrc/gpu/context.h"
+#include "csrc/core/gpu_context.h"
 
 namespace svdq::cuda {
 

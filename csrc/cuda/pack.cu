@@ -1,20 +1,15 @@
+// The stages that pack and unpack, compiled for CUDA.
 #include "csrc/gpu/pack.h"
+#include "csrc/gpu/unpack.h"
 
 #include "csrc/cuda/stream.cuh"
-#include "csrc/cuda/stages.h"
 
-namespace svdq::cuda {
+namespace svdq::gpu {
 
-void pack_keys(const PackKeysParams& params, const GpuContext& context) {
-  const Range range("svdq.pack_keys");
-  Stream stream(context);
-  gpu::pack_keys(params, stream);
-}
+template void pack_keys(const PackKeysParams&, cuda::Stream&);
+template void pack_values(const PackValuesParams&, cuda::Stream&);
+template void unpack_codes(const UnpackCodesParams&, cuda::Stream&);
+template void unpack_keys(const UnpackKeysParams&, cuda::Stream&);
+template void unpack_values(const UnpackValuesParams&, cuda::Stream&);
 
-void pack_values(const PackValuesParams& params, const GpuContext& context) {
-  const Range range("svdq.pack_values");
-  Stream stream(context);
-  gpu::pack_values(params, stream);
-}
-
-}  // namespace svdq::cuda
+}  // namespace svdq::gpu

@@ -1,14 +1,12 @@
+// The stages of key sparsity, compiled for CUDA.
 #include "csrc/gpu/select.h"
+#include "csrc/gpu/gather.h"
 
 #include "csrc/cuda/stream.cuh"
-#include "csrc/cuda/stages.h"
 
-namespace svdq::cuda {
+namespace svdq::gpu {
 
-void select(const SelectParams& params, const GpuContext& context) {
-  const Range range("svdq.select");
-  Stream stream(context);
-  gpu::select(params, stream);
-}
+template void select(const SelectParams&, cuda::Stream&);
+template void gather(const GatherParams&, cuda::Stream&);
 
-}  // namespace svdq::cuda
+}  // namespace svdq::gpu

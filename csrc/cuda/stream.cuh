@@ -4,9 +4,10 @@
 #include <cuda_runtime.h>
 #include <nvtx3/nvToolsExt.h>
 
+#include "csrc/core/backend.h"
 #include "csrc/cuda/status.h"
 #include "csrc/cuda/linalg.h"
-#include "csrc/gpu/context.h"
+#include "csrc/core/gpu_context.h"
 #include "csrc/gpu/stream.h"
 
 namespace svdq::cuda {
@@ -22,10 +23,12 @@ class Range {
 
 class Stream {
  public:
-  explicit Stream(const GpuContext& context)
-      : context_(context),
-        limits_{context.num_sms, context.max_shared_bytes},
-        linear_algebra_(context) {}
+  // The stream of `context`; `stage` is shown by profilers as long as this object lives.
+  Stream(const Context& context, const char* stage)
+      : range_(stage),
+        context_(context.gpu()),
+        limits_{context_.num_sms, context_.max_shared_bytes},
+        linear_algebra_(context_) {}
 
   template <typename... Params>
   void launch(const char* name, const device::LaunchShape& shape, void (*kernel)(Params...),
@@ -38,7 +41,7 @@ class Stream {
             name);
     }
     const dim3 grid(shape.grid_x, shape.grid_y, shape.grid_z);
-    kernel<<<grid, shape.threads, shape.smem_bytes, stream()>>>(params...);
+    kernel<<<grid, shape.threads, shape.smem_bytes, handle()>>>(params...);
     check(cudaGetLastError(), name);
   }
 
@@ -50,8 +53,8 @@ class Stream {
 
   template <typename T>
   void read(T* host, const T* from, int64_t count) {
-    check(cudaMemcpyAsync(host, from, count * sizeof(T), cudaMemcpyDeviceToHost, stream()), "read");
-    check(cudaStreamSynchronize(stream()), "read");
+    check(cudaMemcpyAsync(host, from, count * sizeof(T), cudaMemcpyDeviceToHost, handle()), "read");
+    check(cudaStreamSynchronize(handle()), "read");
   }
 
   void add_gram(const float* rows, int heads, int64_t tokens, int dim, float* gram) {
@@ -62,9 +65,10 @@ class Stream {
   }
 
   const gpu::DeviceLimits& limits() const { return limits_; }
-  cudaStream_t stream() const { return static_cast<cudaStream_t>(context_.stream); }
+  cudaStream_t handle() const { return static_cast<cudaStream_t>(context_.stream); }
 
  private:
+  Range range_;
   GpuContext context_;
   gpu::DeviceLimits limits_;
   LinearAlgebra linear_algebra_;

@@ -1,4 +1,4 @@
-// The basis stage on a GPU. Beside what csrc/gpu/stream.h lists, a Queue has
+// The covariance stage and its eigenvectors on a GPU. In addition to csrc/gpu/stream.h, a Stream has
 //   add_gram(rows, heads, tokens, dim, gram)   gram [heads, dim, dim] += rows^T rows of each head;
 //                                              rows [heads, tokens, dim]
 //   eigenvectors(matrices, values, heads, dim, info)
@@ -17,7 +17,7 @@ namespace svdq::gpu {
 
 // Rows take `scratch` numbers at a time, or those of 64 tokens.
 template <typename Stream>
-void covariance(const CovarianceParams& p, Stream& stream, int64_t scratch = kScratchNumbers) {
+void covariance(const CovarianceParams& p, Stream& stream, int64_t scratch) {
   constexpr int64_t kMostTokens = 4096;  // longer products gain nothing
   const int64_t row = int64_t{p.num_heads} * p.head_dim, matrices = row * p.head_dim;
   const int64_t num_runs = ceil_div(p.keys.num_tokens, kPageTokens);
@@ -48,22 +48,24 @@ void covariance(const CovarianceParams& p, Stream& stream, int64_t scratch = kSc
                 p.covariance);
 }
 
-// components [H, D, D], rows by falling variance, and variance [H, D] of `covariance` [H, D, D],
-// which is overwritten. Waits for the solver's report; throws Error if a head has no eigenvectors.
+// Waits for the solver's report; throws Error if a head has no eigenvectors.
 template <typename Stream>
-void components(float* covariance, int num_heads, int head_dim, float* components, float* variance,
-                Stream& stream) {
-  float* values = stream.template allocate<float>(int64_t{num_heads} * head_dim);
-  int* info = stream.template allocate<int>(num_heads);
-  stream.eigenvectors(covariance, values, num_heads, head_dim, info);
-  const device::ComponentsParams p{num_heads, head_dim, covariance, values, components, variance};
-  stream.launch("components", device::components_launch(p), device::components_kernel, p);
-  std::vector<int> found(num_heads);
-  stream.read(found.data(), info, num_heads);
-  for (int h = 0; h < num_heads; ++h) {
+void components(const ComponentsParams& p, Stream& stream) {
+  float* values = stream.template allocate<float>(int64_t{p.num_heads} * p.head_dim);
+  int* info = stream.template allocate<int>(p.num_heads);
+  stream.eigenvectors(p.covariance, values, p.num_heads, p.head_dim, info);
+  stream.launch("components", device::components_launch(p), device::components_kernel, p, values);
+  std::vector<int> found(p.num_heads);
+  stream.read(found.data(), info, p.num_heads);
+  for (int h = 0; h < p.num_heads; ++h) {
     SVDQ_CHECK(found[h] == 0, "no eigenvectors found for the covariance of head ", h,
                ": the solver reports ", found[h]);
   }
+}
+
+template <typename Stream>
+void covariance(const CovarianceParams& p, Stream& stream) {
+  covariance(p, stream, kScratchNumbers);
 }
 
 }  // namespace svdq::gpu

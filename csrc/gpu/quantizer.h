@@ -89,9 +89,14 @@ void fit_quantizer_class(const QuantizerParams& p, int64_t scratch, Stream& stre
 }
 
 template <typename Stream>
-void fit_quantizer(const QuantizerParams& p, Stream& stream, int64_t scratch = kScratchNumbers) {
+void fit_quantizer(const QuantizerParams& p, Stream& stream, int64_t scratch) {
   with_dim_class(p.layout.head_dim,
                  [&]<int kDim>() { fit_quantizer_class<kDim>(p, scratch, stream); });
+}
+
+template <typename Stream>
+void fit_quantizer(const QuantizerParams& p, Stream& stream) {
+  fit_quantizer(p, stream, kScratchNumbers);
 }
 
 }  // namespace svdq::gpu

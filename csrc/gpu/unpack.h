@@ -7,12 +7,14 @@
 namespace svdq::gpu {
 
 template <typename Stream>
-void unpack_codes(const UnpackParams& p, uint8_t* codes, Stream& stream) {
+void unpack_codes(const UnpackCodesParams& params, Stream& stream) {
+  const UnpackParams& p = params.packed;
   const device::HeadTable heads = head_table(p.layout);
   for_each_page_run(p.page_table, p.slot, p.num_tokens,
                     [&](const device::PageIds& ids, int64_t first, int count) {
                       stream.launch("unpack_codes", device::inspect_launch(p, count),
-                                    device::unpack_codes_kernel, p, heads, ids, first, codes);
+                                    device::unpack_codes_kernel, p, heads, ids, first,
+                                    params.codes);
                     });
 }
 
@@ -42,9 +44,10 @@ void unpack_keys(const UnpackKeysParams& p, Stream& stream) {
                  [&]<int kDim>() { unpack_keys_class<kDim>(p.packed, d, p.position, stream); });
 }
 
-// `dtype` is that of exact values.
 template <typename Stream>
-void unpack_values(const UnpackParams& p, DataType dtype, float* values, Stream& stream) {
+void unpack_values(const UnpackValuesParams& params, Stream& stream) {
+  const UnpackParams& p = params.packed;
+  float* values = params.values;
   for_each_page_run(p.page_table, p.slot, p.num_tokens,
                     [&](const device::PageIds& ids, int64_t first, int count) {
                       const device::LaunchShape shape = device::inspect_launch(p, count);
@@ -56,7 +59,7 @@ void unpack_values(const UnpackParams& p, DataType dtype, float* values, Stream&
                                       ids, first, values);
                       } else {
                         stream.launch("widen_values", shape, device::widen_values_kernel, p, ids,
-                                      first, dtype, values);
+                                      first, params.dtype, values);
                       }
                     });
 }

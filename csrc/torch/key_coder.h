@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-#include "csrc/torch/target.h"
+#include "csrc/torch/call.h"
 #include "csrc/torch/tensor_checks.h"
 
 namespace svdq::torch_binding {
@@ -44,16 +44,17 @@ struct Destination {
 };
 
 // Packs the pre-RoPE channels of keys, the first of which is at `position`.
-inline void pack_pre(const Target& target, const Layout& layout, const KeyCodec& codec,
+inline void pack_pre(const Call& call, const Layout& layout, const KeyCodec& codec,
                      const TokenSource& source, int64_t position, const Destination& to) {
   if (layout.pre_rank() == 0) return;
-  target.pack_keys({source, layout.pre_view(), codec, position, to.pages, to.page_table, to.slot});
+  call(&Backend::pack_keys,
+       {source, layout.pre_view(), codec, position, to.pages, to.page_table, to.slot});
 }
 
 // What packed pre-RoPE channels leave of `keys`, a run of tokens after the other: fn(first, residual)
 // gets the rotated keys from token `first` on less their decoded core, [H, n, D] float.
 template <typename Fn>
-void for_each_residual(const Target& target, const Layout& layout, const KeyCodec& codec,
+void for_each_residual(const Call& call, const Layout& layout, const KeyCodec& codec,
                        const at::Tensor& keys, int64_t position, const Destination& from,
                        const Fn& fn) {
   const LayoutView pre = layout.pre_view();
@@ -61,10 +62,10 @@ void for_each_residual(const Target& target, const Layout& layout, const KeyCode
     const int64_t count = std::min(kResidualTokens, keys.size(1) - first);
     at::Tensor residual =
         at::empty({pre.num_heads, count, pre.head_dim}, keys.options().dtype(at::kFloat));
-    target.unpack_keys({{pre, from.pages, from.page_table, from.slot + first, count},
-                        codec,
-                        position + first,
-                        residual.mutable_data_ptr<float>()});
+    call(&Backend::unpack_keys, {{pre, from.pages, from.page_table, from.slot + first, count},
+                                 codec,
+                                 position + first,
+                                 residual.mutable_data_ptr<float>()});
     residual.neg_().add_(keys.narrow(1, first, count));
     fn(first, residual);
   }

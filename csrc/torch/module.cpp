@@ -11,6 +11,7 @@
 #include "csrc/core/backend.h"
 #include "csrc/core/check.h"
 #include "csrc/core/layout.h"
+#include "csrc/torch/call.h"
 
 namespace py = pybind11;
 
@@ -110,7 +111,7 @@ PYBIND11_MODULE(_C, m) {
         for (const Backend* backend : available_backends()) names.emplace_back(backend->name);
         return names;
       },
-      "CPU backends that run on this limits, best first.");
+      "CPU backends that run on this machine, best first.");
   m.def(
       "backend", [] { return std::string(current_backend().name); },
       "Name of the CPU backend in use.");
@@ -118,5 +119,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("read_pass", &read_pass, py::arg("tensor"),
         "Reads every byte of a contiguous CPU tensor with torch's threads, as a bandwidth measure; "
         "returns a checksum.");
+  torch_binding::add_backends();
   current_backend();  // a wrong SVDQ_BACKEND fails at import, not in the middle of a model
 }

@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "csrc/torch/packed_query.h"
-#include "csrc/torch/target.h"
+#include "csrc/torch/call.h"
 
 namespace svdq::torch_binding {
 namespace {
@@ -88,8 +88,9 @@ std::tuple<at::Tensor, at::Tensor> attend(
                              rows.options().dtype(at::kFloat));
   if (rows.numel() == 0) return {out, lse};
   given.queries.data = rows.const_data_ptr();
-  Target(query.device())
-      .attend({
+  Call(query.device())(
+      &Backend::attend,
+      {
           .keys = given.keys,
           .queries = given.queries,
           .window = {window_keys.const_data_ptr(), window_values.const_data_ptr(),
@@ -124,10 +125,10 @@ std::tuple<at::Tensor, at::Tensor> merge(const at::Tensor& out_a, const at::Tens
   const at::Tensor a = out_a.contiguous(), b = out_b.contiguous(), la = lse_a.contiguous(),
                    lb = lse_b.contiguous();
   at::Tensor out = at::empty(a.sizes(), a.options()), lse = at::empty(rows, la.options());
-  Target(out_a.device(), a.numel())
-      .merge({la.numel(), static_cast<int>(a.size(3)), dtype, a.const_data_ptr(),
-              la.const_data_ptr<float>(), b.const_data_ptr(), lb.const_data_ptr<float>(),
-              out.mutable_data_ptr(), lse.mutable_data_ptr<float>()});
+  Call(out_a.device(), a.numel())(
+      &Backend::merge, {la.numel(), static_cast<int>(a.size(3)), dtype, a.const_data_ptr(),
+                        la.const_data_ptr<float>(), b.const_data_ptr(), lb.const_data_ptr<float>(),
+                        out.mutable_data_ptr(), lse.mutable_data_ptr<float>()});
   return {out, lse};
 }
 

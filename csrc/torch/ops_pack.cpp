@@ -1,15 +1,18 @@
 // Operators that fit, pack and unpack: tensors are checked and turned into the stage's parameters.
 // Shapes, dtypes and meaning are documented in python/svdq/ops/.
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <limits>
 #include <numeric>
+#include <tuple>
+#include <vector>
 
 #include "csrc/core/bit_plan.h"
 #include "csrc/torch/key_coder.h"
-#include "csrc/torch/target.h"
+#include "csrc/torch/call.h"
 #include "csrc/torch/tensor_checks.h"
 
 namespace svdq::torch_binding {
@@ -21,12 +24,12 @@ constexpr int64_t kCheckedTokens = 4096;
 
 void check_within(const Checker& check, const TokenSource& source, const char* name, int64_t heads,
                   int64_t dim, float limit) {
-  const Target target(check.device(), heads * dim * source.num_tokens);
+  const Call call(check.device(), heads * dim * source.num_tokens);
   // While decoding, the host does not wait for a device; what is not a number gets code 0 there, or
   // makes the scale of its own values NaN.
-  if (target.is_cuda() && source.num_tokens <= kPageTokens) return;
+  if (check.device().is_cuda() && source.num_tokens <= kPageTokens) return;
   check.require(
-      target.all_within(source, static_cast<int>(heads), static_cast<int>(dim), limit),
+      call(&Backend::all_finite, {source, static_cast<int>(heads), static_cast<int>(dim), limit}),
       std::string(name) + (limit == kLargestHalf
                                ? " must be finite and at most 65504 in magnitude to be packed"
                                : " must be finite, got NaN or infinite numbers"));
@@ -35,6 +38,35 @@ void check_within(const Checker& check, const TokenSource& source, const char* n
 void check_finite(const Checker& check, const TokenSource& source, const char* name, int64_t heads,
                   int64_t dim) {
   check_within(check, source, name, heads, dim, std::numeric_limits<float>::max());
+}
+
+// Eigenvectors as rows [H, D, D] by falling eigenvalue [H, D], of `covariance` [H, D, D], which may be
+// overwritten. Where the backend has no solver, LAPACK solves through torch.
+std::tuple<at::Tensor, at::Tensor> find_components(const Call& call, at::Tensor& covariance) {
+  const int64_t heads = covariance.size(0), dim = covariance.size(1);
+  if (call.backend().components) {
+    at::Tensor components = at::empty_like(covariance),
+               variance = at::empty({heads, dim}, covariance.options());
+    call(&Backend::components,
+         {covariance.mutable_data_ptr<float>(), static_cast<int>(heads), static_cast<int>(dim),
+          components.mutable_data_ptr<float>(), variance.mutable_data_ptr<float>()});
+    return {components, variance};
+  }
+  // LAPACK takes one matrix after the other: every thread some heads. Ascending eigenvalues,
+  // eigenvectors in columns.
+  std::vector<at::Tensor> some_values(heads), some_vectors(heads);
+  at::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowAutograd no_autograd;
+    for (int64_t h = begin; h < end; ++h)
+      std::tie(some_values[h], some_vectors[h]) = at::linalg_eigh(covariance[h]);
+  });
+  // Gathered here: another thread knows nothing of this one's inference mode.
+  const at::Tensor values = at::stack(some_values), vectors = at::stack(some_vectors);
+  at::Tensor components = vectors.transpose(1, 2).flip(1).contiguous();
+  // The component of largest magnitude, the first of equals, is positive.
+  const at::Tensor largest = components.abs().argmax(-1, true);
+  components.mul_(at::where(components.gather(-1, largest) < 0, -1.0f, 1.0f));
+  return {components, values.flip(1).clamp_min(0).contiguous()};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> fit_basis(const at::Tensor& keys,
@@ -57,15 +89,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fit_basis(const at::Tensor& keys,
   const auto options = keys.options().dtype(at::kFloat);
   at::Tensor mean = at::empty({heads, dim}, options),
              covariance = at::empty({heads, dim, dim}, options);
-  const Target target(check.device());
-  target.covariance({source, static_cast<int>(heads), static_cast<int>(dim), rope, position,
-                     mean.mutable_data_ptr<float>(), covariance.mutable_data_ptr<float>()});
+  const Call call(check.device());
+  call(&Backend::covariance,
+       {source, static_cast<int>(heads), static_cast<int>(dim), rope, position,
+        mean.mutable_data_ptr<float>(), covariance.mutable_data_ptr<float>()});
   // What is not finite in a key is not in the covariance: no pass of its own looks for it.
   if (!at::isfinite(covariance).all().item<bool>()) {
     check_finite(check, source, "keys", heads, dim);
     check.require(false, "keys must be small enough for float32 to hold their squares");
   }
-  const auto [components, variance] = target.components(covariance);
+  const auto [components, variance] = find_components(call, covariance);
   return {mean, components, variance};
 }
 
@@ -101,18 +134,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fit_quantizer(
       "layout must code one space, pre or post: the parts of a hybrid layout are fitted one "
       "after the other");
   const Rope rope = check.rope(inv_freq, layout.rope(), dim);
-  const Target target(check.device());
+  const Call call(check.device());
   // The search on the CPU looks at a sample and finds what is not finite there by itself.
-  const bool finds_bad = clip && !target.is_cuda() && source.num_tokens > kCheckedTokens;
+  const bool finds_bad = clip && !check.device().is_cuda() && source.num_tokens > kCheckedTokens;
   if (!finds_bad) check_finite(check, source, "keys", heads, dim);
 
   at::Tensor basis = at::empty({layout.rank(), dim}, keys.options().dtype(at::kBFloat16));
   at::Tensor scale = at::empty({layout.rank()}, mean.options()),
              centred = at::empty({heads, dim}, mean.options());
-  target.fit_quantizer({source, layout.view(), rope, position, clip, mean.const_data_ptr<float>(),
-                        components.const_data_ptr<float>(),
-                        static_cast<uint16_t*>(basis.mutable_data_ptr()),
-                        scale.mutable_data_ptr<float>(), centred.mutable_data_ptr<float>()});
+  call(&Backend::fit_quantizer,
+       {source, layout.view(), rope, position, clip, mean.const_data_ptr<float>(),
+        components.const_data_ptr<float>(), static_cast<uint16_t*>(basis.mutable_data_ptr()),
+        scale.mutable_data_ptr<float>(), centred.mutable_data_ptr<float>()});
   if (finds_bad && !at::isfinite(scale).all().item<bool>())
     check_finite(check, source, "keys", heads, dim);
   return {basis, scale, centred};
@@ -135,22 +168,22 @@ void pack_keys_(at::Tensor& k_pages, const at::Tensor& keys,
   check_finite(check, source, "keys", heads, dim);
   float* error_data = errors ? errors->mutable_data_ptr<float>() : nullptr;
 
-  const Target target(check.device());
+  const Call call(check.device());
   uint8_t* pages = k_pages.mutable_data_ptr<uint8_t>();
   const int32_t* table = page_table.const_data_ptr<int32_t>();
   if (layout.rope() != RopeMode::kHybrid) {
-    target.pack_keys({source, layout.view(), codec, position, pages, table, slot, error_data,
-                      source.num_tokens});
+    call(&Backend::pack_keys, {source, layout.view(), codec, position, pages, table, slot,
+                               error_data, source.num_tokens});
     return;
   }
   const Destination to{pages, table, slot};
-  pack_pre(target, layout, codec, source, position, to);
+  pack_pre(call, layout, codec, source, position, to);
   if (layout.post_rank() == 0 && !errors) return;
   for_each_residual(
-      target, layout, codec, keys, position, to, [&](int64_t first, const at::Tensor& rest) {
-        target.pack_keys({float_source(rest), layout.post_view(), post_codec(codec), 0, pages,
-                          table, slot + first, error_data ? error_data + first : nullptr,
-                          source.num_tokens});
+      call, layout, codec, keys, position, to, [&](int64_t first, const at::Tensor& rest) {
+        call(&Backend::pack_keys,
+             {float_source(rest), layout.post_view(), post_codec(codec), 0, pages, table,
+              slot + first, error_data ? error_data + first : nullptr, source.num_tokens});
       });
 }
 
@@ -172,14 +205,14 @@ at::Tensor residual_keys(const at::Tensor& keys, const std::optional<at::Tensor>
   std::vector<int32_t> table(num_pages);
   std::iota(table.begin(), table.end(), 0);
   at::Tensor out = at::empty({heads, source.num_tokens, dim}, keys.options());
-  const Target target(check.device());
+  const Call call(check.device());
   for (int64_t first = 0; first < source.num_tokens; first += kResidualTokens) {
     const int64_t count = std::min(kResidualTokens, source.num_tokens - first);
     const at::Tensor some = keys.narrow(1, first, count);
     const Destination own{pages.mutable_data_ptr<uint8_t>(), table.data(), 0};
-    pack_pre(target, layout, codec, check.tokens(some, "keys", heads, dim), position + first, own);
+    pack_pre(call, layout, codec, check.tokens(some, "keys", heads, dim), position + first, own);
     for_each_residual(
-        target, layout, codec, some, position + first, own,
+        call, layout, codec, some, position + first, own,
         [&](int64_t, const at::Tensor& rest) { out.narrow(1, first, count).copy_(rest); });
   }
   return out;
@@ -196,9 +229,9 @@ void pack_values_(at::Tensor& v_pages, const at::Tensor& values, at::IntArrayRef
   check.pages(page_table, slot, source.num_tokens, v_pages.size(0));
   check_within(check, source, "values", layout.num_heads(), layout.head_dim(),
                packed ? kLargestHalf : std::numeric_limits<float>::max());
-  Target(check.device())
-      .pack_values({source, layout.view(), static_cast<uint8_t*>(v_pages.mutable_data_ptr()),
-                    page_table.const_data_ptr<int32_t>(), slot});
+  Call(check.device())(&Backend::pack_values,
+                       {source, layout.view(), static_cast<uint8_t*>(v_pages.mutable_data_ptr()),
+                        page_table.const_data_ptr<int32_t>(), slot});
 }
 
 void append_window_(at::Tensor& window_keys, at::Tensor& window_values, const at::Tensor& keys,
@@ -240,7 +273,7 @@ at::Tensor unpack_codes_op(const at::Tensor& k_pages, at::IntArrayRef layout_int
   check.tensor(k_pages, "k_pages", at::kByte, {-1, layout.k_page_bytes()});
   const UnpackParams params = unpack_params(check, layout, k_pages, page_table, slot, num_tokens);
   at::Tensor codes = at::empty({num_tokens, layout.rank()}, k_pages.options());
-  Target(check.device()).unpack_codes(params, codes.mutable_data_ptr<uint8_t>());
+  Call(check.device())(&Backend::unpack_codes, {params, codes.mutable_data_ptr<uint8_t>()});
   return codes;
 }
 
@@ -254,11 +287,11 @@ at::Tensor unpack_keys_op(const at::Tensor& k_pages, const std::optional<at::Ten
   check.tensor(k_pages, "k_pages", at::kByte, {-1, layout.k_page_bytes()});
   const KeyCodec codec = check_codec(check, layout, basis, scale, mean, post_mean, inv_freq);
   UnpackParams params = unpack_params(check, layout, k_pages, page_table, slot, num_tokens);
-  const Target target(check.device());
+  const Call call(check.device());
   const auto decode = [&](const LayoutView& view, const KeyCodec& own) {
     at::Tensor keys = at::empty({view.num_heads, num_tokens, view.head_dim}, mean.options());
     params.layout = view;
-    target.unpack_keys({params, own, position, keys.mutable_data_ptr<float>()});
+    call(&Backend::unpack_keys, {params, own, position, keys.mutable_data_ptr<float>()});
     return keys;
   };
   if (layout.rope() != RopeMode::kHybrid) return decode(layout.view(), codec);
@@ -274,7 +307,7 @@ at::Tensor unpack_values_op(const at::Tensor& v_pages, at::IntArrayRef layout_in
   const UnpackParams params = unpack_params(check, layout, v_pages, page_table, slot, num_tokens);
   at::Tensor values = at::empty({layout.num_heads(), num_tokens, layout.head_dim()},
                                 v_pages.options().dtype(at::kFloat));
-  Target(check.device()).unpack_values(params, dtype, values.mutable_data_ptr<float>());
+  Call(check.device())(&Backend::unpack_values, {params, dtype, values.mutable_data_ptr<float>()});
   return values;
 }
 
@@ -316,7 +349,7 @@ TORCH_LIBRARY_FRAGMENT(svdq, m) {
       "Tensor");
 }
 
-// The same functions serve both devices: a Target runs the stages where the tensors lie.
+// The same functions serve both devices: a Call runs the stages where the tensors lie.
 static void register_stages(torch::Library& m) {
   m.impl("fit_basis", &fit_basis);
   m.impl("allocate_bits", &allocate_bits);

@@ -3,7 +3,7 @@
 #include <torch/library.h>
 
 #include "csrc/torch/packed_query.h"
-#include "csrc/torch/target.h"
+#include "csrc/torch/call.h"
 
 namespace svdq::torch_binding {
 namespace {
@@ -42,13 +42,14 @@ std::tuple<at::Tensor, at::Tensor> select(
   given.queries.data = rows.const_data_ptr();
   given.keys.outlier_slots = outliers ? outlier_slots->const_data_ptr<int32_t>() : nullptr;
   given.keys.num_outliers = static_cast<int>(outliers);
-  Target(query.device())
-      .select({.keys = given.keys,
-               .queries = given.queries,
-               .channels = static_cast<int>(channels),
-               .budget = static_cast<int>(budget),
-               .slots = slots.mutable_data_ptr<int32_t>(),
-               .outlier_indices = outliers ? indices.mutable_data_ptr<int32_t>() : nullptr});
+  Call(query.device())(
+      &Backend::select,
+      {.keys = given.keys,
+       .queries = given.queries,
+       .channels = static_cast<int>(channels),
+       .budget = static_cast<int>(budget),
+       .slots = slots.mutable_data_ptr<int32_t>(),
+       .outlier_indices = outliers ? indices.mutable_data_ptr<int32_t>() : nullptr});
   return {slots, indices};
 }
 
@@ -78,20 +79,20 @@ std::tuple<at::Tensor, at::Tensor> gather(const at::Tensor& k_pages, const at::T
   at::Tensor k_out = at::empty({pages, k_pages.size(1)}, k_pages.options());
   at::Tensor v_out = at::empty({pages, v_pages.size(1)}, v_pages.options());
   if (pages == 0) return {k_out, v_out};
-  Target(k_pages.device())
-      .gather({
-          .layout = layout.view(),
-          .batch = static_cast<int>(batch),
-          .k_pages = k_pages.const_data_ptr<uint8_t>(),
-          .v_pages = static_cast<const uint8_t*>(v_pages.const_data_ptr()),
-          .num_pages = num_pages,
-          .page_table = page_table.const_data_ptr<int32_t>(),
-          .table_stride = page_table.size(1),
-          .slots = slots.const_data_ptr<int32_t>(),
-          .num_slots = count,
-          .k_out = k_out.mutable_data_ptr<uint8_t>(),
-          .v_out = static_cast<uint8_t*>(v_out.mutable_data_ptr()),
-      });
+  Call(k_pages.device())(&Backend::gather,
+                         {
+                             .layout = layout.view(),
+                             .batch = static_cast<int>(batch),
+                             .k_pages = k_pages.const_data_ptr<uint8_t>(),
+                             .v_pages = static_cast<const uint8_t*>(v_pages.const_data_ptr()),
+                             .num_pages = num_pages,
+                             .page_table = page_table.const_data_ptr<int32_t>(),
+                             .table_stride = page_table.size(1),
+                             .slots = slots.const_data_ptr<int32_t>(),
+                             .num_slots = count,
+                             .k_out = k_out.mutable_data_ptr<uint8_t>(),
+                             .v_out = static_cast<uint8_t*>(v_out.mutable_data_ptr()),
+                         });
   return {k_out, v_out};
 }
 

@@ -152,22 +152,15 @@ inline LaunchShape covariance_launch(const CovarianceWorkspace& w) {
   return {w.head_dim / kCovarianceRows, w.num_heads, 1, kBasisThreads, 0};
 }
 
-struct ComponentsParams {
-  int num_heads, head_dim;
-  const float* vectors;  // [H, D, D], a row an eigenvector, by rising eigenvalue
-  const float* values;   // [H, D], rising
-  float* components;     // [H, D, D], rows by falling variance
-  float* variance;       // [H, D], falling, at least 0
-};
-
 inline constexpr int kComponentRows = kBasisThreads / kWarpSize;  // of a block
 
-// Rows in reverse, turned so that the component of largest magnitude, the first of equals, is
-// positive; what rounding left below zero becomes zero. Grid: x = 4 rows, y = head; a warp a row.
-SVDQ_KERNEL(kBasisThreads) components_kernel(ComponentsParams p) {
+// Reverses the order of eigenvectors, which p.covariance holds as rows by rising eigenvalue, `values`
+// [H, D]. The sign of a row makes its component of largest magnitude, the first of equals, positive;
+// an eigenvalue that rounding left below zero becomes zero. Grid: x = 4 rows, y = head; a warp a row.
+SVDQ_KERNEL(kBasisThreads) components_kernel(ComponentsParams p, const float* values) {
   const int dim = p.head_dim, row = block_x() * kComponentRows + warp_index();
   const int64_t head = int64_t{block_y()} * dim, from_row = head + dim - 1 - row;
-  const float* from = p.vectors + from_row * dim;
+  const float* from = p.covariance + from_row * dim;
   float largest = -1.0f;
   int at = 0;
   for (int d = lane_index(); d < dim; d += kWarpSize) {
@@ -180,13 +173,13 @@ SVDQ_KERNEL(kBasisThreads) components_kernel(ComponentsParams p) {
     const int other_at = shuffle_xor(at, mask);
     if (other > largest || (other == largest && other_at < at)) largest = other, at = other_at;
   }
-  const bool turn = load(&from[at]) < 0.0f;
+  const bool negate = load(&from[at]) < 0.0f;
   for (int d = lane_index(); d < dim; d += kWarpSize) {
     const float x = load(&from[d]);
-    store(&p.components[(head + row) * dim + d], turn ? -x : x);
+    store(&p.components[(head + row) * dim + d], negate ? -x : x);
   }
   if (lane_index() == 0) {
-    const float value = load(&p.values[from_row]);
+    const float value = load(&values[from_row]);
     store(&p.variance[head + row], value > 0.0f ? value : 0.0f);
   }
 }

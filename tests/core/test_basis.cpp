@@ -346,7 +346,7 @@ TEST_P(Basis, AllWithinFindsEveryBadNumber) {
       tokens.fill_like_keys(random, 1.0);
       const float limit = 1024.0f;
       const auto ok = [&](float bound) {
-        return backend().all_within(tokens.source(), kHeads, kDim, bound, executor_);
+        return backend().all_finite({tokens.source(), kHeads, kDim, bound}, executor_);
       };
       EXPECT_TRUE(ok(limit)) << "the gaps between rows are not part of the input";
       EXPECT_TRUE(ok(std::numeric_limits<float>::max()));

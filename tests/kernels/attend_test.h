@@ -16,7 +16,7 @@ inline AttendParams captured_params(AttendProblem& problem) {
   static AttendParams captured;
   Backend backend{};
   backend.name = "capture";
-  backend.attend = [](const AttendParams& p, const Executor&) { captured = p; };
+  backend.attend = [](const AttendParams& p, const Context&) { captured = p; };
   problem.run(backend, SerialExecutor());
   return captured;
 }

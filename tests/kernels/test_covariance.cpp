@@ -188,7 +188,7 @@ TEST_P(BasisKernels, ComponentsAreTheEigenvectors) {
     }
     const DeviceArray<float> covariance(matrices), d_components(matrices.size()),
         d_variance(kHeads * dim);
-    gpu::components(covariance.data(), kHeads, dim, d_components.data(), d_variance.data(),
+    gpu::components({covariance.data(), kHeads, dim, d_components.data(), d_variance.data()},
                     stream());
     const auto components = d_components.read(), variance = d_variance.read();
     for (int h = 0; h < kHeads; ++h) {
@@ -234,9 +234,8 @@ TEST_P(BasisKernels, SignsFollowTheFirstOfEquals) {
   }
   const DeviceArray<float> from(vectors), rising(values), components(vectors.size()),
       variance(values.size());
-  const device::ComponentsParams p{
-      1, kDim, from.data(), rising.data(), components.data(), variance.data()};
-  launch("components", device::components_launch(p), device::components_kernel, p);
+  const ComponentsParams p{from.data(), 1, kDim, components.data(), variance.data()};
+  launch("components", device::components_launch(p), device::components_kernel, p, rising.data());
   const auto got = components.read(), falling = variance.read();
   for (int i = 0; i < kDim; ++i) {
     const float* row = &vectors[(kDim - 1 - i) * kDim];
@@ -256,7 +255,8 @@ TEST_P(BasisKernels, SolverFailureNamesTheHead) {
   const DeviceArray<float> covariance(matrices), components(matrices.size()),
       variance(kHeads * kDim);
   try {
-    gpu::components(covariance.data(), kHeads, kDim, components.data(), variance.data(), stream());
+    gpu::components({covariance.data(), kHeads, kDim, components.data(), variance.data()},
+                    stream());
     FAIL() << "no error";
   } catch (const Error& error) {
     EXPECT_NE(std::string(error.what()).find("head 1"), std::string::npos) << error.what();

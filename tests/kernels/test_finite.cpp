@@ -21,7 +21,7 @@ class CheckKernels : public testing::KernelTest {
  protected:
   bool within(const Tokens& tokens, int head_dim, float limit, int first_channel = 0) {
     const DeviceTokens device(tokens, first_channel);
-    return gpu::all_within(device.source(), kHeads, head_dim, limit, stream());
+    return gpu::all_finite({device.source(), kHeads, head_dim, limit}, stream());
   }
 };
 

@@ -58,9 +58,9 @@ class InspectKernels : public testing::KernelTest {
   void check_codes(const InspectCase& c) {
     const int64_t count = c.num_tokens * layout_->rank();
     const DeviceArray<uint8_t> pages(k_pages_), codes(static_cast<size_t>(count));
-    gpu::unpack_codes(params(c, pages.data()), codes.data(), stream());
+    gpu::unpack_codes({params(c, pages.data()), codes.data()}, stream());
     std::vector<uint8_t> expected(count);
-    unpack_codes(params(c, k_pages_.data()), SerialExecutor(), expected.data());
+    unpack_codes({params(c, k_pages_.data()), expected.data()}, SerialExecutor());
     EXPECT_TRUE(testing::same_bytes(codes.read(), expected));
   }
 
@@ -68,9 +68,9 @@ class InspectKernels : public testing::KernelTest {
     const int64_t count = layout_->num_heads() * c.num_tokens * c.head_dim;
     const DeviceArray<uint8_t> pages(v_pages_);
     const DeviceArray<float> values(static_cast<size_t>(count));
-    gpu::unpack_values(params(c, pages.data()), c.dtype, values.data(), stream());
+    gpu::unpack_values({params(c, pages.data()), c.dtype, values.data()}, stream());
     std::vector<float> expected(count);
-    unpack_values(params(c, v_pages_.data()), SerialExecutor(), c.dtype, expected.data());
+    unpack_values({params(c, v_pages_.data()), c.dtype, expected.data()}, SerialExecutor());
     EXPECT_EQ(values.read(), expected);
   }
 

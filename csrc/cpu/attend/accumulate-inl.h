@@ -1,4 +1,23 @@
 // Online softmax over blocks of 64 tokens, and the products of probabilities and values.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "csrc/cpu/attend/scores-inl.h"
+#include "csrc/cpu/fit/quantizer-inl.h"
+#include "csrc/cpu/numbers-inl.h"
+#include "csrc/cpu/pack/project-inl.h"
+#include "csrc/cpu/simd-inl.h"
+#include "kernels/format.h"
+#include "kernels/params.h"
+
+#include "csrc/cpu/target_begin-inl.h"
+
+namespace svdq::SVDQ_TARGET_NAME {
 
 // State of a block of query rows: the online softmax, in log2 units, and the output so far. Probabilities
 // are relative to `max`.
@@ -327,3 +346,7 @@ inline void accumulate_window(const float (*probabilities)[kPageTokens], const v
     }
   }
 }
+
+}  // namespace svdq::SVDQ_TARGET_NAME
+
+#include "csrc/cpu/target_end-inl.h"

@@ -11,6 +11,31 @@
 //
 // Per token, D = 128, 1.25-bit keys after RoPE, 4-bit values, 4 query heads: 92 bytes read; about 4
 // vector operations unpack and score, 3 exponentiate, 4 quantize probabilities, 11 multiply values.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "csrc/core/absorb.h"
+#include "csrc/core/parallel.h"
+#include "csrc/core/rope_table.h"
+#include "csrc/cpu/attend/absorb-inl.h"
+#include "csrc/cpu/attend/accumulate-inl.h"
+#include "csrc/cpu/attend/merge-inl.h"
+#include "csrc/cpu/attend/page-inl.h"
+#include "csrc/cpu/attend/plan-inl.h"
+#include "csrc/cpu/attend/prepare-inl.h"
+#include "csrc/cpu/attend/scores-inl.h"
+#include "csrc/cpu/numbers-inl.h"
+#include "csrc/cpu/pack/project-inl.h"
+#include "csrc/cpu/simd-inl.h"
+#include "kernels/format.h"
+#include "kernels/params.h"
+
+#include "csrc/cpu/target_begin-inl.h"
+
+namespace svdq::SVDQ_TARGET_NAME {
 
 // Softmax of kRows rows of scores. Rows that see nothing get zero probabilities. Returns false if
 // no row sees anything.
@@ -257,3 +282,7 @@ inline void attend(const AttendParams& p, const Executor& executor) {
                   for (int64_t row = task * kRowsPerTask; row < last; ++row) finish_row(plan, row);
                 });
 }
+
+}  // namespace svdq::SVDQ_TARGET_NAME
+
+#include "csrc/cpu/target_end-inl.h"

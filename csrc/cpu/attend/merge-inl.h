@@ -1,4 +1,22 @@
 // The merge stage: partial results over disjoint sets of keys become one.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "csrc/core/parallel.h"
+#include "csrc/core/scalar.h"
+#include "csrc/cpu/attend/accumulate-inl.h"
+#include "csrc/cpu/attend/plan-inl.h"
+#include "csrc/cpu/numbers-inl.h"
+#include "csrc/cpu/simd-inl.h"
+#include "kernels/format.h"
+#include "kernels/params.h"
+
+#include "csrc/cpu/target_begin-inl.h"
+
+namespace svdq::SVDQ_TARGET_NAME {
 
 // Merges the splits of one query row and writes it out.
 inline void finish_row(const AttendPlan& plan, int64_t row) {
@@ -42,3 +60,7 @@ inline void merge(const MergeParams& p, const Executor& executor) {
     p.lse[row] = empty ? kNoScore : most + std::log(weight_a + weight_b);
   });
 }
+
+}  // namespace svdq::SVDQ_TARGET_NAME
+
+#include "csrc/cpu/target_end-inl.h"

@@ -1,5 +1,25 @@
 // Scores of one page for a task's rows: absorbed queries (absorb-inl.h), reconstructed keys, tail codes
 // and outliers, each where there are any.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "csrc/core/absorb.h"
+#include "csrc/cpu/attend/absorb-inl.h"
+#include "csrc/cpu/attend/accumulate-inl.h"
+#include "csrc/cpu/attend/plan-inl.h"
+#include "csrc/cpu/attend/scores-inl.h"
+#include "csrc/cpu/attend/slow_pairs-inl.h"
+#include "csrc/cpu/pack/project-inl.h"
+#include "csrc/cpu/simd-inl.h"
+#include "kernels/format.h"
+#include "kernels/params.h"
+
+#include "csrc/cpu/target_begin-inl.h"
+
+namespace svdq::SVDQ_TARGET_NAME {
 
 // What one worker needs besides a task's row states; see carve_scratch.
 struct AttendScratch {
@@ -246,3 +266,7 @@ inline void reconstruct_page(const AttendPlan& plan, const AttendTask& task, con
                      column_turns(plan, s), s.keys);
   }
 }
+
+}  // namespace svdq::SVDQ_TARGET_NAME
+
+#include "csrc/cpu/target_end-inl.h"

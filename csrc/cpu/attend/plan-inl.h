@@ -1,5 +1,23 @@
 // How a call to attend is cut into tasks, and what is prepared once for all of them: scaled
 // queries, quantized weights of every head, rotations to where splits begin.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "csrc/core/absorb.h"
+#include "csrc/core/rope_table.h"
+#include "csrc/cpu/attend/absorb-inl.h"
+#include "csrc/cpu/attend/scores-inl.h"
+#include "csrc/cpu/attend/slow_pairs-inl.h"
+#include "csrc/cpu/pack/project-inl.h"
+#include "csrc/cpu/simd-inl.h"
+#include "kernels/format.h"
+#include "kernels/params.h"
+
+#include "csrc/cpu/target_begin-inl.h"
+
+namespace svdq::SVDQ_TARGET_NAME {
 
 // Query rows of one task; a multiple of kMaxRows. More would push their outputs out of the nearest
 // cache.
@@ -247,3 +265,7 @@ inline float dot_basis(const uint16_t* basis, const float* x, int n) {
   for (int i = 0; i < n; i += kVecLanes) sum += load_bfloat16(basis + i) * load<F32>(x + i);
   return reduce_add(sum);
 }
+
+}  // namespace svdq::SVDQ_TARGET_NAME
+
+#include "csrc/cpu/target_end-inl.h"

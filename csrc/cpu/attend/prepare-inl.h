@@ -1,5 +1,27 @@
 // What attend prepares once for all tasks: scaled queries, quantized weights of every head, queries
 // absorbed into pre-RoPE channels, rotations to where splits begin.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "csrc/core/absorb.h"
+#include "csrc/core/parallel.h"
+#include "csrc/core/rope_table.h"
+#include "csrc/cpu/attend/absorb-inl.h"
+#include "csrc/cpu/attend/plan-inl.h"
+#include "csrc/cpu/attend/scores-inl.h"
+#include "csrc/cpu/attend/slow_pairs-inl.h"
+#include "csrc/cpu/numbers-inl.h"
+#include "csrc/cpu/pack/project-inl.h"
+#include "csrc/cpu/simd-inl.h"
+#include "kernels/format.h"
+#include "kernels/params.h"
+
+#include "csrc/cpu/target_begin-inl.h"
+
+namespace svdq::SVDQ_TARGET_NAME {
 
 // Quantizes row `row` of a head's weights, where `constant` multiplies no code.
 inline void store_weights(const AttendPlan& plan, int64_t sequence_head, int64_t row,
@@ -235,3 +257,7 @@ inline void prepare_angles(const AttendPlan& plan, int64_t b, int64_t chunk) {
     advance_rotation(rotation, plan.angles.page_turn(), half);
   }
 }
+
+}  // namespace svdq::SVDQ_TARGET_NAME
+
+#include "csrc/cpu/target_end-inl.h"

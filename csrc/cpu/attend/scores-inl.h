@@ -1,6 +1,20 @@
 // Scores of one block of 64 tokens, in units of log2: codes absorbed into the query (tail
 // channels), keys reconstructed from codes and rotated (pre-RoPE channels), and exact keys. All write
 // s[row][64]; those of post-RoPE channels may be added to those of pre-RoPE channels.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "csrc/cpu/numbers-inl.h"
+#include "csrc/cpu/pack/project-inl.h"
+#include "csrc/cpu/simd-inl.h"
+#include "kernels/format.h"
+#include "kernels/params.h"
+
+#include "csrc/cpu/target_begin-inl.h"
+
+namespace svdq::SVDQ_TARGET_NAME {
 
 // Rows of weights, quantized to be multiplied with the codes of one head: a weight is
 // step * (high + low / kLowSteps), where only 8-bit codes, which are up to 17 times larger than 4-bit
@@ -336,3 +350,7 @@ inline void exact_scores(const float* query, int head_dim, const void* keys, Dat
     for (int t = count; t < kPageTokens; ++t) s[r * kPageTokens + t] = 0;
   }
 }
+
+}  // namespace svdq::SVDQ_TARGET_NAME
+
+#include "csrc/cpu/target_end-inl.h"

@@ -1,4 +1,22 @@
 // The pack stage: latents and values become codes in the quad layout.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "csrc/core/parallel.h"
+#include "csrc/core/rope_table.h"
+#include "csrc/cpu/fit/quantizer-inl.h"
+#include "csrc/cpu/numbers-inl.h"
+#include "csrc/cpu/pack/project-inl.h"
+#include "csrc/cpu/simd-inl.h"
+#include "kernels/format.h"
+#include "kernels/params.h"
+
+#include "csrc/cpu/target_begin-inl.h"
+
+namespace svdq::SVDQ_TARGET_NAME {
 
 // Pages that one task packs, so that its transposed basis is used more than once.
 inline constexpr int64_t kPagesPerTask = 16;
@@ -330,3 +348,7 @@ inline void pack_values(const PackValuesParams& p, const Executor& executor) {
     }
   });
 }
+
+}  // namespace svdq::SVDQ_TARGET_NAME
+
+#include "csrc/cpu/target_end-inl.h"

@@ -1,4 +1,19 @@
 // The project stage: rows of keys, un-rotated, centred and projected on a basis.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "csrc/core/rope_table.h"
+#include "csrc/core/scalar.h"
+#include "csrc/cpu/numbers-inl.h"
+#include "csrc/cpu/simd-inl.h"
+#include "kernels/format.h"
+#include "kernels/params.h"
+
+#include "csrc/cpu/target_begin-inl.h"
+
+namespace svdq::SVDQ_TARGET_NAME {
 
 inline constexpr int kTileTokens = 4;  // rows of a register tile
 inline constexpr int kTileVecs =
@@ -183,3 +198,7 @@ inline void for_each_channel_block(float* latent, int rank, const Convert& conve
     }
   }
 }
+
+}  // namespace svdq::SVDQ_TARGET_NAME
+
+#include "csrc/cpu/target_end-inl.h"

@@ -3,6 +3,26 @@
 // Per token, D = 128, 1.25-bit keys and 4-bit values: 12 lanes of keys, one scalar each, and 8
 // blocks of values, 5 vector operations each. The lines these come from are asked for a page ahead:
 // selected tokens lie anywhere.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+
+#include "csrc/core/parallel.h"
+#include "csrc/cpu/attend/accumulate-inl.h"
+#include "csrc/cpu/attend/page-inl.h"
+#include "csrc/cpu/attend/scores-inl.h"
+#include "csrc/cpu/numbers-inl.h"
+#include "csrc/cpu/pack/project-inl.h"
+#include "csrc/cpu/simd-inl.h"
+#include "kernels/format.h"
+#include "kernels/params.h"
+
+#include "csrc/cpu/target_begin-inl.h"
+
+namespace svdq::SVDQ_TARGET_NAME {
 
 // Where the token of a slot lies.
 struct TokenPlace {
@@ -186,3 +206,7 @@ inline void gather(const GatherParams& p, const Executor& executor) {
     }
   });
 }
+
+}  // namespace svdq::SVDQ_TARGET_NAME
+
+#include "csrc/cpu/target_end-inl.h"

@@ -1,6 +1,23 @@
 // The leading channels of a head, which say what a packed token is worth to a query (the select
 // stage). For every page the queries are absorbed into these channels as if all its tokens stood in
 // its middle; after that a token costs one integer dot product a quad of channels.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <initializer_list>
+
+#include "csrc/core/absorb.h"
+#include "csrc/cpu/attend/slow_pairs-inl.h"
+#include "csrc/cpu/pack/project-inl.h"
+#include "csrc/cpu/simd-inl.h"
+#include "kernels/format.h"
+#include "kernels/params.h"
+
+#include "csrc/cpu/target_begin-inl.h"
+
+namespace svdq::SVDQ_TARGET_NAME {
 
 // One band of leading channels.
 struct ProxyBand {
@@ -223,3 +240,7 @@ inline void proxy_scores(const uint8_t* lines, const ProxyBands& lead, const Pro
     if (band.width == 1) add_proxy_band<1>(lines, band, weights, step + i, part, s);
   }
 }
+
+}  // namespace svdq::SVDQ_TARGET_NAME
+
+#include "csrc/cpu/target_end-inl.h"

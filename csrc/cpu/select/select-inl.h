@@ -5,6 +5,32 @@
 // Per page of 64 tokens and KV head, D = 128, 4 query heads, 16 channels of 4 bits: 512 bytes read;
 // 47 slow pairs, 30 of them interpolated, take 270 vector operations to absorb, the 64 tokens 140 to
 // score and 130 to exponentiate.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "csrc/core/absorb.h"
+#include "csrc/core/parallel.h"
+#include "csrc/core/rope_table.h"
+#include "csrc/core/scalar.h"
+#include "csrc/core/top_tokens.h"
+#include "csrc/cpu/attend/accumulate-inl.h"
+#include "csrc/cpu/attend/plan-inl.h"
+#include "csrc/cpu/attend/scores-inl.h"
+#include "csrc/cpu/fit/quantizer-inl.h"
+#include "csrc/cpu/numbers-inl.h"
+#include "csrc/cpu/pack/project-inl.h"
+#include "csrc/cpu/select/proxy-inl.h"
+#include "csrc/cpu/simd-inl.h"
+#include "kernels/format.h"
+#include "kernels/params.h"
+
+#include "csrc/cpu/target_begin-inl.h"
+
+namespace svdq::SVDQ_TARGET_NAME {
 
 // Pages of a task, which weighs them for all heads: those of one row of the pool lie on few pages of
 // the machine's memory, whose translations are then found.
@@ -338,3 +364,7 @@ inline void select(const SelectParams& p, const Executor& executor) {
     write_selected(plan, select_head(sequence_head));
   });
 }
+
+}  // namespace svdq::SVDQ_TARGET_NAME
+
+#include "csrc/cpu/target_end-inl.h"
