@@ -38,6 +38,7 @@ CURVE_POINTS = 33
 
 @reports_errors
 def demo(
+    *,
     model: Model = None,
     gguf_file: GgufFile = None,
     prompt_file: Annotated[

@@ -56,6 +56,7 @@ def group() -> None:
 @app.command()
 @reports_errors
 def perplexity(
+    *,
     preset: Presets = None,
     k_bits: Averages = None,
     price: Prices = None,

@@ -55,6 +55,7 @@ class Haystack(str, enum.Enum):
 
 @reports_errors
 def retrieval(
+    *,
     preset: Presets = None,
     k_bits: Averages = None,
     price: Prices = None,

@@ -32,6 +32,7 @@ from svdq_bench.cli.table import report
 
 @reports_errors
 def sparse(
+    *,
     budget: Annotated[
         list[str],
         typer.Option(
