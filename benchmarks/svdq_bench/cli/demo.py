@@ -161,7 +161,7 @@ def spectrum(full: Run, compressed: Run) -> tuple[Tensor, Tensor]:
             continue
         store = packed_layer.tokens.packed
         sinks = packed_layer.settings.sink_tokens
-        _, _, variance = ops.fit_basis(layer.keys[0, :, sinks:], store.inv_freq, sinks)
+        _, _, variance = ops.fit_basis(layer.keys[0, :, sinks:], store.codec.inv_freq, sinks)
         variances.append(variance)
         for head in store.layout.bands:
             widths = [w for n, w in zip(head, WIDTHS, strict=True) for _ in range(n)]
