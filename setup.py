@@ -13,8 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from setuptools import Extension, setup
+from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_tools"))
@@ -43,6 +43,17 @@ EXTENSION = CppExtension(
 )
 
 
+# The command `svdq info` answers without torch, so the module that it asks links none.
+INFO = Extension(
+    "svdq_bench._info",
+    sources=["csrc/info/module.cpp"],
+    depends=find_files("csrc/core/*.h"),
+    include_dirs=[str(ROOT), *include_paths()],
+    extra_compile_args=["-std=c++20", "-O2", "-g0", "-fvisibility=hidden"],
+    language="c++",
+)
+
+
 class Build(BuildExtension):
     """Keeps its objects in one folder, whoever calls it, so that every build is incremental."""
 
@@ -51,7 +62,7 @@ class Build(BuildExtension):
         self.build_temp = str(OBJECTS)
 
     def build_extensions(self) -> None:
-        (ext,) = self.extensions
+        ext, info = self.extensions
         targets = ["svdq_core", "svdq_cpu"]
         if os.environ.get("SVDQ_EMULATION") == "1":
             targets.append("svdq_emulator")
@@ -73,7 +84,11 @@ class Build(BuildExtension):
         if not choices.exists() or choices.read_text() != text:
             OBJECTS.mkdir(parents=True, exist_ok=True)
             choices.write_text(text)
-        ext.depends += [str(choices), *archives]
+        for built in (ext, info):
+            built.depends += [str(choices), *archives]
+        # The same rows of the CPU, and what the build has for CUDA.
+        info.define_macros = ext.define_macros
+        info.extra_link_args = [a for a in [*group, "-lboost_context"] if a in ext.extra_link_args]
         super().build_extensions()
 
     def build_libraries(self, targets: list[str], cuda: tuple[Path, str] | None) -> None:
@@ -103,4 +118,4 @@ class Build(BuildExtension):
         ext.extra_link_args += [*cuda["libraries"], f"-Wl,-rpath,{':'.join(rpaths)}"]
 
 
-setup(ext_modules=[EXTENSION], cmdclass={"build_ext": Build})
+setup(ext_modules=[EXTENSION, INFO], cmdclass={"build_ext": Build})

@@ -36,6 +36,7 @@ OWN_INCLUDES = {
         "csrc/emulator/backend.h",
         "csrc/torch/",
     ),
+    "csrc/info": ("csrc/core/", "csrc/emulator/backend.h"),
     "tests/core": ("kernels/", "csrc/core/", "csrc/cpu/", "tests/core/"),
     "tests/kernels": ("kernels/", "csrc/", "tests/"),
     "tools": ("kernels/", "csrc/", "tests/"),

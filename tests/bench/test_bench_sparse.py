@@ -82,8 +82,8 @@ def test_reads_are_counted():
 def test_rows_compare_with_torch_and_with_all_tokens():
     steps = []
     rows = bench_sparse(
-        SHAPE, SCHEDULE, (1 / 32, 100, 864, 2048), ("post", "hybrid"), 4, 12, 2, 400_000,
-        steps.append,
+        SHAPE, SCHEDULE, (1 / 32, 100, 864, 2048), ropes=("post", "hybrid"),
+        v_bits=4, channels=12, repeats=2, working_set_bytes=400_000, begin=steps.append,
     )  # fmt: skip
     cases = ("all tokens", "1/32", "100 tokens", "1/32, pairs", "100 tokens, pairs")
     names = [f"svdq {rope}, {case}" for rope in ("post", "hybrid") for case in cases]

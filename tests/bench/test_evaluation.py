@@ -11,8 +11,9 @@ from cache_support import make_model, make_tokens
 from model_support import make_text, make_tokenizer
 from svdq_bench.quality import models
 from svdq_bench.quality.demo import make_prompt
+from svdq_bench.quality.implementation import attention
 from svdq_bench.quality.memory import full_cache_bytes, svdq_cache_bytes
-from svdq_bench.quality.methods import CacheSettings, attention, key_argument, parse_schedule
+from svdq_bench.quality.methods import CacheSettings, key_argument, parse_schedule
 from svdq_bench.quality.metrics import CHUNK_POSITIONS, Scores, compare_logits
 from svdq_bench.quality.perplexity import Task, evaluate_perplexity, prefill
 

@@ -12,9 +12,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 
 from cache_support import make_model, make_tokens
 from svdq_bench.quality import matching, perplexity, quantized
+from svdq_bench.quality.implementation import attention
 from svdq_bench.quality.matching import Matched, candidates, matched, parse_peer, true_bits
 from svdq_bench.quality.memory import full_cache_bytes
-from svdq_bench.quality.methods import attention
 from svdq_bench.quality.peers import FullCache, Kivi, PerChannel, ThinK, round_to_range
 from svdq_bench.quality.perplexity import Task, evaluate_perplexity, mean_columns, predict
 from svdq_bench.quality.prefix import RECORDING, fork, read_prefix

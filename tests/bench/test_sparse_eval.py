@@ -146,7 +146,14 @@ def test_some_layer_must_have_the_budget():
 
 
 def test_every_cache_is_tested_alone_and_with_every_budget():
-    methods = make_methods(["paper-1.25", "2.25"], ["kivi:2:32"], "exact", Rope.pre, True, 8)
+    methods = make_methods(
+        ["paper-1.25", "2.25"],
+        ["kivi:2:32"],
+        v_bits="exact",
+        rope=Rope.pre,
+        clip=True,
+        sink_tokens=8,
+    )
     assert with_budgets(methods, None, [ScorerName.latent], 8, 0) == methods
     found = with_budgets(methods, ["1/4", "8"], list(ScorerName), 12, 1)
     assert len(found) == 2 * (1 + 2 * 2) + 1

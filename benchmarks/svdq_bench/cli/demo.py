@@ -67,11 +67,14 @@ def demo(
         int, typer.Option(min=1, help="Tokens to generate.", rich_help_panel=MODEL_PANEL)
     ] = 64,
     dtype: Annotated[
-        Dtype,
+        Dtype | None,
         typer.Option(
-            help="Number format of the model and the full cache.", rich_help_panel=MODEL_PANEL
+            help="Number format of the model and the full cache. Default: bfloat16 where the "
+            "processor computes in it, else float32.",
+            rich_help_panel=MODEL_PANEL,
+            show_default=False,
         ),
-    ] = Dtype.bfloat16,
+    ] = None,
     k_bits: KeyBits = "paper-1.25",
     v_bits: ValueBits = "4",
     rope: Annotated[
@@ -105,18 +108,22 @@ def demo(
     text = models.load_text(prompt_file)
     source = models.find_model(model, gguf_file)
     output_dir.mkdir(parents=True, exist_ok=True)
-    with quiet_transformers():
+    console = Console()
+    if dtype is None:
+        dtype, reason = choose_dtype()
+        console.print(f"numbers are {dtype.value}: {reason}", highlight=False)
+    with quiet_transformers(), phase_progress() as begin:
+        step = begin("load the model", 1)
         tokenizer = models.load_tokenizer(source)
         text_ids = models.tokenize(tokenizer, text)
         prompt = run.make_prompt(tokenizer, text_ids, prompt_tokens, held_back_tokens, question)
         loaded = models.load_model(source, models.DTYPES[dtype.value])
-        with phase_progress() as begin:
-            rows, full, compressed = run.run_demo(
-                loaded, tokenizer, prompt, settings, new_tokens, begin
-            )
+        step()
+        rows, full, compressed = run.run_demo(
+            loaded, tokenizer, prompt, settings, new_tokens, begin
+        )
     for row in rows:
         row["model"] = str(source)
-    console = Console()
     for row in rows:
         console.print(Panel(Text(row["text"].strip()), title=row["method"]))
     title = f"{source}, {dtype.value}, prompt of {prompt.num_tokens:,} tokens"
@@ -125,6 +132,17 @@ def demo(
     draw_picture(output_dir / "demo.png", loaded.config, full, compressed, rows, title)
     console.print(
         f"wrote {output_dir / 'demo.json'} and {output_dir / 'demo.png'}", highlight=False
+    )
+
+
+def choose_dtype() -> tuple[Dtype, str]:
+    """The number format that this machine computes in, and why."""
+    from svdq_bench.speed.machine import computes_bfloat16
+
+    if computes_bfloat16():
+        return Dtype.bfloat16, "this processor has bfloat16 arithmetic"
+    return Dtype.float32, (
+        "this processor emulates bfloat16, which would slow the full cache down and flatter svdq"
     )
 
 

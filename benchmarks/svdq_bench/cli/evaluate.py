@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-from svdq.config.sparsity import DEFAULT_CHANNELS
 from svdq_bench.cli import harness, keys, retrieval, sparsity
 from svdq_bench.cli.errors import reports_errors
 from svdq_bench.cli.methods import make_methods, with_budgets
 from svdq_bench.cli.options import (
     CACHE_PANEL,
+    DEFAULT_CHANNELS,
     MODEL_PANEL,
     Across,
     AllocateAcross,
@@ -114,9 +114,20 @@ def perplexity(
     from svdq_bench.quality import models
     from svdq_bench.quality.perplexity import Task, evaluate_perplexity
 
-    allocated = (k_bits, price, allocate_across, weighted, profile, outlier_fraction)
     methods = make_methods(
-        preset, peer, v_bits, rope, clip, sink_tokens, residual_length, *allocated
+        preset,
+        peer,
+        v_bits=v_bits,
+        rope=rope,
+        clip=clip,
+        sink_tokens=sink_tokens,
+        residual_length=residual_length,
+        averages=k_bits,
+        prices=price,
+        across=allocate_across,
+        weighted=weighted,
+        profile=profile,
+        outlier_fraction=outlier_fraction,
     )
     methods = with_budgets(methods, sparse_budget, sparse_scorer, sparse_channels, dense_layers)
     task = Task(tuple(window_start), prefill_tokens, predict_tokens)

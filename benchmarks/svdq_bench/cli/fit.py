@@ -95,7 +95,14 @@ def fit(
     page_layout(Shape(heads, heads, shape.head_dim, kv_len + 1, 0, 0), bits, ropes[0], v_bits)
     with step_progress(1 + WARMUP + repeats + len(ropes)) as begin:
         rows = bench_fit(
-            shape, kv_len, bits, ropes, v_bits, getattr(torch, dtype.value), repeats, begin=begin
+            shape,
+            kv_len,
+            bits,
+            ropes,
+            v_bits=v_bits,
+            dtype=getattr(torch, dtype.value),
+            repeats=repeats,
+            begin=begin,
         )
     rows = [row | {"model": model_shape} for row in rows]
     title = f"one layer of {model_shape}, {heads} KV heads of {shape.head_dim}, {kv_len:,} tokens"

@@ -126,9 +126,18 @@ def harness(
     from svdq_bench.quality.harness import evaluate_harness, import_harness
 
     import_harness()
-    allocated = (k_bits, price, allocate_across, weighted)
     methods = make_methods(
-        preset, peer, v_bits, rope, clip, sink_tokens, residual_length, *allocated
+        preset,
+        peer,
+        v_bits=v_bits,
+        rope=rope,
+        clip=clip,
+        sink_tokens=sink_tokens,
+        residual_length=residual_length,
+        averages=k_bits,
+        prices=price,
+        across=allocate_across,
+        weighted=weighted,
     )
     tasks = [name.strip() for names in task for name in names.split(",") if name.strip()]
     if not tasks:
@@ -145,12 +154,12 @@ def harness(
             tokenizer,
             methods,
             tasks,
-            include_path,
-            num_fewshot,
-            limit,
-            chat,
-            allow_short,
-            begin,
+            include_path=include_path,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            chat=chat,
+            allow_short=allow_short,
+            begin=begin,
         )
     for row in rows:
         row |= {"model": str(source), "dtype": dtype.value}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+
 from rich.console import Console
 from rich.table import Table
 
@@ -11,23 +13,24 @@ from svdq_bench.cli.errors import reports_errors
 @reports_errors
 def info() -> None:
     """Show versions, the packed format and the backends usable on this machine."""
-    from svdq import _C
+    from svdq_bench import _info  # not svdq: torch takes longer to import than this may
     from svdq_bench.speed import machine
 
-    facts = machine.describe()
+    facts = machine.describe_machine()
     cache_bytes = facts["last_level_cache_bytes"]
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold")
+    usable = ", ".join(_info.backends())
     rows = {
-        "svdq": facts["svdq"] or "not installed as a distribution",
-        "packed format": f"version {_C.format.VERSION}, {_C.format.PAGE_TOKENS} tokens a page",
-        "backend": f"{_C.backend()} (usable: {', '.join(_C.backends())}; SVDQ_BACKEND chooses one)",
-        "CUDA kernels": _cuda_state(),
+        "svdq": machine.package_version("svdq") or "not installed as a distribution",
+        "packed format": f"version {_info.FORMAT_VERSION}, {_info.PAGE_TOKENS} tokens a page",
+        "backend": f"{_info.backend()} (usable: {usable}; SVDQ_BACKEND chooses one)",
+        "CUDA kernels": _cuda_state(_info.BUILT_WITH_CUDA),
         "processor": f"{facts['cpu']}, {facts['threads']} threads",
         "memory": f"{facts['memory_bytes'] / 1e9:.1f} GB"
         + (f", last-level cache {cache_bytes / 1e6:.0f} MB" if cache_bytes else ""),
-        "torch": facts["torch"],
-        "transformers": facts["transformers"] or "not installed (needed for demo and eval)",
+        "torch": machine.package_version("torch") or "not installed",
+        "transformers": machine.package_version("transformers") or "not installed",
         "python": facts["python"],
     }
     for name, value in rows.items():
@@ -35,14 +38,13 @@ def info() -> None:
     Console().print(grid)
 
 
-def _cuda_state() -> str:
+def _cuda_state(built: bool) -> str:
     """Whether CUDA tensors can be used, and where not, why."""
-    import torch
-
-    from svdq import _C
-
-    if not _C.BUILT_WITH_CUDA:
+    if not built:
         return "not in this build"
-    if not torch.cuda.is_available():
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")
+    except (OSError, subprocess.CalledProcessError):
         return "in this build; no device found"
-    return f"in this build; device: {torch.cuda.get_device_name()}"
+    return f"in this build; device: {', '.join(filter(None, found))}"

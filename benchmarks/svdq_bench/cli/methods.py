@@ -36,6 +36,7 @@ def asked_keys(
 def make_methods(
     presets: Sequence[str] | None,
     peers: Sequence[str],
+    *,
     v_bits: str,
     rope: Rope,
     clip: bool,

@@ -190,12 +190,14 @@ SparseScorers = Annotated[
         rich_help_panel=SPARSE_PANEL,
     ),
 ]
+# svdq.config.sparsity.DEFAULT_CHANNELS, which a test compares: importing it would import torch.
+DEFAULT_CHANNELS = 16
 SparseChannels = Annotated[
     int,
     typer.Option(
         "--sparse-channels",
         min=4,
-        help="Leading channels that score, a multiple of 4 up to 32.",
+        help="Proxy channels, which score a token: a multiple of 4 up to 32.",
         rich_help_panel=SPARSE_PANEL,
     ),
 ]

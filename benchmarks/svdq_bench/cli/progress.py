@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -13,6 +14,10 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+
+# The command shows its own bars alone. tqdm, which the libraries draw theirs with, reads this when it is
+# imported, and no library is imported before a command runs.
+os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def new_progress() -> Progress:
@@ -56,12 +61,15 @@ def phase_progress() -> Iterator[Callable[[str, int], Callable[[], None]]]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Leave out transformers' notes while a model loads; its progress bars stay."""
+    """Leave out transformers' notes and its progress bars."""
     from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

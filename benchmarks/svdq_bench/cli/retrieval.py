@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from svdq.config.sparsity import DEFAULT_CHANNELS
 from svdq_bench.cli.errors import reports_errors
 from svdq_bench.cli.methods import make_methods, with_budgets
 from svdq_bench.cli.options import (
     CACHE_PANEL,
+    DEFAULT_CHANNELS,
     MODEL_PANEL,
     SPARSE_PANEL,
     Across,
@@ -145,9 +145,18 @@ def retrieval(
     from svdq_bench.quality.retrieval import Sweep, evaluate_retrieval
     from svdq_bench.quality.tasks import NOISE, TASKS, SampleMaker
 
-    allocated = (k_bits, price, allocate_across, weighted)
     methods = make_methods(
-        preset, peer, v_bits, rope, clip, sink_tokens, residual_length, *allocated
+        preset,
+        peer,
+        v_bits=v_bits,
+        rope=rope,
+        clip=clip,
+        sink_tokens=sink_tokens,
+        residual_length=residual_length,
+        averages=k_bits,
+        prices=price,
+        across=allocate_across,
+        weighted=weighted,
     )
     methods = with_budgets(methods, sparse_budget, sparse_scorer, sparse_channels, dense_layers)
     if not sparse_question:

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from svdq.config.sparsity import DEFAULT_CHANNELS, Sparsity
 from svdq_bench.cli.errors import reports_errors
 from svdq_bench.cli.options import (
+    DEFAULT_CHANNELS,
     SPARSE_PANEL,
     HeadDim,
     JsonFile,
@@ -60,6 +60,7 @@ def sparse(
     Pages hold random codes, whose best tokens lie anywhere: the worst case for memory. The columns
     select, gather and attend split the step, in calls apart from the timed ones.
     """
+    from svdq.config.sparsity import Sparsity
     from svdq_bench.quality.budgets import parse_budget
     from svdq_bench.quality.methods import parse_schedule
     from svdq_bench.speed.attend import Shape, page_layout
@@ -87,12 +88,12 @@ def sparse(
                 shape,
                 schedule,
                 budgets,
-                ropes,
-                v_bits,
-                sparse_channels,
-                repeats,
-                bytes_asked,
-                begin,
+                ropes=ropes,
+                v_bits=v_bits,
+                channels=sparse_channels,
+                repeats=repeats,
+                working_set_bytes=bytes_asked,
+                begin=begin,
             )
     title = f"one decode step, {num_qo_heads} query / {num_kv_heads} KV heads of {head_dim}"
     report(rows, json_file, markdown, title)

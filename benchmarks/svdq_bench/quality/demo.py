@@ -1,4 +1,4 @@
-"""The demo: one model, one long prompt, the full cache beside svdq, in the same run and dtype."""
+"""The demo: one model and one long prompt, with the full cache and with svdq, in one run."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from svdq import cache_argument
+from svdq_bench.quality.implementation import attention
 from svdq_bench.quality.memory import full_cache_bytes
-from svdq_bench.quality.methods import CacheSettings, attention
+from svdq_bench.quality.methods import CacheSettings
 from svdq_bench.quality.metrics import Scores, compare_logits
 from svdq_bench.quality.models import check_length
-from svdq_bench.quality.perplexity import predict, prefill
+from svdq_bench.quality.perplexity import predict
+from svdq_bench.quality.prefix import Prefix, read_prefix
 
 # The caches take turns in blocks of this many tokens, so that a busy moment of the machine meets
 # both. The first block warms up; the first token of a block, which generate() prepares, does not
@@ -61,8 +64,7 @@ class Run:
     name: str
     implementation: str | None
     cache: Cache
-    prefill_seconds: float
-    logits: Tensor
+    logits: Tensor | None = None
     scores: Scores = field(default_factory=Scores)
     text: str = ""
     token_seconds: list[float] = field(default_factory=list)
@@ -159,25 +161,24 @@ def _attention_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
 
 
 @torch.inference_mode()
-def read_prompt(
-    model: PreTrainedModel,
-    prompt: Prompt,
-    cache: Cache,
-    name: str,
-    implementation: str | None,
-    begin: Begin,
-) -> Run:
-    """Prefill the context into an empty cache, and predict the held-back text with a copy of it."""
-    step = begin(f"prefill, {name}", len(_attention_layers(model)))
-    with attention(model, implementation):
-        start = time.perf_counter()
-        with layer_progress(model, step):
-            first = prefill(model, prompt.context, cache)
-        prefill_seconds = time.perf_counter() - start
-        step = begin(f"held-back text, {name}", 1)
-        logits = predict(model, prompt.held_back, copy.deepcopy(cache), first)
-        step()
-    return Run(name, implementation, cache, prefill_seconds, logits)
+def read_prompt(model: PreTrainedModel, prompt: Prompt, begin: Begin) -> tuple[Prefix, float]:
+    """Prefill the context once for all caches, under the model's own attention; and the seconds."""
+    step = begin("prefill", len(_attention_layers(model)))
+    start = time.perf_counter()
+    with layer_progress(model, step):
+        prefix = read_prefix(model, prompt.context)
+    return prefix, time.perf_counter() - start
+
+
+@torch.inference_mode()
+def predict_held_back(
+    model: PreTrainedModel, prompt: Prompt, prefix: Prefix, run: Run, begin: Begin
+) -> None:
+    """Predict the held-back text with a copy of a cache."""
+    step = begin(f"held-back text, {run.name}", 1)
+    with attention(model, run.implementation):
+        run.logits = predict(model, prompt.held_back, copy.deepcopy(run.cache), prefix.first)
+    step()
 
 
 @torch.inference_mode()
@@ -207,7 +208,7 @@ def generate_in_turns(
                 answers[i] = model.generate(
                     answers[i],
                     attention_mask=torch.ones_like(answers[i]),
-                    past_key_values=caches[i],
+                    **cache_argument(caches[i]),
                     streamer=clock,
                     do_sample=False,
                     min_new_tokens=block,
@@ -228,26 +229,28 @@ def run_demo(
     new_tokens: int,
     begin: Begin,
 ) -> tuple[list[dict], Run, Run]:
-    """Run the full cache under the model's default attention beside svdq.
+    """Run the full cache under the model's default attention, and svdq, on one prefill.
 
     Returns
     -------
     rows : one per cache: method, perplexity, kl and top1_agreement on the held-back text,
-        cache_bytes after the prefill, cache_ratio, prefill_seconds, decode_ms (median, see
+        cache_bytes after the prefill, cache_ratio, prefill_seconds (read once for both),
+        compress_seconds, decode_ms (median, see
         ``BLOCK_TOKENS``), decode_mean_ms, tokens_per_second, text, and the settings.
     full, compressed : the runs themselves, for the picture.
     """
     check_new_tokens(new_tokens)
     longest_end = max(prompt.tail.shape[1] + new_tokens, prompt.held_back.shape[1])
     check_length(model, prompt.context.shape[1] + longest_end)
-    empty = {
-        "full cache": (DynamicCache(config=model.config), None),
-        "svdq": (settings.make_cache(model.config), "svdq"),
-    }
-    runs = [
-        read_prompt(model, prompt, cache, name, implementation, begin)
-        for name, (cache, implementation) in empty.items()
-    ]
+    prefix, prefill_seconds = read_prompt(model, prompt, begin)
+    step = begin("compress the prompt's keys and values", 1)
+    start = time.perf_counter()
+    packed = settings.compress(prefix)
+    compress_seconds = time.perf_counter() - start
+    step()
+    runs = [Run("full cache", None, prefix.cache), Run("svdq", "svdq", packed)]
+    for run in runs:
+        predict_held_back(model, prompt, prefix, run, begin)
     generate_in_turns(model, tokenizer, prompt, runs, new_tokens, begin)
     full, compressed = runs
     targets = prompt.held_back[0]
@@ -263,7 +266,8 @@ def run_demo(
             "perplexity": run.scores.perplexity,
             "kl": run.scores.mean_kl,
             "top1_agreement": run.scores.top1_agreement,
-            "prefill_seconds": run.prefill_seconds,
+            "prefill_seconds": prefill_seconds,
+            "compress_seconds": compress_seconds if run is compressed else 0.0,
         }
         row |= decode_columns(run.token_seconds)
         row |= {

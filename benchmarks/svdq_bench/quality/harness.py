@@ -19,8 +19,9 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from svdq import cache_argument
+from svdq_bench.quality.implementation import attention
 from svdq_bench.quality.matching import Matched, choose, describe
-from svdq_bench.quality.methods import attention
 from svdq_bench.quality.peers import FullCache
 from svdq_bench.quality.perplexity import mean_columns
 from svdq_bench.quality.prefix import Method, Prefix, fork, read_prefix
@@ -113,7 +114,7 @@ class CompressedContexts:
                 tokens = torch.tensor([context[-1:] + new], device=self.device)
                 cache, implementation = make_cache()
                 with attention(self.model, implementation):
-                    logits = self.model(tokens[:, :-1], past_key_values=cache).logits[0]
+                    logits = self.model(tokens[:, :-1], **cache_argument(cache)).logits[0]
                 found[index] = score_continuation(logits, tokens[0, 1:])
                 if name is not None:
                     self.cache_hook.add_partial("loglikelihood", name, found[index])
@@ -144,7 +145,7 @@ class CompressedContexts:
         cache, implementation = self.fill(context[0, :-1].tolist())()
         with attention(self.model, implementation):
             return super()._model_generate(
-                context, max_length, stop, past_key_values=cache, **kwargs
+                context, max_length, stop, **cache_argument(cache), **kwargs
             )
 
 
@@ -190,6 +191,7 @@ def evaluate_harness(
     tokenizer: PreTrainedTokenizerBase,
     methods: Sequence[Method | Matched],
     tasks: Sequence[str],
+    *,
     include_path: Path | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 
 from svdq.cache.cache import SVDqCache
@@ -250,16 +248,3 @@ def feeds_one_by_one(method: Method) -> bool:
 def read_columns(method: Method, cache: Cache) -> dict[str, float]:
     """Columns of :meth:`CacheSettings.read_columns`; peers have none."""
     return method.read_columns(cache) if isinstance(method, CacheSettings) else {}
-
-
-@contextmanager
-def attention(model: PreTrainedModel, implementation: str | None) -> Iterator[None]:
-    """Give a model another attention implementation for a while; None leaves it as it is."""
-    before = model.config._attn_implementation
-    if implementation is not None:
-        model.set_attn_implementation(implementation)
-    try:
-        yield
-    finally:
-        if implementation is not None:
-            model.set_attn_implementation(before)

@@ -9,52 +9,17 @@ rounded here, too) and exact tokens in the model's dtype; tests build such array
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from svdq_bench.quality.key_memory import KeyMemory, total_memory
 from svdq_bench.quality.memory import full_cache_bytes
 from svdq_bench.quality.prefix import Prefix, fork
 
 SCALE_PAIR_BYTES = 4
-
-
-@dataclass(frozen=True)
-class KeyMemory:
-    """What the keys of a cache take; add two to count several layers.
-
-    Parameters
-    ----------
-    code_bits, coded_numbers : bits of codes alone, and key numbers that they code.
-    key_bytes : everything stored for keys.
-    key_numbers : key numbers of all tokens.
-    """
-
-    code_bits: int = 0
-    coded_numbers: int = 0
-    key_bytes: int = 0
-    key_numbers: int = 0
-
-    def __add__(self, other: KeyMemory) -> KeyMemory:
-        return KeyMemory(
-            self.code_bits + other.code_bits,
-            self.coded_numbers + other.coded_numbers,
-            self.key_bytes + other.key_bytes,
-            self.key_numbers + other.key_numbers,
-        )
-
-    @property
-    def k_bits(self) -> float:
-        """Bits of the codes alone per key number that is coded."""
-        return self.code_bits / self.coded_numbers
-
-    @property
-    def all_in_bits(self) -> float:
-        """Bits stored for keys per key number."""
-        return 8 * self.key_bytes / self.key_numbers
 
 
 class Peer:
@@ -96,7 +61,9 @@ class Peer:
 
     def memory(self, prefix: Prefix) -> KeyMemory:
         """Memory of the keys of a context, from its shapes alone."""
-        return _total(self.layer_memory(shape, prefix.itemsize) for shape in prefix.key_shapes)
+        return total_memory(
+            self.layer_memory(shape, prefix.itemsize) for shape in prefix.key_shapes
+        )
 
     def compress(self, prefix: Prefix) -> DynamicCache:
         """A cache with the keys as they come back from their codes."""
@@ -346,10 +313,6 @@ def _memory(
     exact_bytes = heads * (tokens - coded) * dim * itemsize
     key_bytes = -(-code_bits // 8) + pair_bytes + exact_bytes
     return KeyMemory(code_bits, heads * coded * dim, key_bytes, heads * tokens * dim)
-
-
-def _total(memories: Iterable[KeyMemory]) -> KeyMemory:
-    return sum(memories, KeyMemory())
 
 
 def _check_bits(bits: int) -> None:

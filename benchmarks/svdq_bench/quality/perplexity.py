@@ -19,8 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from svdq import cache_argument
+from svdq_bench.quality.implementation import attention
 from svdq_bench.quality.matching import Matched, choose, describe
-from svdq_bench.quality.methods import attention, feeds_one_by_one, read_columns
+from svdq_bench.quality.methods import feeds_one_by_one, read_columns
 from svdq_bench.quality.metrics import Scores, compare_logits
 from svdq_bench.quality.models import check_length
 from svdq_bench.quality.peers import FullCache
@@ -65,7 +67,7 @@ class Task:
 @torch.inference_mode()
 def prefill(model: PreTrainedModel, context: Tensor, cache: Cache) -> Tensor:
     """Put the first tokens, [1, T], into an empty cache: logits [1, vocabulary] of the next one."""
-    return model(context, past_key_values=cache, logits_to_keep=1).logits[0, -1:]
+    return model(context, logits_to_keep=1, **cache_argument(cache)).logits[0, -1:]
 
 
 @torch.inference_mode()
@@ -85,7 +87,7 @@ def predict(
         return first
     fed = tokens[:, :-1]
     steps = fed.split(1, dim=1) if one_by_one else [fed]
-    return torch.cat([first, *(model(step, past_key_values=cache).logits[0] for step in steps)])
+    return torch.cat([first, *(model(step, **cache_argument(cache)).logits[0] for step in steps)])
 
 
 def evaluate_perplexity(

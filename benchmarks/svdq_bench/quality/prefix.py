@@ -16,7 +16,8 @@ from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
-from svdq_bench.quality.methods import attention
+from svdq import cache_argument
+from svdq_bench.quality.implementation import attention
 from svdq_bench.quality.models import check_length
 
 RECORDING = "svdq-recording"
@@ -133,7 +134,7 @@ def read_prefix(
     check_length(model, context.shape[1])
     cache = DynamicCache(config=model.config)
     with _record(query_positions) as record, attention(model, RECORDING):
-        first = model(context, past_key_values=cache, logits_to_keep=1).logits[0, -1:]
+        first = model(context, logits_to_keep=1, **cache_argument(cache)).logits[0, -1:]
     query_energy = [
         None if getattr(layer, "is_sliding", False) else record.energies.get(index)
         for index, layer in enumerate(cache.layers)

@@ -19,8 +19,10 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from svdq import cache_argument
+from svdq_bench.quality.implementation import attention
 from svdq_bench.quality.matching import Matched, choose, describe
-from svdq_bench.quality.methods import attention, feeds_one_by_one, read_columns
+from svdq_bench.quality.methods import feeds_one_by_one, read_columns
 from svdq_bench.quality.models import check_length
 from svdq_bench.quality.peers import FullCache
 from svdq_bench.quality.perplexity import mean_columns
@@ -98,7 +100,7 @@ def answer(
     """
     ends = _end_tokens(model)
     for part in question.split(1, dim=1) if one_by_one else [question]:
-        logits = model(part, past_key_values=cache, logits_to_keep=1).logits
+        logits = model(part, logits_to_keep=1, **cache_argument(cache)).logits
     tokens: list[int] = []
     while True:
         token = int(logits[0, -1].argmax())
@@ -108,7 +110,7 @@ def answer(
         if len(tokens) == max_tokens or stop(tokens):
             return tokens
         fed = torch.tensor([[token]], device=question.device)
-        logits = model(fed, past_key_values=cache).logits
+        logits = model(fed, **cache_argument(cache)).logits
 
 
 def evaluate_retrieval(

@@ -137,6 +137,7 @@ def bench_fit(
     kv_len: int,
     schedule: Sequence[int],
     ropes: Sequence[str] = ("post", "pre", "hybrid"),
+    *,
     v_bits: int = 4,
     dtype: torch.dtype = torch.bfloat16,
     repeats: int = 7,

@@ -18,9 +18,11 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from svdq import cache_argument
 from svdq.cache.cache import SVDqCache
+from svdq_bench.quality.implementation import attention
 from svdq_bench.quality.memory import full_cache_bytes
-from svdq_bench.quality.methods import CacheSettings, attention
+from svdq_bench.quality.methods import CacheSettings
 from svdq_bench.quality.models import check_length
 from svdq_bench.quality.perplexity import prefill
 
@@ -160,7 +162,7 @@ def _decode(model: PreTrainedModel, run: Contender, count: bool) -> None:
     with attention(model, run.implementation):
         for step in range(BLOCK_TOKENS):
             start = time.perf_counter()
-            logits = model(run.token, past_key_values=run.cache).logits
+            logits = model(run.token, **cache_argument(run.cache)).logits
             run.token = logits[:, -1].argmax(-1)[None]
             if count and step > 0:
                 run.step_seconds.append(time.perf_counter() - start)

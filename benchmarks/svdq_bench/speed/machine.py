@@ -11,22 +11,38 @@ CACHE_INFO = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 def describe() -> dict[str, str | int | None]:
-    """Describe processor, memory and versions, to be stored beside every measured number."""
+    """Describe processor, memory and versions, to be stored with every measured number."""
     import torch
 
     from svdq import _C
 
-    return {
-        "cpu": cpu_name(),
+    return describe_machine() | {
         "threads": torch.get_num_threads(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "last_level_cache_bytes": last_level_cache_bytes(),
         "backend": _C.backend(),
         "svdq": package_version("svdq"),
         "torch": torch.__version__,
         "transformers": package_version("transformers"),
+    }
+
+
+def describe_machine() -> dict[str, str | int | None]:
+    """The facts of :func:`describe` without torch; ``threads`` are the processors to run on."""
+    return {
+        "cpu": cpu_name(),
+        "threads": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "last_level_cache_bytes": last_level_cache_bytes(),
         "python": platform.python_version(),
     }
+
+
+def computes_bfloat16() -> bool:
+    """True if the processor has bfloat16 products; elsewhere a library emulates them, slowly."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def cpu_name() -> str:

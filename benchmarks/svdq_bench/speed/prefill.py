@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from svdq import ops
+from svdq import cache_argument, ops
 from svdq.config.bands import default_group_size
 from svdq.hf.rope import inverse_frequencies
 from svdq.layout import PAGE_TOKENS, PageLayout
@@ -57,7 +57,7 @@ def bench_prefill(
             begin("prefill")
             start = time.perf_counter()
             cache = DynamicCache(config=model.config)
-            model(token_ids[None], past_key_values=cache, logits_to_keep=1)
+            model(token_ids[None], logits_to_keep=1, **cache_argument(cache))
             prefill.append(time.perf_counter() - start)
             begin("fit and pack")
             seconds = dict.fromkeys(STAGES, 0.0)

@@ -156,6 +156,7 @@ def bench_sparse(
     shape: Shape,
     schedule: Sequence[int],
     budgets: Sequence[int | float] = (1 / 32, 2048),
+    *,
     ropes: Sequence[str] = ("post", "pre"),
     v_bits: int = 4,
     channels: int = DEFAULT_CHANNELS,
