@@ -21,8 +21,10 @@ export SVDQ_EMULATION := $(if $(wildcard $(STAMPS)/emulation),1,$(SVDQ_EMULATION
 CXX_FILES := $(wildcard $(foreach d,kernels kernels/* csrc/* csrc/*/*,$(addprefix $(d)/*.,h cuh cpp cu)))
 CXX_TESTS := $(wildcard tests/*/*.h tests/*/*.cpp tools/*.cpp)
 say = @printf '\n== %s\n'
+# Builds choose their number of jobs themselves, whatever make called them.
+alone := env -u MAKEFLAGS -u MFLAGS
 # `build` shows warnings and errors alone, `run_tests` failures and totals. $(1): folder, $(2): target.
-build = cmake --build $(1) -j $(JOBS) --target $(2) -- --no-print-directory | { grep -Ev '^(\[|-- )' || true; }
+build = $(alone) cmake --build $(1) -j $(JOBS) --target $(2) -- --no-print-directory | { grep -Ev '^(\[|-- )' || true; }
 run_tests = ctest --test-dir $(1) -j $(JOBS) -L $(2) $(3) --output-on-failure \
   | { grep -Ev ' Passed |^ +Start |^Internal|^Test project|^Label|^svdq_|^$$' || true; }
 pytest = $(BIN)/python -m pytest -n $(JOBS)
@@ -170,7 +172,7 @@ $(STAMPS)/extension: setup.py CMakeLists.txt $(wildcard build_tools/*) $(STAMPS)
     $(STAMPS)/cuda
 	@echo 'Compiling the extension'
 	@mkdir -p build
-	@$(BIN)/python setup.py build_ext --inplace > build/extension.log 2>&1 || { cat build/extension.log; exit 1; }
+	@$(alone) $(BIN)/python setup.py build_ext --inplace > build/extension.log 2>&1 || { cat build/extension.log; exit 1; }
 	@grep '^svdq: ' build/extension.log || true
 	@touch $@
 
@@ -190,7 +192,7 @@ $(STAMPS)/tools: pyproject.toml build_tools/requirements.py $(STAMPS)/packages
 
 # Installing compiles nothing any more: it finds the objects of the extension.
 $(STAMPS)/svdq: pyproject.toml $(STAMPS)/packages $(STAMPS)/extension
-	@$(PIP) --no-build-isolation --no-deps -e .
+	@$(alone) $(PIP) --no-build-isolation --no-deps -e .
 	@touch $@
 
 $(STAMPS)/emulation: | $(STAMPS)/system
