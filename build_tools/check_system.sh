@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes sure of what pip cannot bring: a C++20 compiler, CMake, GoogleTest, Boost.Context, and a Python with venv and headers.
-# Missing Debian packages are installed where we are root; otherwise one line says what to install.
+# Checks for the tools that pip cannot install: a C++20 compiler, CMake, GoogleTest, Boost.Context, and a Python with
+# venv and headers. Root gets missing Debian packages installed, other users one line that lists them.
 # Usage: build_tools/check_system.sh [python [other commands to look for, named like their packages]]
 set -euo pipefail
 python=${1:-python3}

@@ -4,7 +4,7 @@
 # SVDQ_CUDA_ARCHS, a cache variable or one of the environment, names the architectures as CMake writes them
 # (90;120, 80-virtual for PTX alone), or is `all` or `native`.
 set(SVDQ_ALL_ARCHS 80 86 89 90 100 120 80-virtual)
-# The kernels use what sm_80 has, so one PTX text serves every architecture; a front end for each would take twice
+# The kernels use instructions of sm_80 alone, so one PTX text serves every architecture; a front end for each would take twice
 # the time, and emulators of PTX run the text that GPUs do.
 set(SVDQ_PTX 80)
 
@@ -134,7 +134,7 @@ target_compile_options(svdq_cuda PRIVATE
 set_target_properties(svdq_cuda PROPERTIES
   CUDA_COMPILER_LAUNCHER ${PROJECT_SOURCE_DIR}/build_tools/keep_report.sh)
 
-# --- Say what was chosen, to setup.py and to the tools that read the reports. ---
+# --- Write the choices down, for setup.py and to the tools that read the reports. ---
 string(REPLACE ";" "\", \"" json_archs "${SVDQ_REAL_ARCHS}")
 set(json_libraries)
 foreach(library ${cuda_libraries})

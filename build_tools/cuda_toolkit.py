@@ -1,4 +1,4 @@
-"""Decides whether CUDA kernels are compiled, for which GPUs, and with which compiler.
+"""The choice to compile CUDA kernels or not, the GPU architectures, and the compiler.
 
 ``python build_tools/cuda_toolkit.py install`` installs the compiler that fits the installed torch,
 if kernels are to be compiled; ``... path`` prints the folder of the toolkit. build_tools/cuda.cmake

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Runs a compiler and keeps what it says next to the object, as <object>.log: keep_report.sh nvcc ... -o <object> ...
-# Only the words of a compiler that failed are shown.
+# Runs a compiler and keeps its messages as <object>.log: keep_report.sh nvcc ... -o <object> ...
+# They are shown if it fails.
 previous=
 for argument; do
   [ "$previous" = -o ] && object=$argument

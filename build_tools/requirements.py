@@ -1,4 +1,4 @@
-"""Print what the package needs, one requirement a line, from pyproject.toml.
+"""Print the requirements of the package in pyproject.toml, one a line.
 
 ``python build_tools/requirements.py [extra ...]``: the dependencies, then those of the extras. They
 can be installed before the extension is compiled, which ``pip install .`` would do first.

@@ -100,7 +100,7 @@ STAGES = {
 # Tests of what is no stage.
 OTHER_TESTS = {
     "tests/kernels/test_*.cpp": {"capture", "instructions", "emulator"},
-    "tests/core/test_*.cpp": {"core", "format", "basis"},
+    "tests/core/test_*.cpp": {"core", "format"},
 }
 
 CXX_FILES = house.CXX_FILES
@@ -197,6 +197,92 @@ def test_tests_are_named_after_stages(pattern):
     for path in ROOT.glob(pattern):
         name = path.stem.removeprefix("test_")
         assert any(name == stem or name.startswith(stem + "_") for stem in known), ids(path)
+
+
+# format.h is for host code too, which has no device.cuh, and marks its functions for nvcc.
+TELL_COMPILERS_APART = ("kernels/machine/device.cuh", "kernels/format.h", "csrc/emulator/")
+
+
+@pytest.mark.parametrize("path", LIBRARY_FILES, ids=ids)
+def test_compilers_are_told_apart_in_one_file(path):
+    if not ids(path).startswith(TELL_COMPILERS_APART):
+        found = re.findall(r"__CUDACC__|__CUDA_ARCH__|SVDQ_EMULAT\w*", path.read_text())
+        assert not found, f"{found}: only kernels/machine/device.cuh tells nvcc from the emulator"
+
+
+INLINE_FILES = [p for p in CXX_FILES if p.name.endswith("-inl.h")]
+
+
+def includes_of(path: Path) -> set[Path]:
+    """The project's headers that a file includes, directly or not."""
+    found: set[Path] = set()
+    waiting = [path]
+    while waiting:
+        names = re.findall(r'^\s*#\s*include\s*"([^"]+)"', waiting.pop().read_text(), re.M)
+        new = {ROOT / name for name in names} - found
+        found |= new
+        waiting += sorted(new)
+    return found
+
+
+@pytest.fixture(scope="module")
+def defined_in() -> dict[str, Path]:
+    """The functions and structs that one -inl.h alone defines at its top level, and that file."""
+    places: dict[str, set[Path]] = {}
+    for path in INLINE_FILES:
+        lines = house.code_of(path).splitlines()
+        found = house.cxx_signatures(path)
+        names = {s.function for s in found if not lines[s.line - 1].startswith((" ", "}"))}
+        names |= set(re.findall(r"^(?:struct|class) (\w+) (?:final )?\{", "\n".join(lines), re.M))
+        for name in names:
+            places.setdefault(name, set()).add(path)
+    return {name: paths.pop() for name, paths in places.items() if len(paths) == 1}
+
+
+@pytest.mark.parametrize("path", INLINE_FILES, ids=ids)
+def test_inline_headers_include_what_they_use(path, defined_in):
+    code, included = house.code_of(path), {path, *includes_of(path)}
+    for name, place in defined_in.items():
+        if place not in included and re.search(rf"(?<![.\w>:]){name}\b\s*[(<{{]", code):
+            pytest.fail(f"{ids(path)} uses {name} and does not include {ids(place)}")
+
+
+@pytest.mark.parametrize("path", [p for p in CXX_FILES if p.name.startswith("target_")], ids=ids)
+def test_targets_keep_no_ordered_list(path):
+    included = re.findall(r'^\s*#\s*include\s*"(\S+-inl\.h)"', path.read_text(), re.M)
+    assert len(included) <= 1, "an -inl.h includes what it uses"
+
+
+@pytest.mark.parametrize("room, stem", STAGES)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_one_stem_a_stage(room, stem, layer):
+    path = STAGES[room, stem].get(layer, LAYERS[layer].format(room=room, stem=stem))
+    if path is not None:
+        assert (ROOT / path).is_file(), f"the {layer} of {stem} is {path}: see STAGES"
+
+
+@pytest.mark.parametrize("room, stem", STAGES)
+def test_every_stage_is_instantiated(room, stem):
+    texts = (p.read_text() for p in (ROOT / "csrc/cuda").glob("*.cu"))
+    launch = STAGES[room, stem].get("launch", LAYERS["launch"].format(stem=stem))
+    included = f'#include "{launch}"'
+    launchers = [p for p in (ROOT / "csrc/gpu").glob("*.h") if included in p.read_text()]
+    wanted = [included, *(f'#include "csrc/gpu/{p.name}"' for p in launchers)]
+    assert any(line in text for text in texts for line in wanted), f"no csrc/cuda/*.cu has {launch}"
+
+
+def test_no_import_circles():
+    graph = house.import_graph()
+    assert house.circles(graph) == []
+    assert house.circles(house.room_graph(graph)) == []
+
+
+def test_files_stay_short():
+    assert house.long_files() == {}, "split them by what they do"
+
+
+def test_parameters_are_few():
+    assert [str(s) for s in house.long_signatures()] == []
 
 
 def slug(heading: str) -> str:

@@ -1,8 +1,9 @@
 """Count the instructions of every stage with callgrind and compare them with the committed counts.
 
-Counts are the same whatever else the machine does, so a kernel that grows by more than TOLERANCE is
-a change of the code. They depend on the compiler: with another one than the counts name, nothing is
-compared. Usage: count_instructions.py PROGRAM [--renew]; PROGRAM is build/cpp/svdq_count.
+Counts do not depend on the machine's load, so growth by more than TOLERANCE comes from the code.
+They depend on the compiler: with another one than the counts name, nothing is compared.
+
+Usage: count_instructions.py PROGRAM [--renew]; PROGRAM is build/cpp/svdq_count.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ TOLERANCE = 0.05
 
 
 def compare(counts: Mapping[str, float], before: Mapping[str, float]) -> tuple[list[str], bool]:
-    """Lines that set counts beside the committed ones, and whether none grew too much."""
+    """A line for each stage with both counts, and True if none grew too much."""
     lines, fine = [], True
     for stage, count in counts.items():
         if stage not in before:
@@ -41,7 +42,7 @@ def compare(counts: Mapping[str, float], before: Mapping[str, float]) -> tuple[l
 
 
 def count(program: Path, stage: str) -> int:
-    """Instructions that one stage takes."""
+    """Instructions of one stage."""
     with tempfile.TemporaryDirectory() as folder:
         found = subprocess.run(
             [
@@ -63,7 +64,7 @@ def count(program: Path, stage: str) -> int:
 
 
 def compiler() -> str:
-    """The compiler that cmake takes by default, and its version."""
+    """The version line of the compiler that cmake takes by default."""
     return subprocess.run(
         ["c++", "--version"], capture_output=True, text=True, check=True
     ).stdout.splitlines()[0]

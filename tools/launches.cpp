@@ -1,5 +1,5 @@
-// Prints how the stages would be launched on devices of several sizes, one JSON object a line, without
-// running anything: for tools/check_kernels.py and tools/resource_table.py. Shapes are those of a
+// Prints the launches of the stages on devices of several sizes, one JSON object a line, without running
+// anything: for tools/check_kernels.py and tools/resource_table.py. Shapes are those of a
 // decode step and of a prefill, for every class of head_dim, RoPE mode and value width.
 #include <cxxabi.h>
 #include <dlfcn.h>
@@ -21,7 +21,7 @@
 namespace svdq {
 namespace {
 
-// Describes launches in place of queueing them. Nothing reads the memory that it hands out.
+// Prints launches instead of queueing them. Nothing reads the memory that it allocates.
 class Printer {
  public:
   Printer(const gpu::DeviceLimits& limits, std::string shape)
@@ -63,7 +63,7 @@ class Printer {
 constexpr int kHeads = 8, kGroup = 4, kTokens = 32768;
 
 // The schedule paper-1.25: a quarter of the channels at 4 bits, an eighth at 2. Hybrid heads have 8
-// pre-RoPE channels beside it.
+// pre-RoPE channels in addition.
 std::vector<int64_t> layout_ints(RopeMode rope, int dim, int v_bits) {
   std::vector<int64_t> ints = {
       kFormatVersion, kHeads, dim, static_cast<int64_t>(rope), v_bits, dim % 32 == 0 ? 32 : 16};

@@ -7,6 +7,8 @@
 
 #if defined(__CUDACC__)
 #include "csrc/cuda/attend_classes.cuh"
+#else
+#include "tests/kernels/attend_emulated.h"
 #endif
 #include "csrc/gpu/attend.h"
 #include "tests/core/testing.h"

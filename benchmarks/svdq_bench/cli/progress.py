@@ -15,8 +15,8 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-# The command shows its own bars alone. tqdm, which the libraries draw theirs with, reads this when it is
-# imported, and no library is imported before a command runs.
+# The command shows its own bars alone. The libraries draw theirs with tqdm, which reads this when it
+# is imported; no library is imported before a command runs.
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 

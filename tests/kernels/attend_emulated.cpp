@@ -1,0 +1,10 @@
+#include "tests/kernels/attend_emulated.h"
+
+namespace svdq::gpu {
+
+template void attend_class<64>(const AttendParams&, const AttendTiling*, emulator::Stream&);
+template void attend_class<128>(const AttendParams&, const AttendTiling*, emulator::Stream&);
+template void attend_class<256>(const AttendParams&, const AttendTiling*, emulator::Stream&);
+template void attend_class<512>(const AttendParams&, const AttendTiling*, emulator::Stream&);
+
+}  // namespace svdq::gpu
