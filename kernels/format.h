@@ -81,6 +81,11 @@ enum class RopeMode : int {
   kHybrid = 2,
 };
 
+// Bytes of the codes of `count` channels of one width in a page.
+SVDQ_HOST_DEVICE constexpr int64_t band_bytes(int width, int64_t count) {
+  return count * width * kPageTokens / 8;
+}
+
 // Channels of one head by width, widest first. pre-RoPE channels live before RoPE, post-RoPE channels after.
 struct Bands {
   int count[kNumWidths];

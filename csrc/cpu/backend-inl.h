@@ -9,7 +9,8 @@
 #include "csrc/cpu/fit/covariance-inl.h"
 #include "csrc/cpu/fit/finite-inl.h"
 #include "csrc/cpu/fit/quantizer-inl.h"
-#include "csrc/cpu/pack/pack-inl.h"
+#include "csrc/cpu/pack/pack_keys-inl.h"
+#include "csrc/cpu/pack/pack_values-inl.h"
 #include "csrc/cpu/select/gather-inl.h"
 #include "csrc/cpu/select/select-inl.h"
 

@@ -1,9 +1,8 @@
-// Exponentials, rows of any dtype as vectors, and tasks on the workers.
+// Exponentials, and numbers of any dtype as vectors.
 #pragma once
 
 #include <cstdint>
 
-#include "csrc/core/parallel.h"
 #include "csrc/cpu/simd-inl.h"
 #include "kernels/params.h"
 
@@ -16,8 +15,7 @@ inline F32 exp2(F32 v) {
   v = max(v, splat(-126.0f));
   const F32 whole = round_even(v);
   const F32 x = v - whole;  // |x| <= 1/2
-  // The polynomial of degree 5 with the smallest largest relative error there, 8e-8, but for the
-  // last number, which makes 2^0 exact.
+  // The minimax polynomial of degree 5, relative error 8e-8, except for its constant, which makes 2^0 exact.
   F32 sum = splat(1.327647217e-3f);
   sum = sum * x + 9.675541331e-3f;
   sum = sum * x + 5.550713273e-2f;
@@ -33,7 +31,7 @@ inline F32 load_as_float(const void* data, DataType dtype, int64_t index) {
   return dtype == DataType::kBFloat16 ? load_bfloat16(from) : load_half(from);
 }
 
-// The same for a dtype known when compiling, so that loops over a row hold no choice.
+// The same for a dtype known at compile time, so that loops over a row have no branch.
 template <DataType kType>
 inline F32 load_number(const void* data, int64_t index) {
   if constexpr (kType == DataType::kFloat32) {
@@ -56,17 +54,6 @@ inline void with_dtype(DataType dtype, const Fn& fn) {
     case DataType::kFloat16:
       return fn.template operator()<DataType::kFloat16>();
   }
-}
-
-// Calls fn(task, worker) for each task on the executor's workers.
-template <typename Fn>
-inline void for_each_task(const Executor& executor, int64_t num_tasks, const Fn& fn) {
-  executor.run(
-      num_tasks,
-      [](void* context, int64_t task, int worker) {
-        (*static_cast<const Fn*>(context))(task, worker);
-      },
-      const_cast<Fn*>(&fn));
 }
 
 }  // namespace svdq::SVDQ_TARGET_NAME

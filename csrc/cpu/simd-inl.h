@@ -1,9 +1,8 @@
-// Vectors of one target. Included once per target file, inside the target's namespace and target
-// region, so that nothing here can leak into code that must run elsewhere. SVDQ_TARGET is 512, 256
-// or 128.
+// Vectors of one target, in the target's namespace and region: nothing here can leak into code that must run on
+// every processor. SVDQ_TARGET is 512, 256 or 128.
 //
-// A line of the packed format is 64 bytes; a vector holds 1/kParts of it. Arithmetic uses the
-// compiler's vector extensions; only what they cannot say is an intrinsic.
+// A line of the packed format is 64 bytes; a vector holds 1/kParts of it. Arithmetic uses the compiler's vector
+// extensions; only operations that they lack are intrinsics.
 #pragma once
 
 #if SVDQ_TARGET != 128
@@ -13,6 +12,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "csrc/core/scalar.h"
 #include "kernels/format.h"
@@ -24,8 +24,8 @@ namespace svdq::SVDQ_TARGET_NAME {
 inline constexpr int kVecBytes = SVDQ_TARGET / 8;
 inline constexpr int kVecLanes = kVecBytes / 4;
 inline constexpr int kParts = kLineBytes / kVecBytes;
-// Query rows that share an unpacked page: as many as the accumulators leave registers for.
-inline constexpr int kMaxRows = SVDQ_TARGET == 512 ? 4 : 2;
+// Query rows of a tile, which share an unpacked page: as many as the accumulators leave registers for.
+inline constexpr int kTileRows = SVDQ_TARGET == 512 ? 4 : 2;
 
 typedef float F32 __attribute__((vector_size(kVecBytes)));
 typedef int32_t I32 __attribute__((vector_size(kVecBytes)));
@@ -41,10 +41,10 @@ template <typename V, typename T>
 inline void store(T* to, V v) {
   __builtin_memcpy(to, &v, sizeof(V));
 }
-// (Adding zero instead would be an addition: -0 + 0 is not -0.)
+// Subtracting zero costs nothing; adding zero would be an addition, as -0 + 0 is not -0.
 inline F32 splat(float x) { return x - F32{}; }
 inline U32 splat_u32(uint32_t x) { return U32{} + x; }
-// Four codes, wherever they lie, in every lane.
+// Four codes at any address, in every lane.
 template <typename T>
 inline U32 splat_quad(const T* from) {
   uint32_t x;
@@ -78,13 +78,12 @@ inline F32 load_bfloat16(const uint16_t* from) {
   return (F32)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
 }
 // Towards zero.
-inline I32 cut_to_int(F32 v) { return (I32)_mm512_cvttps_epi32((__m512)v); }
+inline I32 truncate_to_int(F32 v) { return (I32)_mm512_cvttps_epi32((__m512)v); }
 // Lowest byte of each lane.
 inline void store_low_bytes(uint8_t* to, I32 v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)v));
 }
-// The lanes of four vectors as bytes in order, unsigned or signed; what is too large becomes the
-// largest byte.
+// The lanes of four vectors as bytes in order, unsigned or signed, saturated.
 template <typename Byte>
 inline void store_bytes(Byte* to, const I32 (&v)[4]) {
   const __m512i low = _mm512_packs_epi32((__m512i)v[0], (__m512i)v[1]);
@@ -98,22 +97,21 @@ inline void store_bytes(Byte* to, const I32 (&v)[4]) {
 inline I32 dot(I32 acc, U32 a, U32 b) {
   return (I32)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
 }
-// As dot; on other targets dot needs a's bytes or b's small (15 * 255), this one does not.
+// As dot, for any bytes: on other targets dot needs a's or b's bytes to be small (15 * 255).
 inline I32 dot_wide(I32 acc, U32 a, U32 b) { return dot(acc, a, b); }
-// Four numbers, over and over.
+// Four numbers, repeated.
 inline F32 splat_four(const float* from) { return (F32)_mm512_broadcast_f32x4(_mm_loadu_ps(from)); }
 // acc + both products of the signed 16-bit halves of a and b, per lane.
 inline I32 dot_halves(I32 acc, I32 a, I32 b) {
   return (I32)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
 }
-// Lanes whose bit of `bits` is set keep v, others become `other`.
+// v in lanes whose bit of `bits` is set, `other` elsewhere.
 inline F32 select_lanes(uint32_t bits, F32 v, F32 other) {
   return (F32)_mm512_mask_blend_ps(static_cast<__mmask16>(bits), (__m512)other, (__m512)v);
 }
-// Writes first + i for the lanes i whose v is at least `least`, and returns how many; up to kVecLanes
-// numbers are overwritten.
-inline int store_at_least(F32 v, float least, int32_t first, int32_t* to) {
-  const __mmask16 lanes = _mm512_cmp_ps_mask((__m512)v, (__m512)splat(least), _CMP_GE_OQ);
+// Writes first + i for the lanes i with v >= bound and returns their number; overwrites up to kVecLanes numbers.
+inline int store_at_least(F32 v, float bound, int32_t first, int32_t* to) {
+  const __mmask16 lanes = _mm512_cmp_ps_mask((__m512)v, (__m512)splat(bound), _CMP_GE_OQ);
   const __m512i all =
       _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
                        _mm512_set1_epi32(first));
@@ -123,11 +121,11 @@ inline int store_at_least(F32 v, float least, int32_t first, int32_t* to) {
 
 #else  // 256 and 128
 
-inline int store_at_least(F32 v, float least, int32_t first, int32_t* to) {
+inline int store_at_least(F32 v, float bound, int32_t first, int32_t* to) {
   int found = 0;
   for (int i = 0; i < kVecLanes; ++i) {
     to[found] = first + i;
-    found += v[i] >= least;
+    found += v[i] >= bound;
   }
   return found;
 }
@@ -138,8 +136,8 @@ inline F32 round_even(F32 v) {
 }
 #else
 inline F32 round_even(F32 v) {
-  // Adding and taking away 1.5 * 2^23 rounds to a whole number, ties to even, for |v| < 2^22. (With
-  // fused multiply-add the sum could swallow the rounding of a product in v: not on this target.)
+  // Adding and subtracting 1.5 * 2^23 rounds to a whole number, ties to even, for |v| < 2^22. This target has no
+  // fused multiply-add, which could skip the rounding of a product in v.
   const F32 magic = splat(12582912.0f);
   return (v + magic) - magic;
 }
@@ -149,7 +147,7 @@ inline F32 scale_by_power(F32 v, F32 n) {
   const I32 bits = (__builtin_convertvector(n, I32) + 127) << 23;
   return v * (F32)bits;
 }
-inline I32 cut_to_int(F32 v) { return __builtin_convertvector(v, I32); }
+inline I32 truncate_to_int(F32 v) { return __builtin_convertvector(v, I32); }
 inline void store_low_bytes(uint8_t* to, I32 v) {
   for (int i = 0; i < kVecLanes; ++i) to[i] = static_cast<uint8_t>(v[i]);
 }
@@ -194,7 +192,7 @@ inline I32 dot_halves(I32 acc, I32 a, I32 b) {
   return acc + (I32)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 }
 inline I32 dot_wide(I32 acc, U32 a, U32 b) {
-  // Even and odd bytes apart, so that no 16-bit sum can saturate.
+  // Multiply even and odd bytes separately, so that no 16-bit sum can saturate.
   const __m256i a_even = _mm256_and_si256((__m256i)a, _mm256_set1_epi16(0xff));
   const __m256i a_odd = _mm256_srli_epi16((__m256i)a, 8);
   const __m256i b_even = _mm256_srai_epi16(_mm256_slli_epi16((__m256i)b, 8), 8);
@@ -254,85 +252,6 @@ inline float reduce_add(F32 v) {
 }
 
 #endif
-
-// v[lane] in every lane.
-inline F32 splat_lane(F32 v, int lane) { return __builtin_shuffle(v, I32{} + lane); }
-
-// Numbers that belong to kRows rows lie in the first lanes of a vector, what lies in the others is of no
-// importance.
-template <int kRows>
-inline F32 load_first(const float* from) {
-#if SVDQ_TARGET == 512
-  return (F32)_mm512_maskz_loadu_ps((1 << kRows) - 1, from);
-#else
-  F32 v{};
-  for (int r = 0; r < kRows; ++r) v[r] = from[r];
-  return v;
-#endif
-}
-template <int kRows>
-inline bool any_above(F32 a, F32 b) {
-#if SVDQ_TARGET == 512
-  const __mmask16 above = _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
-  return (above & ((1 << kRows) - 1)) != 0;
-#else
-  bool above = false;
-  for (int r = 0; r < kRows; ++r) above |= a[r] > b[r];
-  return above;
-#endif
-}
-
-// Lanes of two vectors taken in runs of kRun, in turn from the first and the second: the first of every
-// two runs of each (kOdd = 0) or the second.
-template <int kRun, int kOdd>
-struct Runs {
-  alignas(kVecBytes) int32_t lane[kVecLanes];
-  constexpr Runs() : lane{} {
-    for (int i = 0; i < kVecLanes; ++i) {
-      lane[i] = i / (2 * kRun) * (2 * kRun) + i % kRun + i / kRun % 2 * kVecLanes + kOdd * kRun;
-    }
-  }
-};
-template <int kRun, int kOdd>
-inline constexpr Runs<kRun, kOdd> kRuns;
-
-// Of each two runs of kRun lanes the larger numbers, from a and b in turn.
-template <int kRun>
-inline F32 merge_maxima(F32 a, F32 b) {
-  return max(__builtin_shuffle(a, b, load<I32>(kRuns<kRun, 0>.lane)),
-             __builtin_shuffle(a, b, load<I32>(kRuns<kRun, 1>.lane)));
-}
-
-// The largest number of each of up to four vectors: lane i is that of vector i.
-template <int kRows>
-inline F32 row_maxima(const F32 (&v)[kRows]) {
-  static_assert(kRows >= 1 && kRows <= 4 && kVecLanes % 4 == 0);
-  constexpr int kLast = kRows - 1;
-  F32 all = merge_maxima<1>(v[0], v[kRows > 1 ? 1 : 0]);
-  all = merge_maxima<2>(all, kRows > 2 ? merge_maxima<1>(v[kRows > 2 ? 2 : 0], v[kLast]) : all);
-  if constexpr (kVecLanes > 4) all = merge_maxima<4>(all, all);
-  if constexpr (kVecLanes > 8) all = merge_maxima<8>(all, all);
-  return all;
-}
-
-// Rows of v become columns: every pass deals the first half of the vectors and the second like two
-// hands of cards.
-inline void transpose(F32 (&v)[kVecLanes]) {
-  constexpr int kHalf = kVecLanes / 2;
-  I32 low, high;
-  for (int i = 0; i < kVecLanes; ++i) {
-    low[i] = i / 2 + i % 2 * kVecLanes;
-    high[i] = low[i] + kHalf;
-  }
-  for (int pass = 1; pass < kVecLanes; pass *= 2) {
-    F32 dealt[kVecLanes];
-    for (int i = 0; i < kHalf; ++i) {
-      dealt[2 * i] = __builtin_shuffle(v[i], v[i + kHalf], low);
-      dealt[2 * i + 1] = __builtin_shuffle(v[i], v[i + kHalf], high);
-    }
-    for (int i = 0; i < kVecLanes; ++i) v[i] = dealt[i];
-  }
-}
 
 }  // namespace svdq::SVDQ_TARGET_NAME
 

@@ -16,6 +16,7 @@
 #include <cstdint>
 
 #include "csrc/core/check.h"
+#include "kernels/machine/math.h"
 #include "kernels/pages/heads.cuh"
 #include "kernels/pages/page_span.cuh"
 
@@ -26,7 +27,7 @@ struct DeviceLimits {
   int max_shared_bytes;  // of a block
 };
 
-constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+using svdq::ceil_div;
 
 // Arrays in shared memory are sized for one of these classes of head_dim. Calls
 // fn.template operator()<class>().

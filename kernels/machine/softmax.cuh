@@ -5,12 +5,11 @@
 // m.
 #pragma once
 
+#include "kernels/machine/math.h"
 #include "kernels/machine/tensor_core.cuh"
 
 namespace svdq::device {
 
-inline constexpr float kLog2E = 1.44269504088896340736f;
-inline constexpr float kLn2 = 0.69314718055994530942f;
 SVDQ_DEVICE float no_score() { return int_as_float(0xff800000u); }  // -inf
 
 struct RowState {

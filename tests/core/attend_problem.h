@@ -1,5 +1,5 @@
-// An attend problem made of random pages and rows, and its answer from the formula with the
-// tolerance due to each row.
+// An attend problem of random pages and a random window, and its answer from the formula with a derived tolerance for
+// each row.
 #pragma once
 
 #include <algorithm>
@@ -23,17 +23,17 @@ struct AttendCase {
   int group = 2;  // query heads of a KV head
   int q_len = 1;
   DataType dtype = DataType::kFloat32;         // of queries and outputs
-  DataType window_dtype = DataType::kFloat32;  // of exact rows and exact values
+  DataType window_dtype = DataType::kFloat32;  // of the window, outliers and uncompressed values
   std::vector<int> cache_seqlens = {130, 70};
   std::vector<int> window_lens = {9, 3};
   std::vector<int> first_positions = {};  // empty: null
   int sink_tokens = 0;
   bool causal = true;
-  int outliers = 0;  // keys of each head and sequence that are held exact too
+  int outliers = 0;  // keys of each head and sequence that are held uncompressed too
   // Pages are gathered: each head's tokens come from slots of their own, or from none.
   bool gathered = false;
-  // Weights that int8 holds exactly, so that scores are exact up to float rounding.
-  bool window_weights = false;
+  // Folded rows that int8 represents exactly, so that scores are exact up to float rounding.
+  bool exact_folding = false;
 };
 
 // The case in every RoPE mode: hybrid without pre-RoPE channels, and with some.
@@ -43,8 +43,8 @@ inline std::vector<AttendCase> in_every_mode(AttendCase c) {
     c.rope = mode;
     all.push_back(c);
   }
-  const Bands cores[] = {{{4, 4, 0, 8}}, {{0, 0, 4, 0}}, {{0, 0, 0, 0}}};
-  for (size_t h = 0; h < c.bands.size(); ++h) c.pre_bands.push_back(cores[h % 3]);
+  const Bands pre[] = {{{4, 4, 0, 8}}, {{0, 0, 4, 0}}, {{0, 0, 0, 0}}};
+  for (size_t h = 0; h < c.bands.size(); ++h) c.pre_bands.push_back(pre[h % 3]);
   all.push_back(c);
   return all;
 }
@@ -82,11 +82,11 @@ class AttendProblem {
   int num_qo_heads() const { return num_heads() * c_.group; }
 
  private:
-  // A key that a query sees, and what its score may be off.
+  // A key that a query sees, and the error of its score.
   struct Seen {
     double score, error;
     reference::Row value;
-    int page;                    // -1: an exact row
+    int page;                    // -1: of the window
     reference::Row code, scale;  // of packed values, by channel
   };
 
@@ -102,24 +102,24 @@ class AttendProblem {
   void make_pages(Random& random);
   void make_outliers(Random& random);
   void make_token_slots(Random& random);
-  // Slot of token `token` of the pages, which says its position; -1 if it has none.
+  // Slot of token `token` of the pages, which determines its position; -1 if it has none.
   int64_t slot_of(int b, int h, int token) const;
-  // Place of a slot's exact key in outlier_keys_, -1 if it has none.
+  // Index of a slot's uncompressed key in outlier_keys_, -1 if it has none.
   int64_t outlier_at(int b, int h, int slot) const;
   void write_zeros(uint8_t* page, int at) const;
   void make_basis(Random& random);
   Seen packed(int b, int h, int slot, const reference::Row& query) const;
-  Seen exact(int b, int h, int e, const reference::Row& query) const;
-  void score_exact(const uint8_t* key, const reference::Row& query, Seen& seen) const;
+  Seen window_token(int b, int h, int e, const reference::Row& query) const;
+  void score_uncompressed(const uint8_t* key, const reference::Row& query, Seen& seen) const;
   bool has_pre() const { return c_.rope != RopeMode::kPost; }
   bool has_post() const { return c_.rope != RopeMode::kPre; }
   double pre_error(int b, int h, int slot, const reference::Row& query,
                    const reference::Row& rotated) const;
   double post_error(int b, int h, int slot, const reference::Row& query) const;
-  // Is this pair absorbed into the query (-1: are channels that do not turn)?
+  // True if this pair is absorbed into the query; -1: the channels that do not rotate.
   bool absorbed(int pair) const;
   double distances(const std::vector<reference::Channel>& channels, int b, int slot) const;
-  // sum_j |code_j - mid_j| * step_j / 2, where weight(channel) gives the weights of one row.
+  // sum_j |code_j - mid_j| * scale_j / 2, where weight(channel) gives the numbers of one folded row.
   template <typename Weight>
   double row_error(const std::vector<reference::Channel>& channels, int b, int slot,
                    const Weight& weight) const;

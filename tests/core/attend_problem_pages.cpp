@@ -1,4 +1,4 @@
-// What the pages of an attend problem hold.
+// The pages of an attend problem.
 #include "tests/core/attend_problem.h"
 
 namespace svdq::testing {
@@ -7,7 +7,7 @@ namespace svdq::testing {
 void AttendProblem::make_token_slots(Random& random) {
   table_stride_ = *std::max_element(cache_seqlens_.begin(), cache_seqlens_.end()) / kPageTokens + 3;
   const int64_t room = table_stride_ * kPageTokens;
-  token_slots_.assign(batch() * num_heads() * room, std::numeric_limits<int32_t>::max());
+  token_slots_.assign(batch() * num_heads() * room, kNoSlot);
   for (int64_t list = 0; list < int64_t{batch()} * num_heads(); ++list) {
     const int length = cache_seqlens_[list / num_heads()];
     const int count = list % 3 == 0 ? length : random.integer(0, length);
@@ -23,19 +23,19 @@ int64_t AttendProblem::slot_of(int b, int h, int token) const {
   if (!c_.gathered) return token;
   const int64_t list = int64_t{b} * num_heads() + h;
   const int32_t slot = token_slots_[list * table_stride_ * kPageTokens + token];
-  return slot == std::numeric_limits<int32_t>::max() ? -1 : slot;
+  return slot == kNoSlot ? -1 : slot;
 }
 
-// Lists differ in length, and name sinks and slots past the end too. Keys behind a list are NaN.
+// Lists differ in length and contain sinks and slots past the end too. Keys behind a list are NaN.
 void AttendProblem::make_outliers(Random& random) {
   outlier_room_ = c_.outliers + 2;
   const int64_t rows = int64_t{batch()} * num_heads() * outlier_room_;
-  outlier_slots_.assign(rows, std::numeric_limits<int32_t>::max());
+  outlier_slots_.assign(rows, kNoSlot);
   outlier_keys_.assign(rows * c_.head_dim * size_of(c_.window_dtype), 0xff);
   for (int64_t list = 0; list < int64_t{batch()} * num_heads(); ++list) {
     const int b = static_cast<int>(list / num_heads()), h = static_cast<int>(list % num_heads());
     int reach = cache_seqlens_[b] + 5;
-    if (c_.gathered) {  // places of tokens that there are
+    if (c_.gathered) {  // only tokens that have a slot
       for (reach = 0; reach < cache_seqlens_[b] && slot_of(b, h, reach) >= 0;) ++reach;
     }
     std::vector<int32_t> slots(reach);
@@ -58,7 +58,7 @@ int64_t AttendProblem::outlier_at(int b, int h, int slot) const {
 }
 
 void AttendProblem::make_pages(Random& random) {
-  // Pages lie scattered in a pool; entries after a sequence's last page point nowhere.
+  // Pages lie scattered in a pool; entries after a sequence's last page are invalid.
   table_stride_ = *std::max_element(cache_seqlens_.begin(), cache_seqlens_.end()) / kPageTokens + 3;
   table_.assign(batch() * table_stride_, std::numeric_limits<int32_t>::max());
   int32_t pages = 0;
@@ -69,9 +69,8 @@ void AttendProblem::make_pages(Random& random) {
   for (int32_t& page : table_) {
     if (page < pages) page = 2 * (pages - 1 - page) + 1;
   }
-  // Any byte is a code. Scales, zero points and exact values must be numbers where they are read
-  // and may be anything, NaN included, elsewhere: in slots that hold no token, and in those of the
-  // sinks.
+  // Any byte is a code. Scales, zero points and uncompressed values must be finite in slots that are read; slots that
+  // hold no token or a sink may hold anything, NaN included.
   k_pages_.resize((2 * pages + 1) * layout_.k_page_bytes());
   v_pages_.resize((2 * pages + 1) * layout_.v_page_bytes(), 0xff);
   random.fill(k_pages_);

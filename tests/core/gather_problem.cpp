@@ -13,7 +13,7 @@ GatherProblem::GatherProblem(const GatherCase& c, uint64_t stream)
       layout_(layout_ints(c.rope, c.head_dim, c.bands, c.v_bits, c.v_group_size, c.pre_bands)) {
   Random random(stream);
   const int heads = layout_.num_heads(), stored = c.num_pages * kPageTokens;
-  // Pages lie scattered in a pool with as many that nobody owns.
+  // Pages lie scattered in a pool, between unused ones.
   const int pages = c.batch * c.num_pages;
   for (int i = 0; i < pages; ++i) table_.push_back(2 * (pages - 1 - i) + 1);
   k_pages_.resize((2 * pages + 1) * layout_.k_page_bytes());
@@ -21,14 +21,14 @@ GatherProblem::GatherProblem(const GatherCase& c, uint64_t stream)
   random.fill(k_pages_);
   random.fill(v_pages_);
 
-  // Lists fill their room, or end before it, or are empty.
-  slots_.assign(int64_t{c.batch} * heads * c.num_slots, std::numeric_limits<int32_t>::max());
+  // Lists fill their room, end before it, or are empty.
+  slots_.assign(int64_t{c.batch} * heads * c.num_slots, kNoSlot);
   for (int64_t list = 0; list < int64_t{c.batch} * heads; ++list) {
     std::vector<int32_t> all(stored);
     std::iota(all.begin(), all.end(), 0);
     for (int i = 0; i < stored; ++i) std::swap(all[i], all[random.integer(i, stored - 1)]);
-    const int most = std::min(stored, c.num_slots);
-    all.resize(list % 3 == 0 ? most : random.integer(0, most));
+    const int max_count = std::min(stored, c.num_slots);
+    all.resize(list % 3 == 0 ? max_count : random.integer(0, max_count));
     std::sort(all.begin(), all.end());
     std::copy(all.begin(), all.end(), slots_.begin() + list * c.num_slots);
   }
@@ -58,7 +58,7 @@ void GatherProblem::for_each_slot(const Fn& fn) const {
     for (int h = 0; h < layout_.num_heads(); ++h) {
       for (int i = 0; i < c_.num_slots; ++i) {
         const int slot = slots_[(int64_t{b} * layout_.num_heads() + h) * c_.num_slots + i];
-        if (slot == std::numeric_limits<int32_t>::max()) continue;
+        if (slot == kNoSlot) continue;
         fn(h, int64_t{table_[b * c_.num_pages + slot / kPageTokens]}, slot % kPageTokens,
            b * out_pages() + i / kPageTokens, i % kPageTokens);
       }
@@ -71,8 +71,8 @@ std::vector<uint8_t> GatherProblem::expected_keys() const {
   for_each_slot([&](int h, int64_t from, int slot, int64_t to, int token) {
     for (const reference::Channel& c : reference::channels_of(layout_.view().heads[h])) {
       const uint8_t* page = &k_pages_[from * layout_.k_page_bytes()];
-      put_code(&out[to * layout_.k_page_bytes()], c.place(token), c.width,
-               get_code(page, c.place(slot), c.width));
+      put_code(&out[to * layout_.k_page_bytes()], c.address(token), c.width,
+               get_code(page, c.address(slot), c.width));
     }
   });
   return out;
@@ -83,20 +83,20 @@ std::vector<uint8_t> GatherProblem::expected_values() const {
   std::vector<uint8_t> out(c_.batch * out_pages() * layout_.v_page_bytes());
   for_each_slot([&](int h, int64_t from, int slot, int64_t to, int token) {
     const uint8_t* page = &v_pages_[from * layout_.v_page_bytes() + h * value.page_bytes()];
-    uint8_t* own = &out[to * layout_.v_page_bytes() + h * value.page_bytes()];
+    uint8_t* target = &out[to * layout_.v_page_bytes() + h * value.page_bytes()];
     if (!value.packed()) {
       const int row = value.head_dim * value.bits / 8;
-      std::copy_n(page + slot * row, row, own + token * row);
+      std::copy_n(page + slot * row, row, target + token * row);
       return;
     }
     for (int64_t offset : {value.scale_offset(), value.zero_offset()}) {
       for (int g = 0; g < value.groups(); ++g) {
         std::copy_n(page + offset + (g * kPageTokens + slot) * 2, 2,
-                    own + offset + (g * kPageTokens + token) * 2);
+                    target + offset + (g * kPageTokens + token) * 2);
       }
     }
     for (int d = 0; d < value.head_dim; ++d) {
-      put_code(own + value.code_offset(), value_code_address(value.bits, d, token), value.bits,
+      put_code(target + value.code_offset(), value_code_address(value.bits, d, token), value.bits,
                get_code(page + value.code_offset(), value_code_address(value.bits, d, slot),
                         value.bits));
     }

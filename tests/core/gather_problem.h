@@ -1,8 +1,9 @@
-// A gather problem made of random pages and slots, and its answer code by code.
+// A gather problem of random pages and slots, and its answer code by code.
 #pragma once
 
 #include <vector>
 
+#include "kernels/machine/math.h"
 #include "tests/core/testing.h"
 
 namespace svdq::testing {
@@ -16,14 +17,14 @@ struct GatherCase {
   int v_group_size = 32;
   int batch = 2;
   int num_pages = 4;    // of a sequence
-  int num_slots = 130;  // places; lists differ in length
+  int num_slots = 130;  // of a list; lists differ in length
 };
 
 class GatherProblem {
  public:
   GatherProblem(const GatherCase& c, uint64_t stream);
 
-  // What a backend gets, with room for the answer.
+  // Parameters for a backend, with room for the answer.
   GatherParams params();
   void run(const Backend& backend, const Executor& executor) { backend.gather(params(), executor); }
 
@@ -32,11 +33,11 @@ class GatherProblem {
   std::vector<uint8_t> expected_values() const;
 
  private:
-  // Calls fn(b, h, from, slot, to, token) for every slot of every list: its page and place there, and
-  // its page and place in the output.
+  // Calls fn(h, from, slot, to, token) for every slot of every list: its page and its slot there, and its page and slot
+  // in the output.
   template <typename Fn>
   void for_each_slot(const Fn& fn) const;
-  int64_t out_pages() const { return (c_.num_slots + kPageTokens - 1) / kPageTokens; }
+  int64_t out_pages() const { return ceil_div(c_.num_slots, kPageTokens); }
 
   GatherCase c_;
   Layout layout_;

@@ -13,18 +13,18 @@ namespace svdq::reference {
 
 using Row = std::vector<double>;
 
-// One coded channel of a head: its width, its row of the basis, and its place inside a key page.
+// One coded channel of a head: its width, its row of the basis, and its address inside a key page.
 struct Channel {
   int width;
   int row;
   int64_t band_byte;
   int index;  // inside the band
 
-  CodeAddress place(int slot) const {
+  CodeAddress address(int slot) const {
     const CodeAddress inside = key_code_address(width, index, slot);
     return {band_byte + inside.byte, inside.shift};
   }
-  double mid() const { return ((1 << width) - 1) / 2.0; }
+  double mid() const { return static_cast<double>(mid_code(width)); }
 };
 
 inline std::vector<Channel> channels_of(const HeadPlan& head) {
@@ -34,7 +34,7 @@ inline std::vector<Channel> channels_of(const HeadPlan& head) {
   for (const Bands& bands : {head.pre, head.post}) {
     for (int w = 0; w < kNumWidths; ++w) {
       for (int i = 0; i < bands.count[w]; ++i) channels.push_back({kWidths[w], row++, byte, i});
-      byte += int64_t{bands.count[w]} * kWidths[w] * kPageTokens / 8;
+      byte += band_bytes(kWidths[w], bands.count[w]);
     }
   }
   return channels;
@@ -48,7 +48,7 @@ inline std::vector<Channel> part_channels(const LayoutView& layout, int h, RopeM
   return {all.begin() + pre, all.end()};
 }
 
-// Turns the pairs (i, i + half) by position * inv_freq[i]; a negative position turns back.
+// Rotates the pairs (i, i + rotary_pairs) by position * inv_freq[i]; a negative position unrotates.
 inline void rotate(Row& x, const Rope& rope, double position) {
   for (int i = 0; i < rope.rotary_pairs; ++i) {
     const double angle = position * static_cast<double>(rope.inv_freq[i]);
@@ -58,7 +58,7 @@ inline void rotate(Row& x, const Rope& rope, double position) {
   }
 }
 
-// A key as it was before RoPE.
+// A key before RoPE.
 inline Row unrotated_key(const testing::Tokens& keys, int h, int64_t t, int head_dim,
                          const Rope& rope, int64_t position) {
   Row key(head_dim);
@@ -83,7 +83,7 @@ inline Row decode_key(const std::vector<Channel>& channels, const uint8_t* page,
   Row key(mean, mean + head_dim);
   for (const Channel& c : channels) {
     const double latent =
-        (get_code(page, c.place(slot), c.width) - c.mid()) * static_cast<double>(scale[c.row]);
+        (get_code(page, c.address(slot), c.width) - c.mid()) * static_cast<double>(scale[c.row]);
     for (int d = 0; d < head_dim; ++d) {
       key[d] +=
           latent * static_cast<double>(bfloat16_to_float(basis[int64_t{c.row} * head_dim + d]));

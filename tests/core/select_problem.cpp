@@ -4,12 +4,12 @@
 #include <limits>
 #include <numeric>
 
+#include "kernels/machine/math.h"
+
 namespace svdq::testing {
 
 using reference::Channel;
 using reference::Row;
-
-constexpr int32_t kNone = std::numeric_limits<int32_t>::max();
 
 std::vector<SelectCase> in_every_mode(SelectCase c) {
   std::vector<SelectCase> all;
@@ -17,8 +17,8 @@ std::vector<SelectCase> in_every_mode(SelectCase c) {
     c.rope = mode;
     all.push_back(c);
   }
-  const Bands cores[] = {{{4, 0, 0, 0}}, {{0, 0, 4, 0}}, {{0, 0, 0, 0}}};
-  for (size_t h = 0; h < c.bands.size(); ++h) c.pre_bands.push_back(cores[h % 3]);
+  const Bands pre_bands[] = {{{4, 0, 0, 0}}, {{0, 0, 4, 0}}, {{0, 0, 0, 0}}};
+  for (size_t h = 0; h < c.bands.size(); ++h) c.pre_bands.push_back(pre_bands[h % 3]);
   all.push_back(c);
   return all;
 }
@@ -48,7 +48,7 @@ SelectProblem::SelectProblem(const SelectCase& c, uint64_t stream)
   scale_.resize(int64_t{batch()} * layout_.rank());
   for (int b = 0; b < batch(); ++b) {
     for (int h = 0; h < num_heads(); ++h) {
-      // Spread enough for scores that differ by several units; alike for each width.
+      // Scales for which scores differ by several units, about the same for each width.
       for (const Channel& channel : reference::channels_of(layout_.view().heads[h])) {
         scale_[b * layout_.rank() + channel.row] =
             static_cast<float>((1 + 0.2 * random.integer(0, 10)) * 8 / (1 << channel.width));
@@ -64,9 +64,9 @@ SelectProblem::SelectProblem(const SelectCase& c, uint64_t stream)
 }
 
 void SelectProblem::make_pages(Random& random) {
-  // Pages lie scattered in a pool; entries after a sequence's last page point nowhere.
+  // Pages lie scattered in a pool; entries after a sequence's last page are invalid.
   table_stride_ = *std::max_element(cache_seqlens_.begin(), cache_seqlens_.end()) / kPageTokens + 3;
-  table_.assign(batch() * table_stride_, kNone);
+  table_.assign(batch() * table_stride_, kNoSlot);
   int32_t pages = 0;
   for (int b = 0; b < batch(); ++b) {
     for (int64_t n = 0; n * kPageTokens < cache_seqlens_[b]; ++n)
@@ -79,10 +79,10 @@ void SelectProblem::make_pages(Random& random) {
   if (!c_.same_codes) random.fill(k_pages_);
 }
 
-// Lists differ in length, and name slots past the end too; sinks are no outliers.
+// Lists differ in length and contain slots past the end too; sinks are no outliers.
 void SelectProblem::make_outliers(Random& random) {
   outlier_room_ = c_.outliers + 2;
-  outlier_slots_.assign(int64_t{batch()} * num_heads() * outlier_room_, kNone);
+  outlier_slots_.assign(int64_t{batch()} * num_heads() * outlier_room_, kNoSlot);
   for (int64_t list = 0; list < int64_t{batch()} * num_heads(); ++list) {
     const int reach = std::max(0, cache_seqlens_[list / num_heads()] + 5 - c_.sink_tokens);
     std::vector<int32_t> slots(reach);
@@ -96,7 +96,7 @@ void SelectProblem::make_outliers(Random& random) {
 
 SelectParams SelectProblem::params() {
   slots_.assign(int64_t{batch()} * num_heads() * room(), -7);
-  places_.assign(outlier_slots_.size(), -7);
+  indices_.assign(outlier_slots_.size(), -7);
   SelectParams p{};
   p.keys.layout = layout_.view();
   p.keys.codec.rope = rope_;
@@ -123,7 +123,7 @@ SelectParams SelectProblem::params() {
   p.channels = c_.channels;
   p.budget = c_.budget;
   p.slots = slots_.data();
-  p.outlier_indices = outlier_room_ ? places_.data() : nullptr;
+  p.outlier_indices = outlier_room_ ? indices_.data() : nullptr;
   return p;
 }
 
@@ -131,20 +131,20 @@ void SelectProblem::run(const Backend& backend, const Executor& executor) {
   backend.select(params(), executor);
 }
 
-void SelectProblem::set_answer(std::vector<int32_t> slots, std::vector<int32_t> places) {
+void SelectProblem::set_answer(std::vector<int32_t> slots, std::vector<int32_t> indices) {
   slots_ = std::move(slots);
-  places_ = std::move(places);
+  indices_ = std::move(indices);
 }
 
-std::vector<Channel> SelectProblem::leading(int h) const {
+std::vector<Channel> SelectProblem::proxy_channels(int h) const {
   std::vector<Channel> channels = reference::channels_of(layout_.view().heads[h]);
   channels.resize(std::min<size_t>(channels.size(), c_.channels));
   return channels;
 }
 
 std::vector<SelectProblem::Score> SelectProblem::scores(int b, int h, int64_t r) const {
-  const int dim = c_.head_dim, half = rope_.rotary_pairs;
-  const std::vector<Channel> channels = leading(h);
+  const int dim = c_.head_dim, rotary_pairs = rope_.rotary_pairs;
+  const std::vector<Channel> channels = proxy_channels(h);
   const int64_t head = int64_t{b} * num_heads() + h;
   Row query(dim);
   for (int d = 0; d < dim; ++d) {
@@ -159,23 +159,23 @@ std::vector<SelectProblem::Score> SelectProblem::scores(int b, int h, int64_t r)
     }
     return x;
   };
-  // A product with the query, turned back by `position` and without fast pairs if `turns`; and what
-  // it may be off: coefficients of pairs, cosines and sines are halves, sums are floats.
-  const auto product = [&](const Row& x, bool turns, double position) {
+  // A product with the query and its error. If `pre`, the query is unrotated by `position` and fast pairs are left out.
+  // Coefficients of pairs, cosines and sines have rotary_pairs precision, sums are floats.
+  const auto product = [&](const Row& x, bool pre, double position) {
     Score result{0, 0};
-    Row turned = query;
-    if (turns) reference::rotate(turned, rope_, -position);
+    Row unrotated = query;
+    if (pre) reference::rotate(unrotated, rope_, -position);
     double magnitude = 0;
-    for (int i = 0; turns && i < half; ++i) {
+    for (int i = 0; pre && i < rotary_pairs; ++i) {
       if (double{rope_.inv_freq[i]} > double{kSelectFastest}) {
-        turned[i] = turned[i + half] = 0;
+        unrotated[i] = unrotated[i + rotary_pairs] = 0;
       } else {
-        result.error += std::hypot(query[i], query[i + half]) * std::hypot(x[i], x[i + half]) * 2 *
-                        1.01 * 0x1p-10;
+        result.error += std::hypot(query[i], query[i + rotary_pairs]) *
+                        std::hypot(x[i], x[i + rotary_pairs]) * 2 * 1.01 * 0x1p-10;
       }
     }
     for (int d = 0; d < dim; ++d) {
-      result.value += turned[d] * x[d];
+      result.value += unrotated[d] * x[d];
       magnitude += std::fabs(query[d] * x[d]);
     }
     result.error += magnitude * (20 * kFloatRounding + sum_rounding(dim));
@@ -183,22 +183,22 @@ std::vector<SelectProblem::Score> SelectProblem::scores(int b, int h, int64_t r)
   };
 
   std::vector<Score> all;
-  std::vector<Score> weight(channels.size());
+  std::vector<Score> operand(channels.size());
   Score constant{0, 0};
-  double step[2][9] = {};  // largest weight of a band, by part and width
+  double largest_of[2][9] = {};  // largest operand of a band, by part and width
   const auto part = [&](size_t j) { return static_cast<int>(j) < pre_rank(h) ? 0 : 1; };
   for (int slot = 0; slot < cache_seqlens_[b]; ++slot) {
     if (slot % kPageTokens == 0) {
       const double middle = (first_positions_.empty() ? 0 : first_positions_[b]) + slot + 32.0;
-      const bool pre = c_.rope != RopeMode::kPost;
-      std::fill_n(&step[0][0], 18, 0.0);
+      const bool pre_mean = c_.rope != RopeMode::kPost;
+      std::fill_n(&largest_of[0][0], 18, 0.0);
       for (size_t j = 0; j < channels.size(); ++j) {
-        weight[j] = product(vector(static_cast<int>(j)), part(j) == 0, middle);
-        double& largest = step[part(j)][channels[j].width];
-        largest = std::max(largest, std::fabs(weight[j].value) + weight[j].error);
+        operand[j] = product(vector(static_cast<int>(j)), part(j) == 0, middle);
+        double& largest = largest_of[part(j)][channels[j].width];
+        largest = std::max(largest, std::fabs(operand[j].value) + operand[j].error);
       }
       const Row mean(&mean_[head * dim], &mean_[head * dim] + dim);
-      constant = product(mean, pre, middle);
+      constant = product(mean, pre_mean, middle);
       if (!post_mean_.empty()) {
         const Row post(&post_mean_[head * dim], &post_mean_[head * dim] + dim);
         const Score more = product(post, false, 0);
@@ -210,11 +210,11 @@ std::vector<SelectProblem::Score> SelectProblem::scores(int b, int h, int64_t r)
     for (size_t j = 0; j < channels.size(); ++j) {
       const Channel& c = channels[j];
       const double distance = code(b, c, slot) - c.mid();
-      score.value += distance * weight[j].value;
-      // Weights have 8 bits, with a step a band.
+      score.value += distance * operand[j].value;
+      // Operands have 8 bits, with a scale a band.
       score.error +=
-          std::fabs(distance) * (weight[j].error + 1.01 * step[part(j)][c.width] / 127 / 2);
-      magnitude += 2 * c.mid() * std::fabs(weight[j].value);
+          std::fabs(distance) * (operand[j].error + 1.01 * largest_of[part(j)][c.width] / 127 / 2);
+      magnitude += 2 * c.mid() * std::fabs(operand[j].value);
     }
     score.error += magnitude * (20 * kFloatRounding + sum_rounding(dim));
     all.push_back(score);
@@ -222,35 +222,34 @@ std::vector<SelectProblem::Score> SelectProblem::scores(int b, int h, int64_t r)
   return all;
 }
 
-std::vector<SelectProblem::Weight> SelectProblem::weights(int b, int h) const {
+std::vector<SelectProblem::Mass> SelectProblem::masses(int b, int h) const {
   const int length = cache_seqlens_[b];
-  const int64_t pages = (length + kPageTokens - 1) / kPageTokens,
-                stride = select_sample_stride(pages);
+  const int64_t pages = ceil_div(length, kPageTokens), stride = select_sample_stride(pages);
   std::vector<double> sum(length), error(length);
   const int64_t rows = int64_t{c_.group} * c_.q_len;
   for (int64_t r = 0; r < rows; ++r) {
     const std::vector<Score> row = scores(b, h, r);
-    double most = -std::numeric_limits<double>::infinity(), total = 0, norm = 0, off = 0;
+    double max_score = -std::numeric_limits<double>::infinity(), total = 0, norm = 0, max_error = 0;
     const auto sampled = [&](int slot) {
       return slot >= c_.sink_tokens && slot / kPageTokens % stride == stride / 2;
     };
     for (int slot = 0; slot < length; ++slot)
-      if (sampled(slot)) most = std::max(most, row[slot].value);
+      if (sampled(slot)) max_score = std::max(max_score, row[slot].value);
     for (int slot = 0; slot < length; ++slot) {
       if (!sampled(slot)) continue;
-      total += std::exp(row[slot].value - most);
-      off = std::max(off, row[slot].error);
+      total += std::exp(row[slot].value - max_score);
+      max_error = std::max(max_error, row[slot].error);
     }
-    if (total > 0) norm = most + std::log(total);
+    if (total > 0) norm = max_score + std::log(total);
     for (int slot = 0; slot < length; ++slot) {
       sum[slot] += std::exp(row[slot].value - norm);
       const double rounding = 8 * kFloatRounding * (std::fabs(row[slot].value) + std::fabs(norm));
-      error[slot] = std::max(error[slot], row[slot].error + off + rounding);
+      error[slot] = std::max(error[slot], row[slot].error + max_error + rounding);
     }
   }
-  std::vector<Weight> all;
+  std::vector<Mass> all;
   for (int slot = 0; slot < length; ++slot) {
-    // 2^x is off by 2^-21, and so are sums of it.
+    // 2^x has an error of 2^-21, and so have its sums.
     const double exponential = 8 * 0x1p-21 + static_cast<double>(length + rows) * kFloatRounding;
     all.push_back({std::log(sum[slot]), error[slot] + exponential});
   }
@@ -263,7 +262,7 @@ std::vector<SelectProblem::Weight> SelectProblem::weights(int b, int h) const {
   };
   const int length = cache_seqlens_[b];
   const int64_t head = int64_t{b} * num_heads() + h;
-  const std::vector<Weight> weight = weights(b, h);
+  const std::vector<Mass> mass = masses(b, h);
   std::vector<bool> outlier(length), chosen(length);
   int kept = 0, candidates = 0;
   for (int i = 0; i < outlier_room_; ++i) {
@@ -275,46 +274,47 @@ std::vector<SelectProblem::Weight> SelectProblem::weights(int b, int h) const {
   const int32_t* slots = &slots_[head * room()];
   const int count = std::min(candidates, c_.budget) + kept;
   for (int i = 0; i < room(); ++i) {
-    if (i >= count && slots[i] != kNone)
-      return wrong(join("slot ", slots[i], " at place ", i, " behind the last of ", count));
+    if (i >= count && slots[i] != kNoSlot)
+      return wrong(join("slot ", slots[i], " at index ", i, " behind the last of ", count));
     if (i >= count) continue;
     if (slots[i] < 0 || slots[i] >= length || (i > 0 && slots[i] <= slots[i - 1]))
-      return wrong(join("slot ", slots[i], " at place ", i, " of ", count));
+      return wrong(join("slot ", slots[i], " at index ", i, " of ", count));
     if (slots[i] < c_.sink_tokens) return wrong(join("sink ", slots[i], " is selected"));
     chosen[slots[i]] = true;
   }
   for (int i = 0; i < outlier_room_; ++i) {
     const int slot = outlier_slots_[head * outlier_room_ + i];
-    const int place = places_[head * outlier_room_ + i];
-    if (slot >= length ? place != kNone : place < 0 || place >= count || slots[place] != slot)
-      return wrong(join("outlier ", slot, " has place ", place));
+    const int index = indices_[head * outlier_room_ + i];
+    if (slot >= length ? index != kNoSlot : index < 0 || index >= count || slots[index] != slot)
+      return wrong(join("outlier ", slot, " has index ", index));
   }
 
-  // The largest weight left out, and the least selected, as far as errors leave no doubt.
-  const std::vector<Channel> channels = leading(h);
+  // Compare the largest mass that is not selected with the smallest that is, beyond their errors.
+  const std::vector<Channel> channels = proxy_channels(h);
   const auto same = [&](int s, int t) {
     return s / kPageTokens == t / kPageTokens &&
            std::all_of(channels.begin(), channels.end(),
                        [&](const Channel& c) { return code(b, c, s) == code(b, c, t); });
   };
-  int least = -1, most = -1;
+  int min_chosen = -1, max_left = -1;
   for (int slot = c_.sink_tokens; slot < length; ++slot) {
     if (outlier[slot]) continue;
-    const auto high = [&](int s) { return weight[s].value + weight[s].error; };
-    const auto low = [&](int s) { return weight[s].value - weight[s].error; };
-    if (chosen[slot] && (least < 0 || high(slot) < high(least))) least = slot;
-    if (!chosen[slot] && (most < 0 || low(slot) > low(most))) most = slot;
+    const auto high = [&](int s) { return mass[s].value + mass[s].error; };
+    const auto low = [&](int s) { return mass[s].value - mass[s].error; };
+    if (chosen[slot] && (min_chosen < 0 || high(slot) < high(min_chosen))) min_chosen = slot;
+    if (!chosen[slot] && (max_left < 0 || low(slot) > low(max_left))) max_left = slot;
     for (int s = slot - slot % kPageTokens; s < slot; ++s) {
       if (s < c_.sink_tokens || outlier[s] || chosen[s] || !chosen[slot] || !same(s, slot))
         continue;
       return wrong(join("slot ", slot, " is selected and the equal ", s, " is not"));
     }
   }
-  if (least >= 0 && most >= 0 &&
-      weight[least].value + weight[least].error < weight[most].value - weight[most].error) {
-    return wrong(join("slot ", least, " of log weight ", weight[least].value, " +- ",
-                      weight[least].error, " is selected, slot ", most, " of ", weight[most].value,
-                      " +- ", weight[most].error, " is not"));
+  if (min_chosen >= 0 && max_left >= 0 &&
+      mass[min_chosen].value + mass[min_chosen].error <
+          mass[max_left].value - mass[max_left].error) {
+    return wrong(join("slot ", min_chosen, " of log mass ", mass[min_chosen].value, " +- ",
+                      mass[min_chosen].error, " is selected, slot ", max_left, " of ",
+                      mass[max_left].value, " +- ", mass[max_left].error, " is not"));
   }
   return ::testing::AssertionSuccess();
 }

@@ -1,4 +1,4 @@
-// A select problem made of random pages, and whether an answer is one that the formula allows.
+// A select problem of random pages, and a check of answers against the formula.
 #pragma once
 
 #include <vector>
@@ -33,11 +33,11 @@ class SelectProblem {
  public:
   SelectProblem(const SelectCase& c, uint64_t stream);
 
-  // What a backend gets, with room for the answer.
+  // Parameters for a backend, with room for the answer.
   SelectParams params();
   void run(const Backend& backend, const Executor& executor);
-  void set_answer(std::vector<int32_t> slots, std::vector<int32_t> places);
-  // Whether the answer of one head follows from weights as exact as the backends' are.
+  void set_answer(std::vector<int32_t> slots, std::vector<int32_t> indices);
+  // Checks that the answer of one head follows from masses within the backends' errors.
   ::testing::AssertionResult check(int b, int h) const;
   ::testing::AssertionResult check() const;
 
@@ -45,11 +45,11 @@ class SelectProblem {
   int num_heads() const { return static_cast<int>(c_.bands.size()); }
   int room() const { return c_.budget + outlier_room_; }
   const std::vector<int32_t>& slots() const { return slots_; }
-  const std::vector<int32_t>& places() const { return places_; }
+  const std::vector<int32_t>& indices() const { return indices_; }
 
  private:
-  // The natural logarithm of a token's weight, and what it may be off.
-  struct Weight {
+  // The natural logarithm of a token's mass, and its error.
+  struct Mass {
     double value, error;
   };
   struct Score {
@@ -58,16 +58,16 @@ class SelectProblem {
 
   void make_pages(Random& random);
   void make_outliers(Random& random);
-  std::vector<reference::Channel> leading(int h) const;
+  std::vector<reference::Channel> proxy_channels(int h) const;
   int pre_rank(int h) const { return layout_.view().heads[h].pre.rank(); }
   // Scores of query row r for all slots.
   std::vector<Score> scores(int b, int h, int64_t r) const;
-  std::vector<Weight> weights(int b, int h) const;
+  std::vector<Mass> masses(int b, int h) const;
   const uint8_t* page(int b, int slot) const {
     return &k_pages_[table_[b * table_stride_ + slot / kPageTokens] * layout_.k_page_bytes()];
   }
   int code(int b, const reference::Channel& c, int slot) const {
-    return get_code(page(b, slot), c.place(slot % kPageTokens), c.width);
+    return get_code(page(b, slot), c.address(slot % kPageTokens), c.width);
   }
 
   SelectCase c_;
@@ -76,7 +76,7 @@ class SelectProblem {
   Rope rope_;
   std::vector<uint8_t> query_, k_pages_;
   int outlier_room_ = 0;
-  std::vector<int32_t> outlier_slots_, table_, cache_seqlens_, first_positions_, slots_, places_;
+  std::vector<int32_t> outlier_slots_, table_, cache_seqlens_, first_positions_, slots_, indices_;
   int64_t table_stride_ = 0;
   std::vector<uint16_t> basis_;
   std::vector<float> scale_, mean_, post_mean_;

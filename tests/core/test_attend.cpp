@@ -1,5 +1,4 @@
-// The attend stage on random pages against the formula, for every shape that a cache hands it, and
-// the merge stage.
+// The attend stage on random pages against the formula, for every shape that a cache passes.
 #include "tests/core/attend_problem.h"
 
 namespace svdq {
@@ -38,12 +37,12 @@ class Attend : public testing::BackendTest {
     }
   }
 
-  // The same in every RoPE mode, hybrid with pre-RoPE channels and without, with weights that are exact
-  // and with weights that are rounded to 8 bits.
+  // The same in every RoPE mode, hybrid with pre-RoPE channels and without, with folded rows that int8 represents exactly
+  // and with folded rows that are rounded.
   void check_all(const char* what, const AttendCase& given, uint64_t stream) {
     for (AttendCase c : testing::in_every_mode(given)) {
       for (bool exact : {true, false}) {
-        c.window_weights = exact;
+        c.exact_folding = exact;
         check(what, c, stream++);
         if (HasFatalFailure()) return;
       }
@@ -106,19 +105,19 @@ TEST_P(Attend, EveryGroupAndQueryLength) {
   }
   AttendCase c;
   c.bands = {{{0, 8, 0, 0}}};
-  c.q_len = 67;  // more rows than one task takes
+  c.q_len = 67;  // more query rows than a task has
   c.cache_seqlens = {70};
   c.window_lens = {80};
   check_all("many queries", c, stream += 10);
 }
 
-TEST_P(Attend, QueriesSeeExactRowsCausallyOrAll) {
+TEST_P(Attend, QueriesSeeTheWindowCausallyOrWhole) {
   for (bool causal : {true, false}) {
     AttendCase c;
     c.causal = causal;
     c.q_len = 4;
     c.cache_seqlens = {0, 7, 0, 0};
-    c.window_lens = {4, 5, 2, 0};  // with 2 rows for 4 queries the first two see nothing
+    c.window_lens = {4, 5, 2, 0};  // with 2 tokens for 4 queries the first two see no token
     check_all(causal ? "causal" : "not causal", c, 5000 + causal);
   }
 }
@@ -128,7 +127,7 @@ TEST_P(Attend, SinksAreSkipped) {
   for (int sinks : {1, 8, 64, 65}) {
     AttendCase c;
     c.sink_tokens = sinks;
-    c.cache_seqlens = {130, 64};  // with 64 and 65 sinks nothing is left of the second
+    c.cache_seqlens = {130, 64};  // with 64 and 65 sinks the second has no valid slot
     c.window_lens = {10, 1};
     check_all("sinks", c, stream += 10);
   }
@@ -172,7 +171,7 @@ TEST_P(Attend, PartialRotationAndPositions) {
     AttendCase c;
     c.rotary_pairs = half;
     c.first_positions = {0, 131000};
-    c.window_weights = half % 2 == 0;
+    c.exact_folding = half % 2 == 0;
     check("partial rotation", c, stream++);
   }
 }
@@ -186,7 +185,7 @@ TEST_P(Attend, PartsOfHybridKeys) {
   c.q_len = 3;
   c.first_positions = {7, 131000};
   for (bool exact : {true, false}) {
-    c.window_weights = exact;
+    c.exact_folding = exact;
     check("parts", c, 9500 + exact);
   }
 }
@@ -211,7 +210,7 @@ TEST_P(Attend, OutliersHaveTheScoresOfTheirKeys) {
   check_all("long", c, stream += 10);
 }
 
-// Each token of gathered pages has a position of its own, or does not count.
+// Each token of gathered pages has its own position, or is invalid.
 TEST_P(Attend, GatheredPages) {
   uint64_t stream = 9800;
   for (int v_bits : {2, 4, 16}) {
@@ -244,71 +243,6 @@ TEST_P(Attend, ResultsDoNotDependOnTheThreads) {
 }
 
 SVDQ_ON_EVERY_BACKEND(Attend);
-
-class Merge : public testing::BackendTest {};
-
-TEST_P(Merge, MatchesTheFormula) {
-  const double infinity = std::numeric_limits<double>::infinity();
-  const double pairs[][2] = {{0, 0},       {1.5, -2},      {-30, 30},      {700, 690},
-                             {-900, -901}, {3, -infinity}, {-infinity, 3}, {-infinity, -infinity},
-                             {0.25, 0.25}, {-100, 60},     {1e4, -1e4}};
-  constexpr int kRows = std::size(pairs);
-  for (DataType dtype : {DataType::kFloat32, DataType::kBFloat16, DataType::kFloat16}) {
-    for (int dim : {16, 80, 512}) {
-      testing::Random random(12000 + dim);
-      const auto size = static_cast<size_t>(testing::size_of(dtype));
-      std::vector<uint8_t> a(kRows * dim * size), b(a.size()), out(a.size(), 0xff);
-      std::vector<float> lse_a, lse_b, lse(kRows, std::numeric_limits<float>::quiet_NaN());
-      for (int row = 0; row < kRows; ++row) {
-        lse_a.push_back(static_cast<float>(pairs[row][0]));
-        lse_b.push_back(static_cast<float>(pairs[row][1]));
-        for (int d = 0; d < dim; ++d) {
-          // The output of an empty side may be anything.
-          const double nan = std::numeric_limits<double>::quiet_NaN();
-          testing::write_number(&a[(row * dim + d) * size], dtype,
-                                std::isinf(lse_a[row]) ? nan : random.normal());
-          testing::write_number(&b[(row * dim + d) * size], dtype,
-                                std::isinf(lse_b[row]) ? nan : random.normal());
-        }
-      }
-      backend().merge({kRows, dim, dtype, a.data(), lse_a.data(), b.data(), lse_b.data(),
-                       out.data(), lse.data()},
-                      executor_);
-      for (int row = 0; row < kRows; ++row) {
-        const auto weight = [&](double of, double other) {  // of the union
-          return std::isinf(of) ? 0 : std::isinf(other) ? 1 : 1 / (1 + std::exp(other - of));
-        };
-        const double weight_a = weight(lse_a[row], lse_b[row]),
-                     weight_b = weight(lse_b[row], lse_a[row]);
-        for (int d = 0; d < dim; ++d) {
-          const double x =
-              weight_a > 0 ? testing::read_number(&a[(row * dim + d) * size], dtype) : 0;
-          const double y =
-              weight_b > 0 ? testing::read_number(&b[(row * dim + d) * size], dtype) : 0;
-          const double expected = weight_a * x + weight_b * y;
-          // A handful of float operations, then the rounding of the output.
-          const double tolerance =
-              8 * testing::kFloatRounding * (weight_a * std::fabs(x) + weight_b * std::fabs(y)) +
-              testing::rounding(dtype) * std::fabs(expected) + 0x1p-25;
-          ASSERT_NEAR(testing::read_number(&out[(row * dim + d) * size], dtype), expected,
-                      tolerance)
-              << "row " << row;
-        }
-        if (weight_a + weight_b == 0) {
-          ASSERT_EQ(lse[row], -std::numeric_limits<float>::infinity());
-        } else {
-          const double most = std::max(lse_a[row], lse_b[row]),
-                       least = std::min(lse_a[row], lse_b[row]);
-          const double expected = most + std::log1p(std::exp(least - most));
-          ASSERT_NEAR(lse[row], expected, 4 * testing::kFloatRounding * (1 + std::fabs(expected)))
-              << "row " << row;
-        }
-      }
-    }
-  }
-}
-
-SVDQ_ON_EVERY_BACKEND(Merge);
 
 }  // namespace
 }  // namespace svdq

@@ -1,5 +1,4 @@
-// The torch-free core: errors, layouts, the paper's schedules, number formats, memory, choice of a
-// backend.
+// The torch-free core: errors, layouts, the paper's schedules, number formats, memory, choice of a backend.
 #include <functional>
 #include <limits>
 #include <thread>
@@ -13,7 +12,7 @@ namespace {
 
 using testing::layout_ints;
 
-// Runs `fn`, which must throw Error, and returns what it says.
+// Runs `fn`, which must throw Error, and returns the message.
 std::string error_of(const std::function<void()>& fn) {
   try {
     fn();
@@ -76,7 +75,7 @@ TEST(Layout, PartsOfHybridPages) {
   EXPECT_EQ(views[2].heads[0].k_offset, 8 * 24);
 }
 
-TEST(Layout, RejectsWhatNoPageCanHold) {
+TEST(Layout, RejectsInvalidLayouts) {
   const testing::HeadBands none{{{0, 0, 0, 0}}}, some{{{8, 0, 0, 0}}};
   const std::vector<int64_t> good = layout_ints(RopeMode::kPre, 64, some);
   ASSERT_NO_THROW(Layout{good});
@@ -130,7 +129,7 @@ TEST(Layout, RejectsWhatNoPageCanHold) {
   error_of([&] { Layout layout(longer); });
   error_of([&] { Layout layout(layout_ints(RopeMode::kPre, 64, none)); });
   error_of([&] { Layout layout(layout_ints(RopeMode::kHybrid, 64, none)); });
-  // Each part of a hybrid head may code all channels, and no more.
+  // Each part of a hybrid head may code all channels at most.
   const testing::HeadBands all{{{64, 0, 0, 0}}}, more{{{64, 4, 0, 0}}};
   ASSERT_NO_THROW(Layout(layout_ints(RopeMode::kHybrid, 64, all, 4, 16, all)));
   error_of([&] { Layout layout(layout_ints(RopeMode::kHybrid, 64, all, 4, 16, more)); });
@@ -164,7 +163,7 @@ TEST(BitPlan, PaperSchedules) {
   }
 }
 
-// What is given is never less than asked for while there is room, and always makes a valid layout.
+// A plan gives at least the wanted bits while there is room, and is always a valid layout.
 TEST(BitPlan, EveryScheduleFits) {
   testing::Random random(2);
   for (int trial = 0; trial < 2000; ++trial) {
@@ -186,7 +185,7 @@ TEST(BitPlan, EveryScheduleFits) {
   }
 }
 
-TEST(BitPlan, RejectsWhatIsNoSchedule) {
+TEST(BitPlan, RejectsInvalidSchedules) {
   const std::vector<int64_t> schedules[] = {{},   {3},    {8, 16},   {0, 0},
                                             {-1}, {4, 8}, {4, 0, 2}, std::vector<int64_t>(65, 1)};
   for (const std::vector<int64_t>& schedule : schedules)

@@ -1,11 +1,11 @@
-// The packed format: where codes lie, that they fill a page, and what changing one leaves alone.
+// The packed format: addresses of codes, golden bytes, and codes that fill pages without overlap.
 #include "tests/core/testing.h"
 
 namespace svdq {
 namespace {
 
 // These numbers are the format: a change here needs a new kFormatVersion.
-TEST(Format, GoldenPlaces) {
+TEST(Format, GoldenAddresses) {
   struct Golden {
     CodeAddress place;
     int64_t byte;
@@ -50,14 +50,14 @@ TEST(Format, GoldenSizes) {
   EXPECT_EQ((ValueLayout{32, 64, 64}.page_bytes()), 64 * 64 * 4);
 }
 
-using Coord = CodeAddress (*)(int width, int channel, int token);
+using AddressOf = CodeAddress (*)(int width, int channel, int token);
 
 // Every bit of the page belongs to exactly one code.
-void expect_bijective(Coord place, int width, int num_channels) {
+void expect_bijective(AddressOf address, int width, int num_channels) {
   std::vector<uint8_t> used(num_channels * kPageTokens * width / 8, 0);
   for (int channel = 0; channel < num_channels; ++channel) {
     for (int token = 0; token < kPageTokens; ++token) {
-      const CodeAddress at = place(width, channel, token);
+      const CodeAddress at = address(width, channel, token);
       ASSERT_GE(at.byte, 0);
       ASSERT_LT(at.byte, static_cast<int64_t>(used.size()))
           << "channel " << channel << " token " << token;

@@ -1,4 +1,4 @@
-// The gather stage on every backend that has it: byte for byte what the format says.
+// The gather stage, byte for byte as the format defines.
 #include "tests/core/gather_problem.h"
 
 namespace svdq {

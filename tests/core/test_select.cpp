@@ -1,4 +1,4 @@
-// The select stage on every backend that has it.
+// The select stage against the formula.
 #include "tests/core/select_problem.h"
 
 namespace svdq {
@@ -75,7 +75,7 @@ TEST_P(Select, EarlierOfEquals) {
   }
 }
 
-TEST_P(Select, OutliersAreSelectedBesides) {
+TEST_P(Select, OutliersAreSelectedInAddition) {
   for (int outliers : {1, 9, 90}) {
     SelectCase c;
     c.outliers = outliers;

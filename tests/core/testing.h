@@ -1,5 +1,4 @@
-// What the tests share: seeds, inputs with gaps between rows, an executor that hides nothing,
-// layouts by short names.
+// Helpers of all tests: seeds, inputs with gaps between rows, an executor in another order, layouts by short names.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -19,7 +18,7 @@
 
 namespace svdq::testing {
 
-// Rounding of float, and of numbers stored as a dtype: half a unit in the last place, relative.
+// Relative rounding errors of float and of numbers stored as a dtype: half a unit in the last place.
 inline constexpr double kFloatRounding = 0x1p-24;
 inline double rounding(DataType dtype) {
   return dtype == DataType::kFloat32    ? kFloatRounding
@@ -27,13 +26,13 @@ inline double rounding(DataType dtype) {
                                         : 0x1p-11;
 }
 
-// Rounding errors of a sum of n terms are as good as independent, so they add up like a random
-// walk: to less than six times sqrt(n) roundings of the sum of the magnitudes.
+// Rounding errors of a sum of n terms are nearly independent and add up like a random walk: to less than
+// 6 * sqrt(n) roundings of the sum of the magnitudes.
 inline double sum_rounding(int64_t n) {
   return 6 * std::sqrt(static_cast<double>(n)) * kFloatRounding;
 }
 
-// A number of the environment, so that a failure can be searched for under other seeds and sizes.
+// A number from the environment, to search for failures with other seeds and sizes.
 inline int64_t environment_number(const char* name, int64_t fallback) {
   const char* text = std::getenv(name);
   return text && *text ? std::atoll(text) : fallback;
@@ -41,7 +40,7 @@ inline int64_t environment_number(const char* name, int64_t fallback) {
 
 class Random {
  public:
-  // `stream` sets apart the tests; the environment variable SVDQ_TEST_SEED sets apart whole runs.
+  // `stream` differs by test; the environment variable SVDQ_TEST_SEED changes all of them.
   explicit Random(uint64_t stream)
       : engine_(1000003 * static_cast<uint64_t>(environment_number("SVDQ_TEST_SEED", 1)) + stream) {
   }
@@ -59,7 +58,7 @@ class Random {
   std::normal_distribution<double> normal_;
 };
 
-// Lengths round the page size and one over many pages; SVDQ_TEST_TOKENS adds another.
+// Lengths near the page size and one of many pages; SVDQ_TEST_TOKENS adds another.
 inline std::vector<int64_t> token_counts() {
   std::vector<int64_t> counts = {1, 63, 64, 65, 4097};
   if (const int64_t extra = environment_number("SVDQ_TEST_TOKENS", 0)) counts.push_back(extra);
@@ -86,8 +85,8 @@ inline void write_number(uint8_t* to, DataType dtype, double number) {
   dtype == DataType::kFloat32 ? std::memcpy(to, &value, 4) : std::memcpy(to, &bits, 2);
 }
 
-// Keys or values [H, T, D] with tokens outermost and a gap of NaN after each row, so that whoever
-// confuses strides or reads past a row is found out.
+// Keys or values [H, T, D] with tokens outermost and a gap of NaN after each row, to detect wrong strides and reads past
+// a row.
 class Tokens {
  public:
   Tokens(int num_heads, int64_t num_tokens, int head_dim, DataType dtype)
@@ -102,8 +101,7 @@ class Tokens {
     write_number(&bytes_[place(h, t, d)], dtype_, number);
   }
 
-  // Normal numbers about a mean of its own for each channel, with standard deviations that fall
-  // along the channels.
+  // Normal numbers about a mean per channel, with standard deviations that fall along the channels.
   void fill_like_keys(Random& random, double mean) {
     const int64_t dim = stride_ - kGap;
     for (int h = 0; h < num_heads_; ++h) {
@@ -135,7 +133,7 @@ class Tokens {
   std::vector<uint8_t> bytes_;
 };
 
-// Runs the tasks backwards and hands them to three workers in turn: results must depend on neither.
+// Runs the tasks in reverse order, on three workers in rotation: results must not depend on either.
 class ShuffledExecutor : public Executor {
  public:
   int workers() const override { return 3; }
@@ -147,7 +145,7 @@ class ShuffledExecutor : public Executor {
 
 using HeadBands = std::vector<Bands>;  // one per head
 
-// `core` is for hybrid layouts, whose tail is `heads`; empty: no pre-RoPE channels.
+// `pre` is for hybrid layouts, whose post-RoPE channels are `heads`; empty: no pre-RoPE channels.
 inline std::vector<int64_t> layout_ints(RopeMode rope, int head_dim, const HeadBands& heads,
                                         int v_bits = 4, int v_group_size = 16,
                                         const HeadBands& pre = {}) {
@@ -162,15 +160,15 @@ inline std::vector<int64_t> layout_ints(RopeMode rope, int head_dim, const HeadB
   return ints;
 }
 
-// Inverse frequencies of `half` pairs, as a language model has them.
-inline std::vector<float> inverse_frequencies(int half) {
+// Inverse frequencies of rotary_pairs pairs, as in language models.
+inline std::vector<float> inverse_frequencies(int rotary_pairs) {
   std::vector<float> frequencies;
-  for (int i = 0; i < half; ++i)
-    frequencies.push_back(static_cast<float>(std::pow(1e5, -double(i) / half)));
+  for (int i = 0; i < rotary_pairs; ++i)
+    frequencies.push_back(static_cast<float>(std::pow(1e5, -double(i) / rotary_pairs)));
   return frequencies;
 }
 
-// Compares pages and says where they differ first, and in how many bytes.
+// Compares pages; the message has the first difference and the number of different bytes.
 inline ::testing::AssertionResult same_bytes(const std::vector<uint8_t>& got,
                                              const std::vector<uint8_t>& expected) {
   if (got.size() != expected.size()) {

@@ -98,7 +98,7 @@ class AttendReference {
         terms += std::fabs(x);
       }
       const double scale = double{p_.keys.codec.scale[b * layout.rank + c.row]};
-      const double code = get_code(keys, c.place(at), c.width);
+      const double code = get_code(keys, c.address(at), c.width);
       seen.score += (code - c.mid()) * w * scale;
       // A weight is a half: off by 2^-11 of itself. Codes pass whole, and their middle is taken off
       // afterwards.
@@ -144,7 +144,7 @@ class AttendReference {
       for (const reference::Channel& c : channels) {
         const double w = std::fabs(double{bfloat16_to_float(basis[int64_t{c.row} * dim + d])} *
                                    double{scale[c.row]});
-        const double code = get_code(keys, c.place(slot % kPageTokens), c.width);
+        const double code = get_code(keys, c.address(slot % kPageTokens), c.width);
         off[d] += std::fabs(code - c.mid()) * w * 0x1p-11;
         distance += std::fabs(code - c.mid());
         largest = std::max(largest, w);

@@ -133,7 +133,7 @@ class PackKernels : public testing::KernelTest {
         const reference::Row key =
             reference::unrotated_key(*tokens_, h, t, c.head_dim, p.codec.rope, c.position);
         for (const auto& channel : channels) {
-          const CodeAddress place = channel.place(slot % kPageTokens);
+          const CodeAddress place = channel.address(slot % kPageTokens);
           const int code = get_code(&got[page], place, channel.width),
                     expected = get_code(&pages_[page], place, channel.width);
           if (code == expected) continue;

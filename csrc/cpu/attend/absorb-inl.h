@@ -6,9 +6,10 @@
 #include <cstring>
 
 #include "csrc/core/absorb.h"
-#include "csrc/cpu/attend/scores-inl.h"
+#include "csrc/cpu/attend/absorbed-inl.h"
+#include "csrc/cpu/attend/folded_rows-inl.h"
 #include "csrc/cpu/attend/slow_pairs-inl.h"
-#include "csrc/cpu/pack/project-inl.h"
+#include "csrc/cpu/pages/bands-inl.h"
 #include "csrc/cpu/simd-inl.h"
 #include "kernels/format.h"
 
@@ -16,52 +17,18 @@
 
 namespace svdq::SVDQ_TARGET_NAME {
 
-// Weights of a tile of kMaxRows query rows lie quad by quad: four channels of row 0, of row 1, ...
-inline constexpr int kQuadLanes = kMaxRows * kQuad;
-inline constexpr int kQuadVecs = kQuadLanes / kVecLanes;
-static_assert(kQuadVecs * kVecLanes == kQuadLanes);
-// In whole lines of bytes.
-inline int absorbed_lanes(int rank) {
-  return static_cast<int>(round_up(rank / kQuad * kQuadLanes, 4 * kVecLanes));
-}
-// Constants of all rows and degrees, in whole vectors.
-inline constexpr int kConstantLanes =
-    (kConstantDegrees * kMaxRows + kVecLanes - 1) / kVecLanes * kVecLanes;
-
-// A tile of queries absorbed into a head's pre-RoPE channels, up to the angles of a page.
-struct AbsorbedQuery {
-  int32_t* turn;        // [pairs, lanes]: what cosines and sines multiply, two 16-bit numbers
-  float* fixed;         // [lanes]: what does not turn, in units of products
-  float* unit;          // [kMaxRows]: what one unit of products is worth, in log2 units
-  float* constant;      // [1 + 2 * pairs, kConstantLanes]: the same for what multiplies no code
-  const uint8_t* mids;  // [lanes]: twice the middle code
-  int lanes;
-  int pairs;
-};
-
-// What smooth pairs and `fixed` add to weights at the nodes of a run: [kNodes, 2, lanes].
-using NodeSums = float*;
-
-// A page's weights: [kDegrees, lanes] each; per degree and row the step, and what multiplies no code.
-struct AbsorbedWeights {
-  int8_t* high;
-  int8_t* low;
-  float* raw;
-  float step[kDegrees][kMaxRows];
-  float constant[kConstantDegrees][kMaxRows];
-};
-
-// acc[degree][v] += the pairs begin .. end - 1 at vectors v of `turn`, for degrees below kDegree.
+// acc[degree][v] += pairs begin .. end - 1 at vectors v of `rotary`, for degrees below kDegree.
 template <int kDegree, int kVecs>
 [[gnu::always_inline]] inline void add_pairs(const AbsorbedQuery& query, const MiddleAngles& angles,
                                              int lane, int begin, int end,
                                              I32 (&acc)[kDegrees][kVecs]) {
   for (int i = begin; i < end; ++i) {
-    const int32_t* turn = query.turn + int64_t{i} * query.lanes + lane;
+    const int32_t* rotary = query.rotary + int64_t{i} * query.lanes + lane;
     I32 angle[kDegree];
-    for (int d = 0; d < kDegree; ++d) angle[d] = I32{} + angles.halves[d * angles.pairs + i];
+    for (int d = 0; d < kDegree; ++d)
+      angle[d] = I32{} + angles.packed_cos_sin[d * angles.pairs + i];
     for (int v = 0; v < kVecs; ++v) {
-      const I32 both = load<I32>(turn + v * kVecLanes);
+      const I32 both = load<I32>(rotary + v * kVecLanes);
       for (int d = 0; d < kDegree; ++d) acc[d][v] = dot_halves(acc[d][v], both, angle[d]);
     }
   }
@@ -77,9 +44,10 @@ template <int kVecs>
   }
 }
 
-// Sums of smooth pairs at the nodes of a run whose first page is that of `angles`.
+// Sums of smooth pairs and `fixed` at the nodes of the chunk whose first page is that of `angles`: nodes [kNodes, 2,
+// lanes].
 inline void absorb_nodes(const AbsorbedQuery& query, const SlowPairs& slow,
-                         const MiddleAngles& angles, NodeSums nodes) {
+                         const MiddleAngles& angles, float* nodes) {
   for (int k = 0; k < kNodes; ++k) {
     const MiddleAngles node = angles.at(k * kNodeStep);
     float* sums = nodes + int64_t{k} * 2 * query.lanes;
@@ -96,12 +64,11 @@ inline void absorb_nodes(const AbsorbedQuery& query, const SlowPairs& slow,
   }
 }
 
-// Constants of a page, without the middle codes' share.
+// Constants of a page, without the mid codes' share.
 inline void absorb_constants(const AbsorbedQuery& query, const MiddleAngles& page,
-                             AbsorbedWeights& out) {
+                             AbsorbedPage& out) {
   constexpr int kVecs = kConstantLanes / kVecLanes;
-  constexpr int kChains =
-      2;  // pairs added up side by side: sums of one chain would wait for each other
+  constexpr int kChains = 2;  // independent sums, since additions of one sum wait for each other
   F32 cosine[kChains][kVecs], sine[kChains][kVecs];
   for (int k = 0; k < kChains; ++k) {
     for (int v = 0; v < kVecs; ++v) cosine[k][v] = sine[k][v] = F32{};
@@ -109,8 +76,8 @@ inline void absorb_constants(const AbsorbedQuery& query, const MiddleAngles& pag
   const auto add = [&](int i, int k) __attribute__((always_inline)) {
     const float* at = query.constant + (1 + 2 * i) * kConstantLanes;
     for (int v = 0; v < kVecs; ++v) {
-      cosine[k][v] += load<F32>(at + v * kVecLanes) * page.turns[i];
-      sine[k][v] += load<F32>(at + kConstantLanes + v * kVecLanes) * page.turns[page.pairs + i];
+      cosine[k][v] += load<F32>(at + v * kVecLanes) * page.cos_sin[i];
+      sine[k][v] += load<F32>(at + kConstantLanes + v * kVecLanes) * page.cos_sin[page.pairs + i];
     }
   };
   int i = 0;
@@ -127,12 +94,13 @@ inline void absorb_constants(const AbsorbedQuery& query, const MiddleAngles& pag
   std::memcpy(out.constant, sums, sizeof(out.constant));
 }
 
-// Weights of the page of `angles`, number `page` of its run; with `nodes`, smooth pairs are
-// interpolated.
+// Operands for the page of `angles`, page `page` of its chunk. With `nodes`, smooth pairs are interpolated. The first
+// wide_lanes lanes belong to 8-bit channels.
 inline void absorb_page(const AbsorbedQuery& query, const SlowPairs& slow,
                         const MiddleAngles& angles, int page, const float* nodes, int wide_lanes,
-                        AbsorbedWeights& out) {
-  F32 most[kDegrees][kQuadVecs] = {};
+                        AbsorbedPage& out) {
+  // Sum pairs, and the nodes' share of smooth pairs.
+  F32 max_abs[kDegrees][kQuadVecs] = {};
   for (int lane = 0; lane < query.lanes; lane += kAbsorbVecs * kVecLanes) {
     I32 acc[kDegrees][kAbsorbVecs];
     clear(acc);
@@ -140,28 +108,29 @@ inline void absorb_page(const AbsorbedQuery& query, const SlowPairs& slow,
     add_pairs<2>(query, angles, lane, slow.curved, nodes ? slow.quick : slow.count, acc);
     for (int v = 0; v < kAbsorbVecs; ++v) {
       const int at = lane + v * kVecLanes;
-      F32 weight[kDegrees];
-      for (int d = 0; d < kDegrees; ++d) weight[d] = to_float(acc[d][v]);
+      F32 sum[kDegrees];
+      for (int d = 0; d < kDegrees; ++d) sum[d] = to_float(acc[d][v]);
       if (nodes) {
         for (int k = 0; k < kNodes; ++k) {
           const float* node = nodes + int64_t{k} * 2 * query.lanes + at;
           const float share = kNodeWeights.of[page][k];
-          weight[0] += load<F32>(node) * share;
-          weight[1] += load<F32>(node + query.lanes) * share;
+          sum[0] += load<F32>(node) * share;
+          sum[1] += load<F32>(node + query.lanes) * share;
         }
       } else {
-        weight[0] += load<F32>(query.fixed + at);
+        sum[0] += load<F32>(query.fixed + at);
       }
       for (int d = 0; d < kDegrees; ++d) {
-        F32& top = most[d][v % kQuadVecs];
-        top = max(top, max(weight[d], -weight[d]));
-        store(out.raw + d * query.lanes + at, weight[d]);
+        F32& top = max_abs[d][v % kQuadVecs];
+        top = max(top, max(sum[d], -sum[d]));
+        store(out.sums + d * query.lanes + at, sum[d]);
       }
     }
   }
+  // Quantize every degree; the largest sum of a row determines its scale.
   absorb_constants(query, angles, out);
   for (int d = 0; d < kDegrees; ++d) {
-    // The largest weight of each row decides its step.
+    // Take the maximum of each row's four lanes.
     I32 one, two;
     for (int i = 0; i < kVecLanes; ++i) {
       one[i] = i ^ 1;
@@ -170,56 +139,58 @@ inline void absorb_page(const AbsorbedQuery& query, const SlowPairs& slow,
     F32 inverse[kQuadVecs];
     float tops[kQuadLanes];
     for (int v = 0; v < kQuadVecs; ++v) {
-      F32 top = max(most[d][v], __builtin_shuffle(most[d][v], one));
+      F32 top = max(max_abs[d][v], __builtin_shuffle(max_abs[d][v], one));
       top = max(top, __builtin_shuffle(top, two));
       store(tops + v * kVecLanes, top);
-      inverse[v] = splat(kMostWeight) / max(top, splat(1e-30f));
+      inverse[v] = splat(kMaxFolded) / max(top, splat(1e-30f));
     }
+    // Round to high and low terms and sum their products with the mid codes.
     I32 middles{}, low_middles{};
     for (int lane = 0; lane < query.lanes; lane += 4 * kVecLanes) {
-      const float* raw = out.raw + d * query.lanes + lane;
+      const float* sums = out.sums + d * query.lanes + lane;
       int8_t* high = out.high + d * query.lanes + lane;
       I32 code[4];
       for (int v = 0; v < 4; ++v)
-        code[v] = round_to_int(load<F32>(raw + v * kVecLanes) * inverse[v % kQuadVecs]);
+        code[v] = round_to_int(load<F32>(sums + v * kVecLanes) * inverse[v % kQuadVecs]);
       store_bytes(high, code);
       middles = dot_wide(middles, load<U32>(query.mids + lane), load<U32>(high));
       if (lane >= wide_lanes) continue;
       for (int v = 0; v < 4; ++v) {
         const F32 rest =
-            load<F32>(raw + v * kVecLanes) * inverse[v % kQuadVecs] - to_float(code[v]);
-        code[v] = round_to_int(rest * kLowSteps);
+            load<F32>(sums + v * kVecLanes) * inverse[v % kQuadVecs] - to_float(code[v]);
+        code[v] = round_to_int(rest * kLowPerHigh);
       }
       int8_t* low = out.low + d * query.lanes + lane;
       store_bytes(low, code);
       low_middles = dot_wide(low_middles, load<U32>(query.mids + lane), load<U32>(low));
     }
-    float taken[kMaxRows] = {};
-    const F32 both = to_float(middles) + to_float(low_middles) * (1 / kLowSteps);
-    for (int i = 0; i < kVecLanes; ++i) taken[i % kMaxRows] += both[i];
-    for (int r = 0; r < kMaxRows; ++r) {
-      out.step[d][r] = tops[r * kQuad] / kMostWeight * query.unit[r];
-      out.constant[d][r] -= taken[r] / 2 * out.step[d][r];
+    // Subtract the mid codes' share from the constants.
+    float taken[kTileRows] = {};
+    const F32 both = to_float(middles) + to_float(low_middles) * (1 / kLowPerHigh);
+    for (int i = 0; i < kVecLanes; ++i) taken[i % kTileRows] += both[i];
+    for (int r = 0; r < kTileRows; ++r) {
+      out.scale[d][r] = tops[r * kQuad] / kMaxFolded * query.scale[r];
+      out.constant[d][r] -= taken[r] / 2 * out.scale[d][r];
     }
   }
 }
 
-// s[r][64] from a page's weights and codes.
+// s[r][64] from a page's operands and codes.
 template <bool kUnpacked, int kRows>
-inline void absorbed_scores(const uint8_t* lines, const Bands& bands,
-                            const AbsorbedWeights& weights, int lanes, float* s) {
+inline void absorbed_scores(const uint8_t* lines, const Bands& bands, const AbsorbedPage& operands,
+                            int lanes, float* s) {
   for (int d = 0; d < kDegrees; ++d) {
-    const QueryCodes query{weights.high + d * lanes,
-                           weights.low + d * lanes,
-                           weights.step[d],
-                           weights.constant[d],
+    const FoldedRows query{operands.high + d * lanes,
+                           operands.low + d * lanes,
+                           operands.scale[d],
+                           operands.constant[d],
                            kQuad,
                            kQuadLanes};
     for_each_product<kUnpacked, kRows>(
         lines, bands, query, 0, [&](int r, int group, int part, F32 sum) {
           const int t = tokens_at(group, part);
           float* at = s + r * kPageTokens + t;
-          const F32 score = sum * query.step[r] + query.offset[r];
+          const F32 score = sum * query.scale[r] + query.offset[r];
           store(at, d == 0 ? score : load<F32>(at) + score * load<F32>(kChebyshev.of[d] + t));
         });
   }
@@ -227,7 +198,7 @@ inline void absorbed_scores(const uint8_t* lines, const Bands& bands,
     for (int r = 0; r < kRows; ++r) {
       F32 score = load<F32>(s + r * kPageTokens + t);
       for (int d = kDegrees; d < kConstantDegrees; ++d)
-        score += load<F32>(kChebyshev.of[d] + t) * weights.constant[d][r];
+        score += load<F32>(kChebyshev.of[d] + t) * operands.constant[d][r];
       store(s + r * kPageTokens + t, score);
     }
   }

@@ -7,57 +7,59 @@
 
 #include "csrc/core/parallel.h"
 #include "csrc/core/scalar.h"
-#include "csrc/cpu/attend/accumulate-inl.h"
 #include "csrc/cpu/attend/plan-inl.h"
+#include "csrc/cpu/attend/softmax-inl.h"
 #include "csrc/cpu/numbers-inl.h"
 #include "csrc/cpu/simd-inl.h"
+#include "csrc/cpu/tasks-inl.h"
 #include "kernels/format.h"
+#include "kernels/machine/math.h"
 #include "kernels/params.h"
 
 #include "csrc/cpu/target_begin-inl.h"
 
 namespace svdq::SVDQ_TARGET_NAME {
 
-// Merges the splits of one query row and writes it out.
+// Merges the splits of one query row and writes its output.
 inline void finish_row(const AttendPlan& plan, int64_t row) {
   const AttendParams& p = plan.p;
   const int dim = p.keys.layout.head_dim;
   const float* maxima = plan.partial_max + row * plan.splits;
   const float* sums = plan.partial_sum + row * plan.splits;
-  float most = kNoScore;
-  for (int64_t i = 0; i < plan.splits; ++i) most = std::max(most, maxima[i]);
+  float row_max = kNoScore;
+  for (int64_t i = 0; i < plan.splits; ++i) row_max = std::max(row_max, maxima[i]);
   float out[kMaxHeadDim] = {};
   float sum = 0;
-  for (int64_t i = 0; i < plan.splits && most != kNoScore; ++i) {
+  for (int64_t i = 0; i < plan.splits && row_max != kNoScore; ++i) {
     if (maxima[i] == kNoScore) continue;
-    const float weight = std::exp2(maxima[i] - most);
+    const float weight = std::exp2(maxima[i] - row_max);
     sum += weight * sums[i];
     const float* partial = plan.partial_out + (row * plan.splits + i) * dim;
     for (int d = 0; d < dim; d += kVecLanes)
       store(out + d, load<F32>(out + d) + load<F32>(partial + d) * weight);
   }
-  // Nothing visible: zeros, and the logarithm of an empty sum.
+  // Rows that see no token are zeros, with the logarithm of an empty sum.
   const float inverse = sum > 0 ? 1.0f / sum : 0.0f;
   for (int d = 0; d < dim; ++d)
     store_scalar(p.out, p.queries.dtype, row * dim + d, out[d] * inverse);
-  p.lse[row] = sum > 0 ? (most + std::log2(sum)) * kLn2 : kNoScore;
+  p.lse[row] = sum > 0 ? (row_max + std::log2(sum)) * kLn2 : kNoScore;
 }
 
-// The merge stage, as an operator: two partial results of the same rows.
+// Merges two partial results of the same rows.
 inline void merge(const MergeParams& p, const Executor& executor) {
   for_each_task(executor, p.rows, [&](int64_t row, int) {
-    const float most = std::max(p.lse_a[row], p.lse_b[row]);
-    const bool empty = most == kNoScore;
-    const float weight_a = empty ? 0.0f : std::exp(p.lse_a[row] - most);
-    const float weight_b = empty ? 0.0f : std::exp(p.lse_b[row] - most);
+    const float max_lse = std::max(p.lse_a[row], p.lse_b[row]);
+    const bool empty = max_lse == kNoScore;
+    const float weight_a = empty ? 0.0f : std::exp(p.lse_a[row] - max_lse);
+    const float weight_b = empty ? 0.0f : std::exp(p.lse_b[row] - max_lse);
     const float inverse = empty ? 0.0f : 1.0f / (weight_a + weight_b);
     for (int64_t i = row * p.head_dim; i < (row + 1) * p.head_dim; ++i) {
-      // An empty side may hold anything; it must not turn into NaN times zero.
+      // An empty side may hold anything, NaN too, so it is not read.
       const float a = weight_a > 0 ? load_scalar(p.out_a, p.dtype, i) * weight_a : 0.0f;
       const float b = weight_b > 0 ? load_scalar(p.out_b, p.dtype, i) * weight_b : 0.0f;
       store_scalar(p.out, p.dtype, i, (a + b) * inverse);
     }
-    p.lse[row] = empty ? kNoScore : most + std::log(weight_a + weight_b);
+    p.lse[row] = empty ? kNoScore : max_lse + std::log(weight_a + weight_b);
   });
 }
 

@@ -1,4 +1,4 @@
-// The covariance stage: mean and covariance of the un-rotated keys of every head.
+// The covariance stage: mean and covariance of the unrotated keys of every head.
 #pragma once
 
 #include <algorithm>
@@ -7,20 +7,22 @@
 
 #include "csrc/core/parallel.h"
 #include "csrc/core/rope_table.h"
-#include "csrc/cpu/numbers-inl.h"
-#include "csrc/cpu/pack/project-inl.h"
+#include "csrc/cpu/pack/outer_product-inl.h"
+#include "csrc/cpu/pack/token_rows-inl.h"
 #include "csrc/cpu/simd-inl.h"
+#include "csrc/cpu/tasks-inl.h"
 #include "kernels/format.h"
+#include "kernels/machine/math.h"
 #include "kernels/params.h"
 
 #include "csrc/cpu/target_begin-inl.h"
 
 namespace svdq::SVDQ_TARGET_NAME {
 
-// Tokens whose products are summed in one float buffer; more would lose digits, fewer cost memory.
-inline constexpr int64_t kCovarianceRuns = 64;
+// Blocks of 64 tokens whose products are summed in one float buffer; more would lose digits, fewer cost memory.
+inline constexpr int64_t kCovarianceBlocks = 64;
 
-// A tile of the Gram matrix: narrow, as half of the tiles are not needed.
+// A tile of the Gram matrix: narrow, as only the tiles on and above the diagonal are needed.
 inline constexpr int kGramRows = SVDQ_TARGET == 512 ? 8 : 4;
 inline constexpr int kGramVecs = 2;
 
@@ -48,8 +50,8 @@ inline void add_gram(const float* rows, int head_dim, float* gram, float* sum) {
   }
 }
 
-// Mean and covariance from the partial sums of one head, taken about `shift`: cov = G / T - delta
-// delta^T.
+// Mean and covariance from the partial sums of one head about `shift`: covariance = G / T - delta delta^T, where delta
+// is the mean minus `shift`.
 inline void finish_covariance(const float* partial, int64_t num_partial, int head_dim,
                               int64_t num_tokens, const float* shift, float* mean,
                               float* covariance) {
@@ -74,42 +76,40 @@ inline void finish_covariance(const float* partial, int64_t num_partial, int hea
 }
 
 inline void covariance(const CovarianceParams& p, const Executor& executor) {
-  const int64_t num_runs = (p.keys.num_tokens + kPageTokens - 1) / kPageTokens;
-  const int64_t num_partial = (num_runs + kCovarianceRuns - 1) / kCovarianceRuns;
-  const RopeTable table(p.rope, p.position, num_runs);
+  const int64_t num_blocks = ceil_div(p.keys.num_tokens, kPageTokens);
+  const int64_t num_partial = ceil_div(num_blocks, kCovarianceBlocks);
+  const RopeTable table(p.rope, p.position, num_blocks);
   const int64_t partial_size = int64_t{p.head_dim} * (p.head_dim + 1);
   const int64_t rows_size = int64_t{kPageTokens} * p.head_dim;
   const AlignedBuffer partials(sizeof(float) * p.num_heads * num_partial * partial_size);
   const AlignedBuffer shifts(sizeof(float) * p.num_heads * p.head_dim);
   const AlignedBuffer scratch(sizeof(float) * executor.workers() * rows_size);
-  const auto run_length = [&](int64_t run) {
-    return static_cast<int>(std::min<int64_t>(kPageTokens, p.keys.num_tokens - run * kPageTokens));
-  };
-
-  // A mean far from zero would cancel the covariance's digits: sum about the mean of the first run.
+  // Average the first block: sums about zero would lose the covariance's digits to a mean far from zero.
   for_each_task(executor, p.num_heads, [&](int64_t head, int worker) {
     float* rows = scratch.as<float>() + worker * rows_size;
     float* shift = shifts.as<float>() + head * p.head_dim;
-    load_rows(p.keys, static_cast<int>(head), p.head_dim, 0, run_length(0), table, 0, 0, nullptr,
-              rows);
+    const TokenBlock block = token_block(p.keys, 0);
+    load_rows(p.keys, static_cast<int>(head), p.head_dim, block, table, nullptr, rows);
     for (int d = 0; d < p.head_dim; ++d) {
       float sum = 0;
-      for (int t = 0; t < run_length(0); ++t) sum += rows[t * p.head_dim + d];
-      shift[d] = sum / static_cast<float>(run_length(0));
+      for (int t = 0; t < block.count; ++t) sum += rows[t * p.head_dim + d];
+      shift[d] = sum / static_cast<float>(block.count);
     }
   });
+  // Sum products about that average.
   for_each_task(executor, p.num_heads * num_partial, [&](int64_t task, int worker) {
     const int head = static_cast<int>(task / num_partial);
-    const int64_t first = task % num_partial * kCovarianceRuns;
+    const int64_t first = task % num_partial * kCovarianceBlocks;
     float* rows = scratch.as<float>() + worker * rows_size;
     float* gram = partials.as<float>() + task * partial_size;
     std::memset(gram, 0, sizeof(float) * partial_size);
-    for (int64_t run = first; run < std::min(first + kCovarianceRuns, num_runs); ++run) {
-      load_rows(p.keys, head, p.head_dim, run * kPageTokens, run_length(run), table, run, 0,
+    for (int64_t block = first; block < std::min(first + kCovarianceBlocks, num_blocks); ++block) {
+      load_rows(p.keys, head, p.head_dim, token_block(p.keys, block), table,
                 shifts.as<float>() + int64_t{head} * p.head_dim, rows);
       add_gram(rows, p.head_dim, gram, gram + int64_t{p.head_dim} * p.head_dim);
     }
   });
+  // Reduce the partial sums.
   for_each_task(executor, p.num_heads, [&](int64_t head, int) {
     finish_covariance(partials.as<float>() + head * num_partial * partial_size, num_partial,
                       p.head_dim, p.keys.num_tokens, shifts.as<float>() + head * p.head_dim,

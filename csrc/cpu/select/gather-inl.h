@@ -1,8 +1,7 @@
-// The gather stage: codes of selected tokens, copied into pages of their own.
+// The gather stage: copies the codes of selected tokens into pages of their own.
 //
-// Per token, D = 128, 1.25-bit keys and 4-bit values: 12 lanes of keys, one scalar each, and 8
-// blocks of values, 5 vector operations each. The lines these come from are asked for a page ahead:
-// selected tokens lie anywhere.
+// Per token, D = 128, 1.25-bit keys and 4-bit values: 12 lanes of keys, one scalar each, and 8 blocks of values,
+// 5 vector operations each. Selected tokens lie anywhere, so the lines of a page are prefetched a page ahead.
 #pragma once
 
 #include <algorithm>
@@ -11,27 +10,26 @@
 #include <initializer_list>
 
 #include "csrc/core/parallel.h"
-#include "csrc/cpu/attend/accumulate-inl.h"
-#include "csrc/cpu/attend/page-inl.h"
-#include "csrc/cpu/attend/scores-inl.h"
-#include "csrc/cpu/numbers-inl.h"
-#include "csrc/cpu/pack/project-inl.h"
+#include "csrc/cpu/pages/bands-inl.h"
+#include "csrc/cpu/pages/prefetch-inl.h"
 #include "csrc/cpu/simd-inl.h"
+#include "csrc/cpu/tasks-inl.h"
 #include "kernels/format.h"
+#include "kernels/machine/math.h"
 #include "kernels/params.h"
 
 #include "csrc/cpu/target_begin-inl.h"
 
 namespace svdq::SVDQ_TARGET_NAME {
 
-// Where the token of a slot lies.
-struct TokenPlace {
+// Address of the token of a slot.
+struct TokenAddress {
   const uint8_t* keys;  // of its head in its page
   const uint8_t* values;
   int token;  // in the page; -1: no token
 };
 
-// Line of unit (quad, group) of a band of keys, and where in its lanes the unit lies.
+// Line of code tile (quad, group) of a band of keys, and the bit of the tile in its lanes.
 template <int kWidth>
 inline uint32_t key_line(uint32_t quad, uint32_t group) {
   return (quad * kGroups + group) / (8 / kWidth) * kLineBytes;
@@ -41,15 +39,15 @@ inline uint32_t key_shift(uint32_t quad, uint32_t group) {
   return (quad * kGroups + group) % (8 / kWidth) * kWidth;
 }
 
-// Copies lanes of one band of keys for 64 tokens; `to` is zeros before.
+// Copies the codes of one band of keys for 64 tokens into `to`, which holds zeros.
 template <int kWidth>
-inline void gather_band(const TokenPlace* places, int64_t offset, int count, uint8_t* to) {
+inline void gather_band(const TokenAddress* addresses, int64_t offset, int count, uint8_t* to) {
   constexpr uint32_t kMask = kWidth == 8 ? ~0u : ((1u << kWidth % 8) - 1) * 0x01010101u;
   const uint32_t quads = static_cast<uint32_t>(count) / kQuad;
   for (uint32_t t = 0; t < kPageTokens; ++t) {
-    if (places[t].token < 0) continue;
-    const uint32_t token = static_cast<uint32_t>(places[t].token);
-    const uint8_t* source = places[t].keys + offset + token % kLanes * kQuad;
+    if (addresses[t].token < 0) continue;
+    const uint32_t token = static_cast<uint32_t>(addresses[t].token);
+    const uint8_t* source = addresses[t].keys + offset + token % kLanes * kQuad;
     uint8_t* target = to + offset + t % kLanes * kQuad;
     for (uint32_t quad = 0; quad < quads; ++quad) {
       uint32_t lane, own;
@@ -63,20 +61,22 @@ inline void gather_band(const TokenPlace* places, int64_t offset, int count, uin
   }
 }
 
-inline void gather_keys(const HeadPlan& head, const TokenPlace* places, uint8_t* to) {
+inline void gather_keys(const HeadPlan& head, const TokenAddress* addresses, uint8_t* to) {
   std::memset(to, 0, head.page_bytes());
   int64_t offset = 0;
   for (const Bands* bands : {&head.pre, &head.post}) {
     for_each_band(*bands, [&]<int kWidth>(int count, int) {
-      gather_band<kWidth>(places, offset, count, to);
-      offset += band_bytes<kWidth, false>(count);
+      gather_band<kWidth>(addresses, offset, count, to);
+      offset += band_bytes(kWidth, count);
     });
   }
 }
 
-// Codes of packed values: a line is made of its units, a unit of four tokens' bytes.
+// Copies the codes of packed values line by line: a line has 8 / kWidth code tiles, a tile a byte for each of four
+// tokens.
 template <int kWidth>
-inline void gather_value_codes(const ValueLayout& value, const TokenPlace* places, uint8_t* to) {
+inline void gather_value_codes(const ValueLayout& value, const TokenAddress* addresses,
+                               uint8_t* to) {
   constexpr int kLineTokens = 8 / kWidth * kQuad;
   constexpr int kBlockBytes = kPageTokens / kLineTokens * kLineBytes;
   constexpr uint32_t kMask = (1u << kWidth) - 1;
@@ -90,10 +90,10 @@ inline void gather_value_codes(const ValueLayout& value, const TokenPlace* place
     const uint8_t* source[kLineTokens];
     int down[kLineTokens], up[kLineTokens], count = 0;
     for (int t = first; t < first + kLineTokens; ++t) {
-      if (places[t].token < 0) continue;
+      if (addresses[t].token < 0) continue;
       source[count] =
-          places[t].values + value.code_offset() + places[t].token / kLineTokens * kLineBytes;
-      down[count] = shift(places[t].token);
+          addresses[t].values + value.code_offset() + addresses[t].token / kLineTokens * kLineBytes;
+      down[count] = shift(addresses[t].token);
       up[count++] = shift(t);
     }
     for (int block = 0; block < blocks; ++block) {
@@ -110,35 +110,37 @@ inline void gather_value_codes(const ValueLayout& value, const TokenPlace* place
   }
 }
 
-inline void gather_values(const ValueLayout& value, const TokenPlace* places, uint8_t* to) {
+inline void gather_values(const ValueLayout& value, const TokenAddress* addresses, uint8_t* to) {
   if (!value.packed()) {
     const int64_t bytes = int64_t{value.head_dim} * value.bits / 8;
     for (int t = 0; t < kPageTokens; ++t) {
-      if (places[t].token < 0) {
+      if (addresses[t].token < 0) {
         std::memset(to + t * bytes, 0, bytes);
       } else {
-        std::memcpy(to + t * bytes, places[t].values + places[t].token * bytes, bytes);
+        std::memcpy(to + t * bytes, addresses[t].values + addresses[t].token * bytes, bytes);
       }
     }
     return;
   }
   for (const int64_t offset : {value.scale_offset(), value.zero_offset()}) {
     for (int group = 0; group < value.groups(); ++group) {
-      uint16_t* halves = reinterpret_cast<uint16_t*>(to + offset) + group * kPageTokens;
+      uint16_t* packed_cos_sin = reinterpret_cast<uint16_t*>(to + offset) + group * kPageTokens;
       for (int t = 0; t < kPageTokens; ++t) {
-        halves[t] = 0;
-        if (places[t].token < 0) continue;
-        std::memcpy(halves + t,
-                    places[t].values + offset + (group * kPageTokens + places[t].token) * 2, 2);
+        packed_cos_sin[t] = 0;
+        if (addresses[t].token < 0) continue;
+        std::memcpy(packed_cos_sin + t,
+                    addresses[t].values + offset + (group * kPageTokens + addresses[t].token) * 2,
+                    2);
       }
     }
   }
-  if (value.bits == 4) gather_value_codes<4>(value, places, to);
-  if (value.bits == 2) gather_value_codes<2>(value, places, to);
+  if (value.bits == 4) gather_value_codes<4>(value, addresses, to);
+  if (value.bits == 2) gather_value_codes<2>(value, addresses, to);
 }
 
-// Asks for the lines that hold a token.
-inline void prefetch_token(const HeadPlan& head, const ValueLayout& value, const TokenPlace& from) {
+// Prefetches the lines that hold a token.
+inline void prefetch_codes(const HeadPlan& head, const ValueLayout& value,
+                           const TokenAddress& from) {
   if (from.token < 0) return;
   const uint32_t token = static_cast<uint32_t>(from.token);
   const uint8_t* lines = from.keys;
@@ -146,7 +148,7 @@ inline void prefetch_token(const HeadPlan& head, const ValueLayout& value, const
     for_each_band(*bands, [&]<int kWidth>(int count, int) {
       for (uint32_t quad = 0; quad < static_cast<uint32_t>(count) / kQuad; ++quad)
         prefetch_line(lines + key_line<kWidth>(quad, token / kLanes));
-      lines += band_bytes<kWidth, false>(count);
+      lines += band_bytes(kWidth, count);
     });
   }
   if (!value.packed()) {
@@ -166,42 +168,45 @@ inline void prefetch_token(const HeadPlan& head, const ValueLayout& value, const
     prefetch_line(line);
 }
 
+// Copies the codes of each list's tokens, page by page.
 inline void gather(const GatherParams& p, const Executor& executor) {
   const LayoutView& layout = p.layout;
-  const int64_t pages = (p.num_slots + kPageTokens - 1) / kPageTokens;
-  const auto find = [&](int64_t b, int64_t h, int64_t page, TokenPlace* places) {
+  const int64_t pages = ceil_div(p.num_slots, kPageTokens);
+  const auto find = [&](int64_t b, int64_t h, int64_t page, TokenAddress* addresses) {
     const int32_t* slots = p.slots + (b * layout.num_heads + h) * p.num_slots;
     for (int t = 0; t < kPageTokens; ++t) {
       const int64_t i = page * kPageTokens + t;
-      places[t] = {nullptr, nullptr, -1};
-      if (i >= p.num_slots || slots[i] == INT32_MAX) continue;
+      addresses[t] = {nullptr, nullptr, -1};
+      if (i >= p.num_slots || slots[i] == kNoSlot) continue;
       const int64_t id = p.page_table[b * p.table_stride + slots[i] / kPageTokens];
-      places[t] = {p.k_pages + id * layout.k_page_bytes + layout.heads[h].k_offset,
-                   p.v_pages + id * layout.v_page_bytes + h * layout.value.page_bytes(),
-                   slots[i] % kPageTokens};
+      addresses[t] = {p.k_pages + id * layout.k_page_bytes + layout.heads[h].k_offset,
+                      p.v_pages + id * layout.v_page_bytes + h * layout.value.page_bytes(),
+                      slots[i] % kPageTokens};
     }
   };
-  // All heads of a page in turn, since their codes lie on the same pages of the machine's memory; each
-  // asks for what the next one needs.
-  constexpr int64_t kRun = 4;
-  const int64_t runs = (pages + kRun - 1) / kRun, heads = layout.num_heads;
-  for_each_task(executor, p.batch * runs, [&](int64_t task, int) {
-    const int64_t b = task / runs, first = task % runs * kRun;
-    const int64_t steps = (std::min(first + kRun, pages) - first) * heads;
-    TokenPlace places[2][kPageTokens];
-    find(b, 0, first, places[0]);
-    for (int64_t step = 0; step < steps; ++step) {
-      const int64_t page = first + step / heads, h = step % heads, next = step + 1;
-      if (next < steps) {
-        TokenPlace* ahead = places[next % 2];
+  // Visit all heads of a page, whose codes lie on the same pages of virtual memory. Each visit prefetches the lines of
+  // the next.
+  constexpr int64_t kChunkPages = 4;
+  const int64_t chunks = ceil_div(pages, kChunkPages), heads = layout.num_heads;
+  for_each_task(executor, p.batch * chunks, [&](int64_t task, int) {
+    const int64_t b = task / chunks, first = task % chunks * kChunkPages;
+    const int64_t visits = (std::min(first + kChunkPages, pages) - first) * heads;
+    TokenAddress addresses[2][kPageTokens];
+    find(b, 0, first, addresses[0]);
+    for (int64_t visit = 0; visit < visits; ++visit) {
+      const int64_t page = first + visit / heads, h = visit % heads, next = visit + 1;
+      // Prefetch the tokens of the next visit.
+      if (next < visits) {
+        TokenAddress* ahead = addresses[next % 2];
         find(b, next % heads, first + next / heads, ahead);
         for (int t = 0; t < kPageTokens; ++t)
-          prefetch_token(layout.heads[next % heads], layout.value, ahead[t]);
+          prefetch_codes(layout.heads[next % heads], layout.value, ahead[t]);
       }
+      // Copy the codes of this page.
       const int64_t row = b * pages + page;
-      gather_keys(layout.heads[h], places[step % 2],
+      gather_keys(layout.heads[h], addresses[visit % 2],
                   p.k_out + row * layout.k_page_bytes + layout.heads[h].k_offset);
-      gather_values(layout.value, places[step % 2],
+      gather_values(layout.value, addresses[visit % 2],
                     p.v_out + row * layout.v_page_bytes + h * layout.value.page_bytes());
     }
   });
