@@ -15,7 +15,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-# The command shows its own bars alone. The libraries draw theirs with tqdm, which reads this when it
+# The command shows its own bars alone. Libraries draw theirs with tqdm, which reads this when it
 # is imported; no library is imported before a command runs.
 os.environ.setdefault("TQDM_DISABLE", "1")
 
