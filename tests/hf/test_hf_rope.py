@@ -1,4 +1,4 @@
-"""Un-rotating keys: the frequencies read from a configuration are those that the model rotates by."""
+"""Un-rotating keys: a configuration gives the frequencies that its model rotates by."""
 
 import pytest
 import torch

@@ -104,7 +104,7 @@ def absorbed_errors(
     latent: Tensor,
     position: int,
 ) -> tuple[Tensor, Tensor]:
-    """Variance and bound [g, L, n] of the errors that absorbing slow pairs makes in one head's scores.
+    """Variance and bound [g, L, n] of the score errors of one head from absorbing slow pairs.
 
     ``query`` [g, L, D], ``mean`` [D] before RoPE, ``rows`` [r, D] the scaled basis of channels of
     ``widths`` [r], ``latent`` [n, r] codes less the middle ones, ``position`` that of the first
