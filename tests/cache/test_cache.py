@@ -1,4 +1,4 @@
-"""Where tokens go in an SVDqCache, and that it attends over just what they stand for."""
+"""The tokens of an SVDqCache are in the window or packed, and it attends over just those."""
 
 import pytest
 import torch
@@ -186,7 +186,7 @@ def test_positions_shift_the_rotation_alone():
 
 
 def test_full_keys_and_values_are_freed():
-    """What stays of a prompt is what the report says, not the tensors that the model made."""
+    """A cache keeps of a prompt the bytes that its report says, not the tensors of the model."""
     driver = Driver(dtype=torch.bfloat16)
     driver.feed(4096)
     full = 2 * 4096 * 2 * 64 * 2

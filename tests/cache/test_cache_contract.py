@@ -1,4 +1,4 @@
-"""What transformers may do to a cache between steps: crop, reorder, repeat, select, reset."""
+"""Changes of a cache by transformers between steps: crop, reorder, repeat, select, reset."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Tokens whose keys are held exact beside their codes."""
+"""Tokens whose keys are held exact in addition to their codes."""
 
 import pytest
 import torch

@@ -86,7 +86,7 @@ def test_the_token_that_a_query_looks_at_is_found(rope, scorer):
     # Along the direction in which all keys vary most.
     direction = torch.zeros(64)
     direction[0] = 40.0 if rope == "post" else 0.0
-    direction[31] = 40.0  # of a pair that hardly turns
+    direction[31] = 40.0  # of a pair that hardly rotates
     keys = keys.clone()
     keys[:, :, 304:312] += direction
     driver.attend(query, keys, values)

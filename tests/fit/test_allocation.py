@@ -120,7 +120,7 @@ def test_layers_wait_for_the_last_one():
     price, expected = solve_lambda(spectra, 0.7)
     assert allocator.lambda_ == price
     assert all(torch.equal(answers[i], bands) for i, bands in enumerate(expected))
-    # What is asked later is answered at once, at the same price.
+    # Later questions are answered at once, at the same price.
     allocator.ask(0, spectra[0] * 2, 0.0, 0.0, lambda x: answers.update({"later": x}))
     assert torch.equal(answers["later"], water_fill(spectra[0] * 2, price))
     allocator.reset()

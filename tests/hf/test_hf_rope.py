@@ -1,4 +1,4 @@
-"""Un-rotating keys: the frequencies read from a configuration are those that the model turns by."""
+"""Un-rotating keys: a configuration gives the frequencies that its model rotates by."""
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ def keys_at(model, positions, layer_idx, monkeypatch):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_unrotated_keys_do_not_know_their_position(name, monkeypatch):
-    """One token alone gives the same key wherever it stands, but for its rotation."""
+    """One token alone gives the same key at any position, except for its rotation."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(MODELS[name], attn_implementation="svdq").eval()
     layer_idx = SVDqCache(model.config, rope="post").svdq_layers[0].index
@@ -94,8 +94,8 @@ def test_long_sequences_turn_by_long_factors(monkeypatch):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(phi3(), attn_implementation="svdq").eval()
     here, there = keys_at(model, [LONG, LONG + 9], 0, monkeypatch)
-    turned = rotate(there, torch.tensor([9]), long, inverse=True)
-    assert (turned - here).abs().max() <= 2 * (LONG + 11) * 2**-24 * here.abs().max()
+    unrotated = rotate(there, torch.tensor([9]), long, inverse=True)
+    assert (unrotated - here).abs().max() <= 2 * (LONG + 11) * 2**-24 * here.abs().max()
 
 
 def test_frequencies_are_chosen_when_the_basis_is_fitted():

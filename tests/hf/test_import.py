@@ -1,4 +1,4 @@
-"""What ``import svdq`` loads, and the name under which models take their cache."""
+"""Modules that ``import svdq`` loads, and the name under which models take their cache."""
 
 import subprocess
 import sys

@@ -273,7 +273,7 @@ def test_right_arguments_are_taken(op):
 def test_wrong_argument(op, name, wrong, message):
     args = RIGHT[op]()
     args[name] = wrong(args[name]) if callable(wrong) else wrong
-    # Where the layout is of another size, it is a tensor that does not fit.
+    # With a layout of another size, it is a tensor that does not fit.
     named = [name] if name != "layout" or message else []
     check_refusal(op, args, *named, message)
 

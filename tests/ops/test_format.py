@@ -5,7 +5,15 @@ import torch
 
 from support import assert_same, make_k_pages, make_layout, make_v_pages
 from svdq import _C, ops, reference
-from svdq.layout import FORMAT_VERSION, PAGE_TOKENS, WIDTHS, PageLayout, pages_of
+from svdq.layout import (
+    FORMAT_VERSION,
+    NO_SLOT,
+    PAGE_TOKENS,
+    ROPE_MODES,
+    WIDTHS,
+    PageLayout,
+    pages_of,
+)
 from svdq.ops import KeyCodec
 
 # The first and the last line of a page whose codes follow the formulas below. If they change, pages
@@ -84,6 +92,26 @@ def pack_exact_codes(layout: PageLayout, codes: torch.Tensor, table, slot: int) 
 def test_constants():
     assert (FORMAT_VERSION, PAGE_TOKENS, WIDTHS) == (2, 64, (8, 4, 2, 1))
     assert (_C.format.LINE_BYTES, _C.format.MAX_HEAD_DIM) == (64, 512)
+    assert (ROPE_MODES, NO_SLOT) == (("pre", "post", "hybrid"), 2**31 - 1)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_band_bytes(width):
+    assert _C.format.band_bytes(width, 24) == 24 * PAGE_TOKENS * width // 8
+    with pytest.raises(ValueError, match="no code has width 3"):
+        _C.format.band_bytes(3, 8)
+
+
+@pytest.mark.parametrize(
+    ("channels", "bits"),
+    [(4, 32 + 32 + 8), (8, 48 + 48 + 8 + 8), (16, 48 + 32 + 48 + 8 + 8 + 8)],
+)
+def test_proxy_channels_are_read_by_whole_lines(channels, bits):
+    """Heads with pre-RoPE and post-RoPE channels, and one of 4 channels of 2 and 8 of 1 bit."""
+    pre, none = (4, 4, 0, 0), (0, 0, 0, 0)
+    bands = ((0, 8, 0, 0), (0, 0, 0, 16), (0, 0, 4, 8))
+    layout = PageLayout(64, bands, "hybrid", pre_bands=(pre, pre, none))
+    assert layout.proxy_page_bytes(channels) == bits * PAGE_TOKENS // 8
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -10,7 +10,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def check(out_a, lse_a, out_b, lse_b):
-    """Compares with the reference; returns what the operator returned.
+    """Compares with the reference; returns what the operator restrided.
 
     Weights are exponentials of float32 differences, off by u |lse| and a few roundings; they are
     convex, so errors are relative to the larger output. The result is rounded to its own dtype.
@@ -53,7 +53,7 @@ def test_any_size_of_lse(backend, size):
 def test_empty_parts(backend, dtype):
     shape = (1, 3, 2, 32)
     out, lse = random_part(shape, dtype)
-    # What an empty part's output holds must not matter, not even NaN.
+    # The output of an empty part must not matter, not even NaN.
     for nothing in (torch.zeros(shape), torch.full(shape, torch.nan)):
         empty = nothing.to(dtype), torch.full(shape[:3], -torch.inf)
         for merged in (ops.merge(out, lse, *empty), ops.merge(*empty, out, lse)):
@@ -74,8 +74,8 @@ def test_order_does_not_matter(backend):
 def test_strided_parts(backend):
     shape = (2, 3, 4, 64)
     a, b = random_part(shape, torch.float32), random_part(shape, torch.float32)
-    turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (*a, *b)]
-    for got, expected in zip(ops.merge(*turned), ops.merge(*a, *b), strict=True):
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (*a, *b)]
+    for got, expected in zip(ops.merge(*strided), ops.merge(*a, *b), strict=True):
         assert_same(got, expected)
 
 

@@ -1,4 +1,4 @@
-"""Hybrid layouts: keys coded by core channels before RoPE and tail channels after it."""
+"""Hybrid layouts: keys coded by pre-RoPE channels and, what those leave, post-RoPE channels."""
 
 import pytest
 import torch

@@ -92,7 +92,7 @@ def test_clipped_ranges_are_as_good_as_a_fine_search(backend, shape, num_tokens)
     # tens of per cent.
     if num_tokens >= 1000:
         assert (got_channel <= 1.1 * best_channel).all()
-    # What makes few bits useful: at one bit the full range is worse than no code at all.
+    # Clipping makes few bits useful: at one bit the full range is worse than no code at all.
     assert got[WIDTHS.index(1)] < 0.5 * full[WIDTHS.index(1)]
 
 

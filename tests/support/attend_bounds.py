@@ -1,19 +1,19 @@
-"""What attend must return, and how far from it a backend may be, derived from its arithmetic.
+"""Reference results of attend and bounds on a backend's errors, derived from its arithmetic.
 
-The CPU backends multiply integer codes with integer weights, q'_j ~ step * int8, one step a row:
-its largest weight / 127, and 1 / 254 of that for 8-bit bands, which have a second term. A weight is
-a channel of the absorbed query times the channel's scale (tail channels), or an element of the
-scaled basis, one row per key channel (core channels). Rounding weights moves the score of token t
-by ``sum_j (code_tj - mid_j) * delta_j`` with every delta_j spread evenly over +-step_j / 2, so of
-variance step_j^2 / 12. All other arithmetic but that on probabilities is float32, with unit
-roundoff 2^-24, whose rounding errors add up like a random walk. The bounds take SIGMAS deviations
-of both: about one score in 10^9 lies outside.
+The CPU backends multiply integer codes with integer weights of the folded query, q'_j ~ scale *
+int8, one scale a query row: its largest weight / 127, and 1 / 254 of that for 8-bit bands, which
+have a second term. A weight is a channel of the absorbed query times the channel's scale (post-RoPE
+channels), or an element of the scaled basis, one row per key channel (pre-RoPE channels). Rounding
+weights moves the score of token t by ``sum_j (code_tj - mid_j) * delta_j`` with every delta_j
+spread evenly over +-scale_j / 2, so of variance scale_j^2 / 12. All other arithmetic except that on
+probabilities is float32, with unit roundoff 2^-24, whose rounding errors add up like a random walk.
+The bounds take SIGMAS deviations of both: about one score in 10^9 lies outside.
 
-Where a KV head has few query rows, slow RoPE pairs of core channels are absorbed page by page
+Where a KV head has few query rows, slow RoPE pairs of pre-RoPE channels are absorbed page by page
 (csrc/core/absorb.h): a page has three rows of such weights, whose products are multiplied by
-Chebyshev's T_0, T_1, T_2 at the token's place in the page. Before they are rounded, weights are
-sums over pairs of numbers rounded to 16 bits; what the three degrees leave out of a pair is bounded
-by its frequency.
+Chebyshev's T_0, T_1, T_2 at the token's offset in the page. Before they are rounded, weights are
+sums over pairs of numbers rounded to 16 bits; the part of a pair that the three degrees leave out
+is bounded by its frequency.
 
 With scores off by e_t, a probability changes by a factor within exp(+-(e_t + m)), where
 m = log(sum_t p_t exp(e_t)) bounds how far the log-sum-exp moves. As probabilities still add up to
@@ -24,11 +24,11 @@ number spread evenly over such a step is added, and multiply codes less the midd
 of at most step^2 / 4 each.
 
 The CUDA kernels, and so the backend that emulates them, give tensor cores halves: weights, rounded
-to 11 bits where a row's largest is 256; with core channels also the reconstructed keys and the
-queries;
-and probabilities times scales, where a page's largest is at least 2^13. Where a KV head has up to 8
-query rows, the probabilities themselves are halves before that, relative to their page's largest. A
-half's error is spread evenly over +-2^-11 of the number, or +-2^-25 below the smallest normal half.
+to 11 bits where a row's largest is 256; with pre-RoPE channels also the reconstructed keys and the
+queries; and probabilities times scales, where a page's largest is at least 2^13. Where a KV head
+has up to 8 query rows, the probabilities themselves are halves before that, relative to their
+page's largest. A half's error is spread evenly over +-2^-11 of the number, or +-2^-25 below the
+smallest normal half.
 """
 
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ TINY_HALF_VARIANCE = 2.0**-48 / 12
 
 
 def uses_halves() -> bool:
-    """Does the backend in use compute like the CUDA kernels?"""
+    """True if the backend in use computes like the CUDA kernels."""
     return runs_on_cuda() or _C.backend() == "emulated"
 
 
@@ -65,7 +65,7 @@ class Expected:
 
 
 def weight_variances(weights: Tensor, widths: Tensor) -> Tensor:
-    """Variance of the rounding error of weights [..., r]: integers with one step per width."""
+    """Variance of the rounding error of weights [..., r]: integers with one scale per width."""
     if uses_halves() and weights.shape[-1]:
         tiny = (weights.abs().amax(-1, keepdim=True) / 256).square() * TINY_HALF_VARIANCE
         return weights.square() * HALF_VARIANCE + tiny
@@ -76,20 +76,20 @@ def weight_variances(weights: Tensor, widths: Tensor) -> Tensor:
 
 
 def absorbs(cache: Cache, query: Tensor) -> bool:
-    """Are slow pairs of core channels absorbed into query [g, L, D]?"""
+    """True if slow pairs of pre-RoPE channels are absorbed into query [g, L, D]."""
     rows = query.shape[0] * query.shape[1]
     return not uses_halves() and cache.token_slots is None and rows <= _C.ABSORB_ROWS
 
 
 def slow_pairs(cache: Cache) -> Tensor:
-    """Which pairs [half] are slow."""
+    """Mask [half] of the slow pairs."""
     if cache.inv_freq is None:
         return torch.zeros(0, dtype=torch.bool)
     return cache.inv_freq <= _C.ABSORBED_FASTEST
 
 
 def slow_channels(cache: Cache) -> Tensor:
-    """Which channels [D] are those of slow pairs, or do not turn."""
+    """Mask [D] of the channels of slow pairs and of those that do not rotate."""
     slow = slow_pairs(cache)
     rest = torch.ones(cache.layout.head_dim - 2 * len(slow), dtype=torch.bool)
     return torch.cat([slow, slow, rest])
@@ -104,7 +104,7 @@ def absorbed_errors(
     latent: Tensor,
     position: int,
 ) -> tuple[Tensor, Tensor]:
-    """Variance and bound [g, L, n] of what absorbing slow pairs does to the scores of one head.
+    """Variance and bound [g, L, n] of the score errors of one head from absorbing slow pairs.
 
     ``query`` [g, L, D], ``mean`` [D] before RoPE, ``rows`` [r, D] the scaled basis of channels of
     ``widths`` [r], ``latent`` [n, r] codes less the middle ones, ``position`` that of the first
@@ -126,7 +126,7 @@ def absorbed_errors(
     slots = slot + torch.arange(len(latent))
     pages = torch.arange(int(slots[-1]) // PAGE_TOKENS + 1)
     middles = position - slot + PAGE_TOKENS * pages + HALF_TURN
-    turns = torch.polar(torch.ones(1).double(), middles[:, None] * frequency)
+    rotations = torch.polar(torch.ones(1).double(), middles[:, None] * frequency)
     products = pairs(query).conj()[..., None, :] * pairs(rows)  # [g, L, r, slow]
     fixed = query[..., 2 * half :] @ rows[:, 2 * half :].T
     bessel = (torch.ones_like(a), a, a.square() / 4)
@@ -136,8 +136,8 @@ def absorbed_errors(
     rounding = ((len(a) / 12) ** 0.5 / 2**16 + 2.0**-15) * largest  # of 16-bit numbers
     variance = torch.zeros_like(left_out)
     for degree in range(3):
-        turned = torch.einsum("glri,pi->pglr", products, turns * bessel[degree])
-        weights = torch.view_as_real(turned)[..., degree % 2] + (fixed if degree == 0 else 0)
+        rotated = torch.einsum("glri,pi->pglr", products, rotations * bessel[degree])
+        weights = torch.view_as_real(rotated)[..., degree % 2] + (fixed if degree == 0 else 0)
         each = weight_variances(weights, widths) + rounding.square()  # [pages, g, L, r]
         each = each[slots // PAGE_TOKENS]  # [n, g, L, r]
         moved = torch.einsum("nglr,nr->gln", each, latent.square())
@@ -148,7 +148,7 @@ def absorbed_errors(
 def product_variance(cache: Cache, query: Tensor, keys: Tensor) -> Tensor:
     """Variance [g, L, n] of query . keys, [g, L, D] and [n, D], from rounding both to halves.
 
-    They are rounded in a frame that is turned, pair by pair, which leaves lengths of pairs alone.
+    They are rounded in a frame that is rotated, pair by pair, which keeps the lengths of pairs.
     """
     half = 0 if cache.inv_freq is None else len(cache.inv_freq)
 
@@ -166,23 +166,23 @@ def product_variance(cache: Cache, query: Tensor, keys: Tensor) -> Tensor:
 def score_errors(cache: Cache, b: int, h: int, query: Tensor, codes: Tensor) -> Tensor:
     """Bound on the errors of packed scores [g, L, n] for query [g, L, D] and codes [n, R]."""
     layout = cache.layout
-    core, tail = (slices[h] for slices in reference.part_slices(layout))
+    pre, post = (slices[h] for slices in reference.part_slices(layout))
     every_width = reference.channel_widths(layout)
     variance = torch.zeros(*query.shape[:-1], len(codes), dtype=torch.float64)
     magnitude = torch.zeros(layout.head_dim, dtype=torch.float64)
     left_out = torch.zeros_like(variance)
-    for part in (core, tail):
-        is_tail = part is tail
-        if layout.rope == ("pre" if is_tail else "post"):
+    for part in (pre, post):
+        is_post = part is post
+        if layout.rope == ("pre" if is_post else "post"):
             continue
         widths, scale = every_width[part], cache.scale[b, part].double()
         basis, top = cache.basis[b, part].double(), 2.0**widths - 1
         latent = codes[:, part] - top / 2
-        mean = cache.post_mean if is_tail and layout.rope == "hybrid" else cache.mean
+        mean = cache.post_mean if is_post and layout.rope == "hybrid" else cache.mean
         mean = mean[b, h].double()
         # Terms of sums in float32 are no larger than these.
         magnitude += mean.abs() + (scale * top) @ basis.abs()
-        if is_tail:
+        if is_post:
             weights = (query @ basis.T) * scale
             variance += weight_variances(weights, widths) @ latent.square().T
             continue
@@ -193,7 +193,7 @@ def score_errors(cache: Cache, b: int, h: int, query: Tensor, codes: Tensor) -> 
         if cache.token_slots is not None:
             positions = first + cache.token_slots[b, h, : len(codes)].long()
         every = query[..., None, :].expand(*query.shape[:-1], len(codes), -1)
-        turned = reference.rotate(every, positions, cache.inv_freq, inverse=True)
+        unrotated = reference.rotate(every, positions, cache.inv_freq, inverse=True)
         if absorbs(cache, query) and len(codes):
             key_variance[:, slow_channels(cache)] = 0
             rows = basis * scale[:, None]
@@ -201,13 +201,13 @@ def score_errors(cache: Cache, b: int, h: int, query: Tensor, codes: Tensor) -> 
                 cache, query, mean, rows, widths, latent, int(positions[0])
             )
             variance += moved
-        variance += torch.einsum("gltd,td->glt", turned.square(), key_variance)
+        variance += torch.einsum("gltd,td->glt", unrotated.square(), key_variance)
         if uses_halves():
             keys = reference.rotate(keys, positions, cache.inv_freq)
             variance += product_variance(cache, query, keys)
     # Sums over D and over the channels, and some twenty more roundings for scales, offsets and
     # rotations.
-    channels = core.stop - core.start + tail.stop - tail.start
+    channels = pre.stop - pre.start + post.stop - post.start
     parts = 2 if layout.rope == "hybrid" else 1
     roundings = (parts * (2 * layout.head_dim + 20) + channels) ** 0.5
     rounding = roundings * FLOAT_ERROR * query.norm(dim=-1) * magnitude.norm()
@@ -215,7 +215,7 @@ def score_errors(cache: Cache, b: int, h: int, query: Tensor, codes: Tensor) -> 
 
 
 def value_errors(cache: Cache, b: int, h: int, p: Tensor) -> Tensor:
-    """Bound on what rounding probabilities p [g, L, n] of packed slots does to outputs."""
+    """Bound on the errors of outputs from rounding probabilities p [g, L, n] of packed slots."""
     layout = cache.layout
     slots = cache.sink_tokens + p.shape[-1]
     total = torch.zeros(*p.shape[:2], layout.head_dim, dtype=torch.float64)

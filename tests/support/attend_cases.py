@@ -1,4 +1,4 @@
-"""Calls of attend that every backend is tested with."""
+"""Calls of attend to test every backend with."""
 
 from dataclasses import dataclass, field
 
@@ -38,7 +38,7 @@ def hybrid(**changes) -> Case:
 
 
 def rotated_mean(**changes) -> Case:
-    """Hybrid without core channels."""
+    """Hybrid without pre-RoPE channels."""
     return hybrid(pre_bands=((0, 0, 0, 0),) * changes.get("heads", 2), **changes)
 
 
@@ -79,12 +79,12 @@ CASES = {
     "partial-rotary": pre(head_dim=80, options={"rotary_dim": 32}),
     "rotary-of-one-pair": pre(options={"rotary_dim": 2}),
     "one-packed-token": pre(seqlens=(1,)),
-    "one-exact-token": Case(window_lens=(1,)),
+    "window-of-one": Case(window_lens=(1,)),
     "full-pages": pre(seqlens=(128,), window_lens=(64,)),
     "a-slot-past-a-page": Case(seqlens=(129,), window_lens=(65,)),
     "empty-packed": Case(seqlens=(0,)),
     "empty-packed-pre": pre(seqlens=(0,), q_len=3),
-    "empty-exact": Case(window_lens=(0,), options={"causal": False}),
+    "empty-window": Case(window_lens=(0,), options={"causal": False}),
     "sinks-over-a-page": pre(options={"sink_tokens": 70}),
     "sinks-are-all": Case(seqlens=(60, 150), window_lens=(20, 20), options={"sink_tokens": 64}),
     "not-causal": Case(q_len=5, options={"causal": False}),
@@ -106,8 +106,8 @@ CASES = {
         schedule=PAPER_1_25, head_dim=128, group=4, options={"sink_tokens": 8}
     ),
     "hybrid-mixed": hybrid(group=4),
-    "hybrid-every-core-width": hybrid(pre_bands=((4, 8, 4, 8),) * 2),
-    "hybrid-1-bit-core": hybrid(pre_bands=((0, 0, 0, 16),) * 2),
+    "hybrid-every-pre-width": hybrid(pre_bands=((4, 8, 4, 8),) * 2),
+    "hybrid-1-bit-pre": hybrid(pre_bands=((0, 0, 0, 16),) * 2),
     "hybrid-all-channels-twice": hybrid(schedule=(2, 1), pre_bands=((0, 0, 32, 32),) * 2),
     "hybrid-head-dim-16": hybrid(schedule=(4, 2), head_dim=16),
     "hybrid-head-dim-80": hybrid(head_dim=80, options={"rotary_dim": 32}),
@@ -118,7 +118,7 @@ CASES = {
         pre_bands=((0, 4, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0), (4, 0, 0, 8), (0, 4, 0, 0)),
         heads=5,
     ),
-    "hybrid-core-alone": hybrid(bands=((0, 0, 0, 0),) * 2, pre_bands=((8, 24, 32, 0),) * 2),
+    "hybrid-pre-alone": hybrid(bands=((0, 0, 0, 0),) * 2, pre_bands=((8, 24, 32, 0),) * 2),
     "hybrid-batch": hybrid(
         q_len=2,
         seqlens=(130, 1, 0, 64),

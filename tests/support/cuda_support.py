@@ -57,5 +57,5 @@ class OnCuda:
 
 
 def runs_on_cuda() -> bool:
-    """Do the operators of this test run on a device?"""
+    """True if the operators of this test run on a device."""
     return isinstance(svdq.ops.registered.OPERATORS, OnCuda)

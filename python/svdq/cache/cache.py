@@ -137,7 +137,7 @@ class SVDqCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether all layers can be cropped."""
+        """True if all layers can be cropped."""
         return all(getattr(layer, "is_croppable", True) for layer in self.layers)
 
     def reset(self) -> None:
@@ -202,7 +202,7 @@ class SVDqCache(Cache):
                 self.layers[i] = copy.copy(layer)
 
     def drift(self) -> list[list[float]]:
-        """How much worse each layer codes its latest keys than those it was fitted on.
+        """Error of each layer's latest keys relative to that of the keys it was fitted on.
 
         Returns
         -------

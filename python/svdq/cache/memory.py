@@ -82,7 +82,7 @@ class MemoryReport:
 
     @property
     def ratio(self) -> float:
-        """How many times smaller than the full cache."""
+        """Bytes of the full cache over those of this one."""
         return self.full_bytes / self.total_bytes if self.total_bytes else 1.0
 
     @property

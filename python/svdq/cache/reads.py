@@ -47,12 +47,12 @@ class ReadReport:
 
     @property
     def code_ratio(self) -> float:
-        """How many times fewer bytes than a full cache, codes alone: the number papers quote."""
+        """Bytes of a full cache over those of the codes read alone: the number papers quote."""
         return self.full / self.codes if self.codes else float("inf")
 
     @property
     def ratio(self) -> float:
-        """How many times fewer bytes than a full cache, everything counted."""
+        """Bytes of a full cache over all bytes read."""
         return self.full / self.total if self.total else float("inf")
 
     def __str__(self) -> str:

@@ -30,7 +30,7 @@ def renamed(settings: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a cache compresses.
+    """Settings of the compression of a cache.
 
     At most one of ``preset``, ``schedule``, ``k_bits`` and ``lambda_`` is given. Afterwards
     ``preset`` is None, except that it says ``"exact"`` where nothing is packed; any other preset
@@ -196,7 +196,7 @@ class Settings:
         return isinstance(self.sparse_budget, tuple)
 
     def sparsity(self, layer: int) -> Sparsity | None:
-        """How layer ``layer`` chooses what it attends to; None where that is everything."""
+        """Sparsity of layer ``layer``; None for one that attends to everything."""
         budget = self.sparse_budget[layer] if self._has_layer_budgets else self.sparse_budget
         if budget is None:
             return None
@@ -204,22 +204,22 @@ class Settings:
 
     @property
     def needs_landmarks(self) -> bool:
-        """Whether pages come with landmarks."""
+        """True if pages come with landmarks."""
         return self.sparse_budget is not None and self.sparse_scorer == "landmarks"
 
     @property
     def allocates(self) -> bool:
-        """Whether widths follow from the keys."""
+        """True if widths follow from the keys."""
         return self.k_bits is not None or self.lambda_ is not None
 
     @property
     def packs(self) -> bool:
-        """Whether anything is ever packed."""
+        """True if anything is ever packed."""
         return self.schedule is not None or self.allocates
 
     @property
     def needs_queries(self) -> bool:
-        """Whether the energy of the queries matters."""
+        """True if the energy of the queries matters."""
         return self.allocates or self.query_weighted
 
     def scheduled_bands(self, head_dim: int) -> tuple[Bands, Bands]:

@@ -14,7 +14,7 @@ DEFAULT_CHANNELS = 16  # needles need more than the mean attention mass (docs/sp
 
 @dataclass(frozen=True)
 class Sparsity:
-    """How a layer chooses the packed tokens that it attends to.
+    """The choice of the packed tokens that a layer attends to.
 
     Parameters
     ----------

@@ -48,12 +48,12 @@ class QueryEnergy:
         self.total.copy_(energy.to(self.total.device) * count)
         self.count.fill_(count)
 
-    def mean(self, b: int, half: int) -> Tensor:
-        """Energy per channel of sequence b, [H, D], equal in the pairs ``i`` and ``i + half``."""
+    def mean(self, b: int, rotary_pairs: int) -> Tensor:
+        """Energy per channel of sequence b, [H, D], equal in both channels of every RoPE pair."""
         energy = self.total[b] / self.count[b].clamp(min=1)
-        if half:
-            pairs = (energy[:, :half] + energy[:, half : 2 * half]) / 2
-            energy = torch.cat([pairs, pairs, energy[:, 2 * half :]], dim=1)
+        if rotary_pairs:
+            pairs = (energy[:, :rotary_pairs] + energy[:, rotary_pairs : 2 * rotary_pairs]) / 2
+            energy = torch.cat([pairs, pairs, energy[:, 2 * rotary_pairs :]], dim=1)
         return energy
 
     @normal_tensors

@@ -1,4 +1,4 @@
-"""What a layer's keys are fitted by: the energy of queries, key gain, bases and widths."""
+"""The fit of one layer's keys: energy of the queries, key gain, bases and widths."""
 
 from __future__ import annotations
 
@@ -125,10 +125,10 @@ class LayerFit:
         pre = None if self._pre_layout is None else PreChannels.of(self._pre_layout, inv_freq)
         # Before the gain is applied: a copy of few keys, not of all.
         keys, inv_freq, position = thinned(keys, inv_freq, position)
-        half = 0 if inv_freq is None else inv_freq.numel()
+        rotary_pairs = 0 if inv_freq is None else inv_freq.numel()
         gain = energy = None
         if self.energy is not None:
-            energy = self.energy.mean(b, half)
+            energy = self.energy.mean(b, rotary_pairs)
         if self.gain is not None:
             stored = self.gain[b].float()
             gain = stored if is_packed else key_gain(energy)

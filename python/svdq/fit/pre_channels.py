@@ -30,7 +30,7 @@ class PreChannels:
     Parameters
     ----------
     layout : a hybrid layout, of whose post-RoPE channels nothing is read.
-    fast : [half] bool, RoPE pairs that cannot be absorbed, by the frequencies of the positions.
+    fast : [rotary_pairs] bool, RoPE pairs that cannot be absorbed at the frequencies of these keys.
     """
 
     layout: PageLayout
@@ -80,20 +80,20 @@ def dropped_pairs(
     ----------
     components, variance, energy : as for :meth:`PreChannels.drop`.
     ranks : [H] components of a head that count, those of largest variance (of score).
-    fast : [half] bool, pairs that may be dropped.
+    fast : [rotary_pairs] bool, pairs that may be dropped.
 
     Returns
     -------
-    [H, half] bool: the pairs that hold least, together at most ``DROPPED_VARIANCE`` or
+    [H, rotary_pairs] bool: the pairs that hold least, together at most ``DROPPED_VARIANCE`` or
     ``DROPPED_SCORES``.
     """
-    half = len(fast)
+    rotary_pairs = len(fast)
     parts = variance[..., None] * components.square()
     if energy is not None:
         parts = parts * energy[:, None]
     order = parts.sum(dim=2).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     held = (parts * (order < ranks[:, None])[..., None]).sum(dim=1)
-    pairs = held[:, :half] + held[:, half : 2 * half]
+    pairs = held[:, :rotary_pairs] + held[:, rotary_pairs : 2 * rotary_pairs]
     ascending, order = pairs.masked_fill(~fast, torch.inf).sort(dim=1)
     share = DROPPED_VARIANCE if energy is None else DROPPED_SCORES
     dropped = ascending.cumsum(dim=1) <= share * held.sum(dim=1, keepdim=True)
@@ -101,10 +101,10 @@ def dropped_pairs(
 
 
 def without_pairs(components: Tensor, variance: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
-    """Components of the same covariance without some pairs, [H, half] bool; see
+    """Components of the same covariance without some pairs, [H, rotary_pairs] bool; see
     :meth:`PreChannels.drop`."""
-    dim, half = components.shape[2], dropped.shape[1]
-    rest = dropped.new_zeros(len(dropped), dim - 2 * half)
+    dim, rotary_pairs = components.shape[2], dropped.shape[1]
+    rest = dropped.new_zeros(len(dropped), dim - 2 * rotary_pairs)
     left = torch.cat([dropped, dropped, rest], dim=1)
     covariance = components.mT @ (variance[..., None] * components)
     covariance.masked_fill_(left[:, None] | left[..., None], 0)

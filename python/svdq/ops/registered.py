@@ -37,11 +37,8 @@ def call(name: str, *nouns: KeyCodec | PackedKeys | Window, **arguments: Any) ->
     """Call an operator with the fields of nouns and with further arguments.
 
     This is the one place that flattens nouns. The order of a schema is known to C++ alone; a field
-    that the operator does not take is left out.
+    that the operator does not take is left out, an optional argument that nobody gives is None.
     """
-    given = {}
     for noun in nouns:
-        for field, value in noun.flat().items():
-            if field in ARGUMENTS[name]:
-                given[field] = value
-    return getattr(OPERATORS, name)(**given, **arguments)
+        arguments |= noun.flat()
+    return getattr(OPERATORS, name)(*[arguments.get(field) for field in ARGUMENTS[name]])

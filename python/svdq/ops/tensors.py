@@ -1,4 +1,4 @@
-"""How the tensors of a cache are made."""
+"""Construction of tensors that a cache updates."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def attend(
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Merge attention over disjoint sets of keys; see :func:`svdq.ops.merge`."""
     lse = torch.logaddexp(lse_a.double(), lse_b.double())
-    # Where both sets are empty the shares are exp(-inf - -inf), which is NaN: zeros.
+    # With both sets empty the shares are exp(-inf - -inf), which is NaN: zeros.
     shares = [(x.double() - lse).exp().nan_to_num(nan=0.0)[..., None] for x in (lse_a, lse_b)]
     out = shares[0] * out_a.double() + shares[1] * out_b.double()
     return out.to(out_a.dtype), _stored(lse, lse_a)

@@ -22,10 +22,10 @@ def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor | None, inverse: bool 
     x = x.double()
     if inv_freq is None:
         return x
-    half = inv_freq.numel()
+    rotary_pairs = inv_freq.numel()
     angle = positions.double()[:, None] * inv_freq.double() * (-1 if inverse else 1)
     cos, sin = angle.cos(), angle.sin()
-    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    x1, x2, rest = x.tensor_split((rotary_pairs, 2 * rotary_pairs), dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], dim=-1)
 
 
@@ -67,16 +67,17 @@ def pre_components(keys: Tensor, layout: PageLayout, inv_freq: Tensor, position:
     svdq/fit/pre_channels.py."""
     mean, components, variance = fit_basis(keys.double(), inv_freq, position)
     centred = _unrotated(keys, inv_freq, position) - mean[:, None]
-    half, found = inv_freq.numel(), torch.zeros_like(components)
+    rotary_pairs, found = inv_freq.numel(), torch.zeros_like(components)
     for h, bands in enumerate(layout.pre_bands):
         rank = sum(bands)
         held = variance[h, :rank] @ components[h, :rank].square()
-        pairs, left = held[:half] + held[half : 2 * half], DROPPED_VARIANCE * held.sum()
+        pairs = held[:rotary_pairs] + held[rotary_pairs : 2 * rotary_pairs]
+        left = DROPPED_VARIANCE * held.sum()
         kept = torch.ones(layout.head_dim, dtype=torch.bool)
         for pair in pairs.argsort().tolist():
             if inv_freq[pair] > _C.ABSORBED_FASTEST and left >= pairs[pair]:
                 left -= pairs[pair]
-                kept[[pair, pair + half]] = False
+                kept[[pair, pair + rotary_pairs]] = False
         own = centred[h][:, kept]
         found[h, : kept.sum(), kept] = torch.linalg.eigh(own.mT @ own).eigenvectors.mT.flip(0)
         found[h, kept.sum() :, ~kept] = torch.eye(int((~kept).sum()), dtype=found.dtype)

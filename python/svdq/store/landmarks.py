@@ -58,8 +58,8 @@ class Landmarks:
 
     def scan_bytes(self, slots: int) -> int:
         """Bytes that scoring this many slots reads."""
-        _, heads, chunks, half = self.codes.shape
-        page = heads * chunks * (half + 3 * self.scale.itemsize)
+        _, heads, chunks, code_bytes = self.codes.shape
+        page = heads * chunks * (code_bytes + 3 * self.scale.itemsize)
         return pages_of(slots) * page
 
     def add(self, keys: Tensor, pages: tuple[int, ...], start: int) -> None:

@@ -1,4 +1,4 @@
-"""What one layer of a cache holds: its tokens, and attention over them."""
+"""The tokens of one layer of a cache, and attention over them."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class TokenStore:
 
     @property
     def any_packed(self) -> bool:
-        """Whether some sequence has packed tokens."""
+        """True if some sequence has packed tokens."""
         return any(any(store.slots) for store in self.stores)
 
     def packed_slots(self, b: int) -> int:
