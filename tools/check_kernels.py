@@ -1,14 +1,14 @@
-"""Checks what nvcc made of csrc/cuda: no kernel may spill registers or use local memory without a
-reason stated here, every launch must fit every target's shared memory and CUDA's limit on
-arguments. Reads ptxas's reports of the latest build and runs build/cpp/svdq_launches.
+"""Check the compiled kernels of csrc/cuda: no kernel may spill registers or use local memory
+without a reason stated here, and every launch must fit the shared memory of every architecture and
+CUDA's limit on arguments. Reads ptxas's reports of the latest build and runs svdq_launches.
 """
 
 import sys
 from collections import defaultdict
 
-from kernel_report import ARCHITECTURES, BLOCK_SHARED, read_launches, read_logs, short
+from kernel_report import BLOCK_SHARED, read_build, read_launches, read_logs, short
 
-# Bytes of stack that a kernel may use, and why.
+# Bytes of stack that a kernel may use, and the reason.
 STACK = {"rotations": (32, "sincosf reduces angles above 105615 by a table on the stack")}
 MAX_ARGUMENT_BYTES = 4096
 
@@ -16,6 +16,7 @@ MAX_ARGUMENT_BYTES = 4096
 def main() -> None:
     kernels = read_logs()
     launches = read_launches()
+    architectures = read_build()["architectures"]
     failures = []
 
     of_kernel = defaultdict(list)
@@ -28,7 +29,7 @@ def main() -> None:
         if kernel.stack > allowed:
             failures.append(f"{where} uses {kernel.stack} bytes of local memory, {allowed} allowed")
     for name, compiled in of_kernel.items():
-        missing = set(ARCHITECTURES) - {kernel.arch for kernel in compiled}
+        missing = set(architectures) - {kernel.arch for kernel in compiled}
         if missing:
             failures.append(f"{short(name)} is not compiled for sm_{', sm_'.join(sorted(missing))}")
 
@@ -50,7 +51,7 @@ def main() -> None:
                     f" sm_{kernel.arch}, which gives {limit} ({launch['shape']})"
                 )
 
-    for arch in ARCHITECTURES:
+    for arch in architectures:
         compiled = {k.name: k for k in kernels if k.arch == arch}.values()
         if not compiled:
             continue

@@ -1,17 +1,14 @@
-"""What ptxas says about each compiled kernel, and how the stages launch them."""
+"""ptxas's report of each compiled kernel, and how the stages launch them."""
 
 import json
 import re
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "build_tools"))
-import cuda_build  # noqa: E402
-
-LAUNCHES = cuda_build.ROOT / "build/cpp/svdq_launches"
-ARCHITECTURES = tuple(a for a in cuda_build.ARCHITECTURES.split(";") if a.isdigit())
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build/cpp"
+LAUNCHES = BUILD / "svdq_launches"
 
 # CUDA C++ Programming Guide, "Compute Capabilities": bytes of shared memory that a block may have
 # and that a multiprocessor has, registers, warps and blocks of a multiprocessor.
@@ -38,8 +35,8 @@ class Kernel:
     static_shared: int
 
     def blocks_per_sm(self, threads: int, dynamic_shared: int) -> int:
-        """By registers (a warp takes multiples of 256), shared memory (1 KiB a block is the
-        system's), warps and blocks."""
+        """Blocks that fit by registers (a warp takes multiples of 256), shared memory (the system
+        takes 1 KiB a block), warps and blocks."""
         warps = -(-threads // 32)
         warp_registers = -(-self.registers * 32 // 256) * 256
         shared = KIB + -(-(self.static_shared + dynamic_shared) // 128) * 128
@@ -59,7 +56,7 @@ def demangle(names: list[str]) -> list[str]:
 
 
 def short(name: str) -> str:
-    """The kernel's name without namespaces, parameters and what template lists say twice."""
+    """The kernel's name without namespaces, parameters and repetitions in template lists."""
     name = re.sub(r"\(svdq::DataType\)(\d)", lambda m: ("fp32", "bf16", "fp16")[int(m[1])], name)
     name = re.sub(r"\(.*\)$", "", name).removeprefix("void ")
     name = re.sub(r"svdq::(device::)?|_kernel", "", name).replace(" >", ">")
@@ -67,13 +64,23 @@ def short(name: str) -> str:
     return re.sub(r"((Reconstructed|Hybrid)\w+<[^<>]*), true>", r"\1, own slots>", name)
 
 
-def read_logs(folder: Path = cuda_build.OBJECTS) -> list[Kernel]:
+def read_build() -> dict:
+    """The compiler, architectures and objects, as build_tools/cuda.cmake wrote them."""
+    path = BUILD / "cuda.json"
+    if not path.exists():
+        raise SystemExit(f"csrc/cuda is not compiled: no {path}; see `make cuda-check`")
+    return json.loads(path.read_text())
+
+
+def read_logs() -> list[Kernel]:
     """The kernels of csrc/cuda as the latest build compiled them."""
     found = []
-    for source in sorted(cuda_build.SOURCES.glob("*.cu")):
-        log = folder / f"{source.stem}.log"
+    for name in read_build()["objects"]:
+        if not name.endswith(".cu.o"):
+            continue
+        log = Path(f"{name}.log")
         if not log.exists():
-            raise SystemExit(f"{source.name} is not compiled: no {log}")
+            raise SystemExit(f"{Path(name).stem} is not compiled: no {log}")
         pattern = (
             r"Compiling entry function '(\S+)' for 'sm_(\d+)'.*?(\d+) bytes stack frame,"
             r" (\d+) bytes spill stores.*?Used (\d+) registers([^\n]*)"
@@ -82,12 +89,12 @@ def read_logs(folder: Path = cuda_build.OBJECTS) -> list[Kernel]:
             shared = re.search(r"(\d+) bytes smem", m[6])
             static = int(shared[1]) if shared else 0
             numbers = (int(m[5]), int(m[3]), int(m[4]), static)
-            found.append((m[1], log.with_suffix(".o"), m[2], *numbers))
+            found.append((m[1], Path(name), m[2], *numbers))
     names = demangle([kernel[0] for kernel in found])
     return [Kernel(name, *kernel) for name, kernel in zip(names, found, strict=True)]
 
 
 def read_launches() -> list[dict]:
-    """How the stages launch their kernels, by shape and by device."""
+    """The launches of the stages, by shape and by device."""
     said = subprocess.run([str(LAUNCHES)], capture_output=True, text=True, check=True)
     return [json.loads(line) for line in said.stdout.splitlines()]

@@ -1,10 +1,11 @@
-"""Renews the tables of docs/cuda.md about the compiled kernels: registers, shared memory and
-occupancy by architecture, what a token costs in the page loop of attend, and an estimate of its
+"""Renew the tables of docs/cuda.md about the compiled kernels: registers, shared memory and
+occupancy by architecture, the cost of a token in the page loop of attend, and an estimate of its
 time.
 
 ``python tools/resource_table.py [emulator]``: reads ptxas's reports and the SASS of the latest
-build. What a token costs is counted by running build/cuda/svdq_cuda_tests under a PTX emulator (the
-command that starts it; build/ptx-emulator/ptxsim by default); without one those tables stay.
+build (`make cuda-check`). The cost of a token is counted by running build/cpp/svdq_cuda_tests under
+a PTX emulator (the command that starts it; build/ptx-emulator/ptxsim by default); without one those
+tables stay.
 """
 
 import json
@@ -17,17 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kernel_report import (
-    ARCHITECTURES,
     BLOCK_SHARED,
+    BUILD,
+    ROOT,
     Kernel,
-    cuda_build,
+    read_build,
     read_launches,
     read_logs,
     short,
 )
 
-DOCS = cuda_build.ROOT / "docs/cuda.md"
-TESTS = cuda_build.ROOT / "build/cuda/svdq_cuda_tests"
+DOCS = ROOT / "docs/cuda.md"
+TESTS = BUILD / "svdq_cuda_tests"
 SHAPE = "head_dim 128, 4-bit values"
 KV_HEADS = 8
 CASE = (
@@ -68,13 +70,15 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def resources(kernels: list[Kernel], launches: list[dict]) -> str:
-    by_place = {(kernel.name, kernel.arch): kernel for kernel in kernels}
+    """The table of registers, shared memory (KiB) and warps a multiprocessor, by architecture."""
+    architectures = read_build()["architectures"]
+    by_name = {(kernel.name, kernel.arch): kernel for kernel in kernels}
     rows = {}
     for launch in launches:
         if SHAPE not in launch["shape"]:
             continue
-        for arch in ARCHITECTURES:
-            kernel = by_place.get((launch["kernel"], arch))
+        for arch in architectures:
+            kernel = by_name.get((launch["kernel"], arch))
             if kernel is None:
                 raise SystemExit(f"{short(launch['kernel'])} is not compiled for sm_{arch}")
             if BLOCK_SHARED[arch] != launch["limit"]:
@@ -84,8 +88,8 @@ def resources(kernels: list[Kernel], launches: list[dict]) -> str:
             shared = (kernel.static_shared + dynamic) / 1024
             row = rows.setdefault(f"`{short(launch['kernel'])}`", {"threads": str(threads)})
             row[arch] = f"{kernel.registers} · {shared:.1f} · {blocks * threads // 32}"
-    head = ["kernel", "threads", *(f"sm_{arch}" for arch in ARCHITECTURES)]
-    columns = ("threads", *ARCHITECTURES)
+    head = ["kernel", "threads", *(f"sm_{arch}" for arch in architectures)]
+    columns = ("threads", *architectures)
     return table(head, [[name, *(row[c] for c in columns)] for name, row in sorted(rows.items())])
 
 
@@ -115,7 +119,7 @@ def flat(launch: dict) -> dict[str, int]:
 
 
 def per_token(emulator: str, rope: str, q_len: int = 1) -> tuple[str, dict[str, float]]:
-    """The kernel of the page loop, and what a token and KV head costs in it."""
+    """The kernel of the page loop, and the cost of a token and KV head in it."""
     short_call, long_call = (
         {launch["kernel"]: flat(launch) for launch in count(emulator, rope, length, q_len)}
         for length in LENGTHS
@@ -128,8 +132,8 @@ def per_token(emulator: str, rope: str, q_len: int = 1) -> tuple[str, dict[str, 
 
 
 def sass_ratio(kernel: Kernel) -> float:
-    """Instructions of the kernel's SASS over those of its PTX, both as they stand in the text."""
-    tool = cuda_build.find_toolkit().tool("cuobjdump")
+    """Instructions in the text of the kernel's SASS, over those in the text of its PTX."""
+    tool = str(Path(read_build()["compiler"]).with_name("cuobjdump"))
 
     def dump(*options: str) -> str:
         command = [tool, *options, str(kernel.object)]
@@ -171,7 +175,7 @@ def estimate(kernels: list[Kernel], emulator: str) -> str:
 
 
 def query_rows(emulator: str) -> str:
-    """What a query row and page costs, where 8 rows share a page and where as many as can do."""
+    """The cost of a query row and page, where 8 rows share a page and where the most do."""
     rows = []
     for rope in ("post", "pre"):
         for q_len in (2, 16):
@@ -193,14 +197,12 @@ def replace(text: str, name: str, content: str) -> str:
 def main() -> None:
     kernels = read_logs()
     text = replace(DOCS.read_text(), "resources", resources(kernels, read_launches()))
-    emulator = (
-        sys.argv[1] if len(sys.argv) > 1 else str(cuda_build.ROOT / "build/ptx-emulator/ptxsim")
-    )
+    emulator = sys.argv[1] if len(sys.argv) > 1 else str(ROOT / "build/ptx-emulator/ptxsim")
     if Path(emulator).exists() and TESTS.exists():
         text = replace(text, "page-loop", estimate(kernels, emulator))
         text = replace(text, "query-rows", query_rows(emulator))
     else:
-        print(f"The tables of what is counted stay: no {emulator} or no {TESTS}")
+        print(f"The tables of counts stay: no {emulator} or no {TESTS}")
     DOCS.write_text(text)
 
 

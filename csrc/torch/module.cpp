@@ -5,7 +5,9 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cstdint>
 
 #include "csrc/core/absorb.h"
 #include "csrc/core/backend.h"
@@ -25,6 +27,35 @@ void check_place(int width, int channel, int token) {
   for (const int w : kWidths) known |= w == width;
   SVDQ_CHECK(known && channel >= 0 && channel < kMaxHeadDim && token >= 0 && token < kPageTokens,
              "no code of width ", width, ", channel ", channel, ", token ", token);
+}
+
+// Bytes that scoring a key page by the first `channels` channels of every head reads: whole lines.
+int64_t proxy_page_bytes(const std::vector<int64_t>& ints, int channels) {
+  const Layout layout(ints);
+  const LayoutView view = layout.view();
+  int64_t bytes = 0;
+  for (int h = 0; h < view.num_heads; ++h) {
+    int left = channels;
+    for (const Bands& bands : {view.heads[h].pre, view.heads[h].post}) {
+      Bands proxy{};
+      for (int w = 0; w < kNumWidths; ++w) {
+        const int used = std::min(bands.count[w], left), unit = band_granularity(kWidths[w]);
+        proxy.count[w] = (used + unit - 1) / unit * unit;
+        left -= used;
+      }
+      bytes += proxy.page_bytes();
+    }
+  }
+  return bytes;
+}
+
+// Bytes that a band of a key page takes.
+int64_t band_bytes(int width, int channels) {
+  const auto* found = std::find(std::begin(kWidths), std::end(kWidths), width);
+  SVDQ_CHECK(found != std::end(kWidths), "no code has width ", width);
+  Bands bands{};
+  bands.count[found - std::begin(kWidths)] = channels;
+  return bands.page_bytes();
 }
 
 // Reads every byte of a contiguous CPU tensor with all threads; returns the sum of its 64-bit
@@ -61,6 +92,20 @@ PYBIND11_MODULE(_C, m) {
   format.attr("LINE_BYTES") = kLineBytes;
   format.attr("MAX_HEAD_DIM") = kMaxHeadDim;
   format.attr("WIDTHS") = std::vector<int>(std::begin(kWidths), std::end(kWidths));
+  format.attr("NO_SLOT") = INT32_MAX;  // stands for no token in lists of slots
+  format.attr("ROPE_MODES") = std::vector<std::string>{"pre", "post", "hybrid"};  // RopeMode
+  format.def("band_bytes", &band_bytes, py::arg("width"), py::arg("channels"),
+             "Bytes that a band of a key page takes.");
+  format.def("proxy_page_bytes", &proxy_page_bytes, py::arg("layout"), py::arg("channels"),
+             "Bytes of a key page that scoring it by the first channels of every head reads.");
+  format.def(
+      "value_code_bytes",
+      [](const std::vector<int64_t>& ints) {
+        const Layout layout(ints);
+        const ValueLayout& value = layout.value();
+        return (value.page_bytes() - value.code_offset()) * layout.num_heads();
+      },
+      py::arg("layout"), "Bytes of a value page without its scales and zero points.");
 
   m.attr("MAX_SELECT_CHANNELS") = kMaxSelectChannels;
   // What the CPU backends leave out where they absorb pre-RoPE channels into queries.

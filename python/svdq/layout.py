@@ -1,5 +1,4 @@
-"""Layout of a layer's packed pages: which heads, which channels at which width, which value
-format."""
+"""Layout of a layer's packed pages: heads, channels at each width, value format."""
 
 from __future__ import annotations
 
@@ -12,14 +11,21 @@ from svdq import _C
 FORMAT_VERSION: int = _C.format.VERSION
 PAGE_TOKENS: int = _C.format.PAGE_TOKENS
 WIDTHS: tuple[int, ...] = tuple(_C.format.WIDTHS)
-ROPE_MODES: tuple[str, ...] = ("pre", "post", "hybrid")
+ROPE_MODES: tuple[str, ...] = tuple(_C.format.ROPE_MODES)
+NO_SLOT: int = _C.format.NO_SLOT  # stands for no token in lists of slots
 
-Bands = tuple[tuple[int, int, int, int], ...]
+Bands = tuple[int, int, int, int]  # channels of one head at each width of WIDTHS
+NO_BANDS: Bands = (0, 0, 0, 0)
+
+
+def pages_of(num_tokens: int) -> int:
+    """Pages that hold this many slots."""
+    return -(-num_tokens // PAGE_TOKENS)
 
 
 @dataclass(frozen=True)
 class PageLayout:
-    """What a page of one layer looks like. The same integers describe it to every operator and in
+    """Layout of the pages of one layer. The same integers describe it to every operator and in
     files.
 
     Parameters
@@ -34,23 +40,24 @@ class PageLayout:
     v_group_size : channels that share a value scale; a multiple of 16 dividing head_dim.
     version : format version of the pages.
     pre_bands : per KV head, like ``bands``, for ``"hybrid"`` alone. None (the default) for all
-        heads is the "rotated mean": the un-rotated keys' mean is rotated, all else is tail.
+        heads is the "rotated mean": the un-rotated keys' mean is rotated, all channels are
+        post-RoPE channels.
     """
 
     head_dim: int
-    bands: Bands
+    bands: tuple[Bands, ...]
     rope: str = "pre"
     v_bits: int = 4
     v_group_size: int = 64
     version: int = FORMAT_VERSION
-    pre_bands: Bands = ()
+    pre_bands: tuple[Bands, ...] = ()
 
     def __post_init__(self) -> None:
         if self.rope not in ROPE_MODES:
             raise ValueError(f"rope must be one of {ROPE_MODES}, got {self.rope!r}")
-        none = ((0,) * len(WIDTHS),) * len(self.bands)
         if self.rope == "hybrid":
-            object.__setattr__(self, "pre_bands", self.pre_bands or none)
+            pre_bands = self.pre_bands or (NO_BANDS,) * len(self.bands)
+            object.__setattr__(self, "pre_bands", pre_bands)
         elif self.pre_bands:
             raise ValueError(f"pre_bands are for rope 'hybrid' alone, got rope {self.rope!r}")
         if self.pre_bands and len(self.pre_bands) != len(self.bands):
@@ -64,14 +71,19 @@ class PageLayout:
         _C.check_layout(self.ints)
 
     @functools.cached_property
+    def head_bands(self) -> tuple[tuple[Bands, Bands], ...]:
+        """Bands of every head's pre-RoPE and post-RoPE channels, in the order of basis and page."""
+        none = (NO_BANDS,) * len(self.bands)
+        pre = self.bands if self.rope == "pre" else self.pre_bands or none
+        post = none if self.rope == "pre" else self.bands
+        return tuple(zip(pre, post, strict=True))
+
+    @functools.cached_property
     def ints(self) -> list[int]:
         """The integers that describe it to operators (``kLayoutHeader`` in kernels/format.h)."""
-        none = ((0,) * len(WIDTHS),) * len(self.bands)
-        core = self.bands if self.rope == "pre" else self.pre_bands or none
-        tail = none if self.rope == "pre" else self.bands
-        head_ints = [n for head in zip(core, tail, strict=True) for part in head for n in part]
         rope = ROPE_MODES.index(self.rope)
         header = [self.version, len(self.bands), self.head_dim, rope, self.v_bits]
+        head_ints = [n for head in self.head_bands for part in head for n in part]
         return [*header, self.v_group_size, *head_ints]
 
     @classmethod
@@ -82,10 +94,10 @@ class PageLayout:
         version, num_heads, head_dim, rope, v_bits, v_group_size = ints[:6]
         n = len(WIDTHS)
         heads = [ints[6 + 2 * n * h : 6 + 2 * n * (h + 1)] for h in range(num_heads)]
-        core, tail = (tuple(tuple(h[at]) for h in heads) for at in (slice(n), slice(n, None)))
+        pre, post = (tuple(tuple(h[at]) for h in heads) for at in (slice(n), slice(n, None)))
         mode = ROPE_MODES[rope]
-        bands = core if mode == "pre" else tail
-        pre_bands = core if mode == "hybrid" else ()
+        bands = pre if mode == "pre" else post
+        pre_bands = pre if mode == "hybrid" else ()
         return cls(head_dim, bands, mode, v_bits, v_group_size, version, pre_bands)
 
     @property
@@ -99,17 +111,17 @@ class PageLayout:
         return sum(map(sum, (*self.bands, *self.pre_bands)))
 
     @property
-    def core(self) -> PageLayout | None:
-        """The channels coded before RoPE as a layout of their own; None where there are none."""
+    def pre_part(self) -> PageLayout | None:
+        """The pre-RoPE channels as a layout of their own; None where there are none."""
         bands = self.pre_bands if self.rope == "hybrid" else self.bands
         return None if self.rope == "post" else self._part("pre", bands)
 
     @property
-    def tail(self) -> PageLayout | None:
-        """The channels coded after RoPE as a layout of their own; None where there are none."""
+    def post_part(self) -> PageLayout | None:
+        """The post-RoPE channels as a layout of their own; None where there are none."""
         return None if self.rope == "pre" else self._part("post", self.bands)
 
-    def _part(self, rope: str, bands: Bands) -> PageLayout | None:
+    def _part(self, rope: str, bands: tuple[Bands, ...]) -> PageLayout | None:
         channels = sum(map(sum, bands))
         return replace(self, rope=rope, bands=bands, pre_bands=()) if channels else None
 
@@ -129,3 +141,12 @@ class PageLayout:
     def v_page_bytes(self) -> int:
         """Bytes of one value page: the row length of ``v_pages`` in bytes."""
         return _C.v_page_bytes(self.ints)
+
+    @functools.cached_property
+    def v_code_bytes(self) -> int:
+        """Bytes of one value page without its scales and zero points."""
+        return _C.format.value_code_bytes(self.ints)
+
+    def proxy_page_bytes(self, channels: int) -> int:
+        """Bytes of a key page that scoring it by each head's first ``channels`` channels reads."""
+        return _C.format.proxy_page_bytes(self.ints, channels)

@@ -78,8 +78,8 @@ def test_what_is_timed_packs_the_prompt(rope):
     prompt = make_prompt(keys, values, SCHEDULE, rope, 4)
     store = compress(prompt)
     assert store.slots == [300]
-    for name in store.coding:
-        assert_same(getattr(store, name), getattr(prompt.store, name))
+    for name, coded in store.codec.tensors().items():
+        assert_same(coded, getattr(prompt.store.codec, name))
 
 
 @linux

@@ -7,7 +7,8 @@ import torch
 from typer.testing import CliRunner
 
 from svdq import ops
-from svdq.store.sparsity import Sparsity, select
+from svdq.config.sparsity import Sparsity
+from svdq.store.attend import select_tokens
 from svdq_bench.cli import app
 from svdq_bench.quality.plots import to_svg
 from svdq_bench.speed import timing
@@ -31,24 +32,22 @@ PACKED = 900 - 32
 @pytest.mark.parametrize("rope", ["pre", "post", "hybrid", "rotated-mean"])
 def test_random_codes_make_keys_of_the_size_of_those_fitted(rope):
     store = random_store(SHAPE, SCHEDULE, rope, 4)
-    assert (store.slots, store.cache_seqlens.tolist()) == ([PACKED], [PACKED])
-    at = (store.layout, store.page_table[0], 0, PACKED)
-    coded = store.coding_of(0)
-    turned = (store.inv_freq, 0, store.tail_mean_of(0))
-    keys = ops.unpack_keys(store.k_pages, *coded, *at, *turned)
+    assert (store.slots, store.pool.cache_seqlens.tolist()) == ([PACKED], [PACKED])
+    at = (store.layout, store.pool.page_table[0], 0, PACKED)
+    keys = store.decoded_keys(0, 0, PACKED)
     assert keys.isfinite().all()
     assert 0.3 < keys.std() < 3  # synthetic keys have deviations from 1 downwards, and means of 1
     assert not torch.equal(keys[:, 0], keys[:, 64])
-    assert ops.unpack_values(store.v_pages, *at).isfinite().all()
+    assert ops.unpack_values(store.pool.v_pages, *at).isfinite().all()
 
 
 def test_long_stores_repeat_the_values_that_were_packed(monkeypatch):
     monkeypatch.setattr("svdq_bench.speed.sparse.FIT_TOKENS", 128)
     store = random_store(SHAPE, SCHEDULE, "post", 4)
-    assert store.k_pages.shape[0] == store.v_pages.shape[0] == 14
-    assert torch.equal(store.v_pages[0], store.v_pages[12])
-    assert not torch.equal(store.v_pages[0], store.v_pages[1])
-    assert not torch.equal(store.k_pages[0], store.k_pages[12])
+    assert store.pool.k_pages.shape[0] == store.pool.v_pages.shape[0] == 14
+    assert torch.equal(store.pool.v_pages[0], store.pool.v_pages[12])
+    assert not torch.equal(store.pool.v_pages[0], store.pool.v_pages[1])
+    assert not torch.equal(store.pool.k_pages[0], store.pool.k_pages[12])
 
 
 @pytest.mark.parametrize("rope", ["pre", "post"])
@@ -120,10 +119,10 @@ def test_stages_are_those_of_the_operators(monkeypatch):
 
     def choose(*arguments):
         clock[0] += slow.pop()
-        return select(*arguments)
+        return select_tokens(*arguments)
 
     monkeypatch.setattr("svdq_bench.speed.sparse.time.perf_counter", read)
-    monkeypatch.setattr("svdq.store.attend.select", choose)
+    monkeypatch.setattr("svdq.store.attend.select_tokens", choose)
     store, query = random_store(SHAPE, SCHEDULE, "post", 4), torch.randn(1, 4, 1, 64)
     step = step_case(SHAPE, [store], exact_rows(SHAPE), query.bfloat16(), Sparsity(8, "latent", 8))
     stages = stage_times(step.call, 3)

@@ -75,7 +75,7 @@ def test_errors_of_caches_are_those_of_what_they_hold(prefix, rope, keys, weight
         layer = cache.layers[error.layer]
         held = decoded(layer)[0]
         if weighted:
-            assert layer.tokens.weight.unique().numel() > 1  # else they would prove nothing
+            assert layer.tokens.fit.gain.unique().numel() > 1  # else they would prove nothing
         exact = prefix.cache.layers[error.layer].keys[0]
         share = direct_share(exact, held, SINKS, TOKENS // 64 * 64)
         assert error.error / error.norm == pytest.approx(share, rel=1e-12)

@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 from cache_support import make_model, make_tokens
 from model_support import make_text, save_model
 from svdq import reference
-from svdq.cache.reads import lead_bytes
-from svdq.store.outliers import NO_SLOT
-from svdq.store.sparsity import Sparsity, select
+from svdq.config.sparsity import Sparsity
+from svdq.layout import NO_SLOT
+from svdq.store.attend import select_tokens
 from svdq_bench.cli import app
 from svdq_bench.cli.table import cells
 from svdq_bench.quality.budgets import budget_text, parse_budget
@@ -132,28 +132,18 @@ def test_scorers_choose_among_tokens_before_the_window(prefix, scorer, rope):
 def test_selection_is_that_of_the_formula(prefix, rope):
     (one,) = make_scorers(["latent"], [8], [rope], **SETTINGS)
     layer = one.settings.compress(prefix).layers[0]
-    assert layer.tokens.weight.unique().numel() > 1  # weighted, or it would prove nothing
+    assert layer.tokens.fit.gain.unique().numel() > 1  # weighted, or it would prove nothing
     store = layer.tokens.packed
     generator = torch.Generator().manual_seed(3)
     mass = torch.rand((3, 2, 600), generator=generator, dtype=torch.float64)
     found = selected_mass(mass, selected_slots(prefix.queries[0], layer, one, 30, TASK))
     for n, position in enumerate(TASK.positions):
-        query = prefix.queries[0][:, n].unflatten(0, (2, 2)) / layer.tokens.weight[0][:, None]
+        query = prefix.queries[0][:, n].unflatten(0, (2, 2)) / layer.tokens.fit.gain[0][:, None]
         slots, _ = reference.select(
             query.reshape(1, 4, 1, 64),
-            store.k_pages,
-            store.page_table,
-            torch.tensor([position + 1 - 64], dtype=torch.int32),
-            store.basis,
-            store.scale,
-            store.mean,
-            store.layout,
+            first_slots(store, position + 1 - 64).packed_keys(8),
             30,
             1.0,
-            store.inv_freq,
-            store.first_position,
-            8,
-            store.post_mean,
             channels=8,
         )
         for h in range(2):
@@ -171,10 +161,10 @@ def test_groups_that_chosen_tokens_lie_in():
 def test_views_leave_the_store_alone(prefix):
     store = CacheSettings("paper-1.25", residual_length=0).compress(prefix).layers[0].tokens.packed
     view = first_slots(store, 100)
-    assert (view.slots, view.cache_seqlens.tolist()) == ([100], [100])
-    assert (store.slots, store.cache_seqlens.tolist()) == ([576], [576])
+    assert (view.slots, view.pool.cache_seqlens.tolist()) == ([100], [100])
+    assert (store.slots, store.pool.cache_seqlens.tolist()) == ([576], [576])
     query = torch.randn(1, 4, 1, 64)
-    slots, _ = select(query, view, Sparsity(92, "latent", 8), 92, 1.0, 8)
+    slots, _ = select_tokens(query, view, Sparsity(92, "latent", 8), 92, 1.0, 8)
     assert slots[0, 0].tolist() == list(range(8, 100))
 
 
@@ -240,7 +230,7 @@ def test_rows_say_what_was_run(rows):
 def test_scan_bytes_are_those_of_reads(prefix):
     settings = CacheSettings("paper-1.25", residual_length=0, sparse_budget=1)
     store = settings.compress(prefix).layers[0].tokens.packed
-    assert Scorer(settings).scan_bytes(store) == lead_bytes(store.layout, 16) / 2
+    assert Scorer(settings).scan_bytes(store) == store.layout.proxy_page_bytes(16) / 64 / 2
 
 
 def test_table_has_a_column_a_budget(rows):

@@ -77,13 +77,13 @@ def test_window_slides(sinks, residual):
     for length in (90, 1, 63, 64, 1, 1, 70, 128, 2):
         feed_and_compare(driver, length, FINE_TOLERANCE)
         total += length
-        slots, rows = driver.layer.tokens.packed.slots[0], driver.layer.tokens.rows.count[0]
+        slots, kept = driver.layer.tokens.packed.slots[0], driver.layer.tokens.window.count[0]
         if total < sinks + residual + 64:
             assert slots == 0
         else:
             assert residual <= total - slots < residual + 64
         assert slots % 64 == 0
-        assert rows == total - max(slots - sinks, 0)
+        assert kept == total - max(slots - sinks, 0)
     assert slots > 0
 
 
@@ -108,7 +108,7 @@ def test_whole_pages_are_packed_without_a_window():
     driver = Driver(residual_length=0, **FINE)
     driver.feed(3 * 1024)
     assert driver.layer.tokens.packed.slots == [3 * 1024]
-    assert driver.layer.tokens.rows.count == [8]
+    assert driver.layer.tokens.window.count == [8]
     feed_and_compare(driver, 1024, FINE_TOLERANCE)
     assert driver.layer.tokens.packed.slots == [4 * 1024]
 
@@ -152,7 +152,7 @@ def test_ways_to_the_same_length_hold_the_same_tokens():
     for start, stop in ((0, 300), (300, 301), (301, 500), (500, 564), (564, 600)):
         pieces.attend(*(x[:, :, start:stop] for x in (query, keys, values)))
     for store in (whole.layer.tokens, pieces.layer.tokens):
-        assert store.packed.slots == [512] and store.rows.count == [96]
+        assert store.packed.slots == [512] and store.window.count == [96]
     # Bases differ, fitted on 600 and on 300 tokens, and each key is quantized with both.
     for a, b in zip(decoded(whole.layer), decoded(pieces.layer), strict=True):
         assert rms(a - b) <= SAME_TOKENS * rms(a)
@@ -197,13 +197,13 @@ def test_full_keys_and_values_are_freed():
     assert driver.cache.allocated_bytes() < full / 4
 
 
-def test_a_long_chunk_passes_through_few_rows():
-    """Packed sequences take a chunk page by page, so exact rows never grow to its length."""
+def test_a_long_chunk_passes_through_a_small_window():
+    """Packed sequences take a chunk page by page, so the window never grows to its length."""
     driver, seen = Driver(), []
     driver.feed(300)
-    rows = driver.layer.tokens.rows
-    resize = rows.resize
-    rows.resize = lambda count: seen.append(count) or resize(count)
+    window = driver.layer.tokens.window
+    resize = window.resize
+    window.resize = lambda count: seen.append(count) or resize(count)
     driver.feed(2048)
     assert max(seen, default=0) <= 8 + 2 * 64 + 64
     assert driver.layer.tokens.packed.slots == [2240]
@@ -215,7 +215,7 @@ def test_unlimited_generation_keeps_its_memory_in_step():
     sizes = [driver.cache.allocated_bytes() for _ in range(260) if driver.feed(1) is not None]
     packed = driver.layer.tokens.packed
     assert packed.slots == [448]
-    # Never more than the pages in use, an eighth and a page of slack, and the exact rows.
+    # Never more than the pages in use, an eighth and a page of slack, and the window.
     page = packed.layout.k_page_bytes + packed.layout.v_page_bytes
-    rows = driver.layer.tokens.rows.keys.nbytes * 2
-    assert max(sizes) <= (packed.slots[0] // 64 * 9 // 8 + 1) * page + rows + 40_000
+    window = driver.layer.tokens.window.keys.nbytes * 2
+    assert max(sizes) <= (packed.slots[0] // 64 * 9 // 8 + 1) * page + window + 40_000

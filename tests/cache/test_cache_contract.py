@@ -118,12 +118,12 @@ def test_reorder_moves_whole_sequences():
 def test_copies_share_pages_until_they_differ():
     driver = Driver(1, **FINE)
     driver.feed(2048)
-    pages = len(driver.layer.tokens.packed.used_pages)
+    pages = len(driver.layer.tokens.packed.pool.used_pages)
     driver.cache.batch_repeat_interleave(4)
     driver.batch = 4
-    assert len(driver.layer.tokens.packed.used_pages) == pages
+    assert len(driver.layer.tokens.packed.pool.used_pages) == pages
     feed_and_check(driver, 1, 64)
-    assert len(driver.layer.tokens.packed.used_pages) == pages + 4
+    assert len(driver.layer.tokens.packed.pool.used_pages) == pages + 4
 
 
 def test_copies_share_no_part_full_page():
@@ -212,7 +212,7 @@ def test_lengths_that_transformers_asks_for():
     query, keys, values = driver.draw(300)
     new, same = cache.update(keys, values, 0)
     assert new is same and cache.get_seq_length() == 300
-    layer.attend(driver.module, query, new)
+    layer.attend(query, new)
     assert cache.get_seq_length() == 300 and cache.is_initialized
     assert layer.get_mask_sizes(5) == (305, 0)
     assert layer.get_mask_sizes(torch.arange(300, 302)) == (302, 0)

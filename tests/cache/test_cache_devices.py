@@ -1,8 +1,6 @@
 """A cache keeps everything where its keys are. No GPU is needed: tensors are fakes, with shapes and
 devices but no numbers, and operators refuse tensors of different devices."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -12,7 +10,6 @@ from svdq import SVDqCache
 from svdq.config.settings import Settings
 
 HEADS, GROUP, DIM = 2, 2, 64
-MODULE = SimpleNamespace(num_key_value_groups=GROUP, is_causal=True, training=False)
 
 
 @pytest.fixture(params=["pre", "post"])
@@ -32,7 +29,7 @@ def step(request, monkeypatch):
         new = torch.randn(2, batch, HEADS, length, DIM, device="cuda", dtype=torch.bfloat16)
         query = torch.randn(batch, HEADS * GROUP, length, DIM, device="cuda", dtype=new.dtype)
         handle, _ = cache.update(new[0], new[1], 0)
-        return layer.attend(MODULE, query, handle)
+        return layer.attend(query, handle)
 
     run.layer, run.cache = layer, cache
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -40,7 +37,8 @@ def step(request, monkeypatch):
 
 
 def tensors_of(layer):
-    for part in (layer.tokens.rows, layer.tokens.packed):
+    packed = layer.tokens.packed
+    for part in (layer.tokens.window, packed, packed.pool, packed.codec, packed.drift):
         yield from ((k, v) for k, v in vars(part).items() if isinstance(v, torch.Tensor))
 
 

@@ -12,15 +12,15 @@ COARSE_TOLERANCE = 1e-2  # see test_cache.py
 SETTINGS = {"schedule": [4, 4, 2, 0, 0, 0, 0, 0], "rope": "post", "residual_length": 0}
 
 
-def turned(driver, length, seed=5):
+def changed(driver, length, seed=5):
     """Tokens whose keys vary where those of the driver do not."""
     query, keys, values = driver.draw(length)
     return query, keys.flip(-1).contiguous(), values
 
 
-def feed_turned(driver, length, step=64):
+def feed_changed(driver, length, step=64):
     for _ in range(0, length, step):
-        driver.attend(*turned(driver, step))
+        driver.attend(*changed(driver, step))
 
 
 def test_drift_is_one_while_keys_stay_alike():
@@ -39,7 +39,7 @@ def test_drift_is_one_while_keys_stay_alike():
 def test_drift_shows_keys_that_changed():
     driver = Driver(1, **SETTINGS)
     driver.feed(600)
-    feed_turned(driver, 640)
+    feed_changed(driver, 640)
     assert driver.cache.drift()[0][0] > 3
     assert not driver.layer.tokens.past  # nothing is fitted anew unless asked for
 
@@ -50,9 +50,9 @@ def test_a_new_basis_codes_what_changed(batch):
     for bound in (None, 4.0):
         driver = Driver(batch, refit_drift=bound, **SETTINGS)
         driver.feed(600)
-        feed_turned(driver, 1280)
+        feed_changed(driver, 1280)
         stores = driver.layer.tokens.stores
-        errors[bound] = [float(stores[-1].error.mean())]
+        errors[bound] = [float(stores[-1].drift.error.mean())]
         assert len(stores) == (1 if bound is None else 2)
         assert driver.cache.get_seq_length() == 1880
         assert [driver.layer.tokens.count(b) for b in range(batch)] == [1880] * batch
@@ -66,7 +66,7 @@ def test_positions_go_on_in_the_new_store():
     # Noise has no phase to un-rotate: before RoPE the two channels of a pair vary alike.
     driver = Driver(1, refit_drift=1.5, **{**SETTINGS, "rope": "pre"})
     driver.feed(600)
-    feed_turned(driver, 1280)
+    feed_changed(driver, 1280)
     stores = driver.layer.tokens.stores
     assert len(stores) > 1
     position = 0
@@ -79,7 +79,7 @@ def test_positions_go_on_in_the_new_store():
 def test_attention_reads_every_store(rope):
     driver = Driver(2, refit_drift=1.5, **{**SETTINGS, "rope": rope})
     driver.feed(600)
-    feed_turned(driver, 1280)
+    feed_changed(driver, 1280)
     assert driver.layer.tokens.past
     for length in (1, 100):  # decoding, and a chunk that attends among itself
         before = [decoded(driver.layer, b) for b in range(2)]
@@ -98,7 +98,7 @@ def test_attention_reads_every_store(rope):
 def test_changes_of_the_past_reach_every_store(tmp_path):
     driver = Driver(2, refit_drift=4.0, **SETTINGS)
     driver.feed(600)
-    feed_turned(driver, 1280)
+    feed_changed(driver, 1280)
     assert len(driver.layer.tokens.past) == 1
     driver.cache.save(tmp_path / "cache")
     loaded = SVDqCache.load(tmp_path / "cache", driver.config)

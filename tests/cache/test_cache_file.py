@@ -9,14 +9,14 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from cache_support import CONFIGS, FINE, assert_same_state, make_model, make_tokens, snapshot
-from svdq import SVDqCache
+from svdq import SVDqCache, cache_argument
 
 
 def prefilled(family, tokens, settings):
     model = make_model(family)
     cache = SVDqCache(model.config, **settings)
     with torch.inference_mode():
-        model(tokens, past_key_values=cache)
+        model(tokens, **cache_argument(cache))
     return model, cache
 
 
@@ -30,7 +30,7 @@ def prefilled(family, tokens, settings):
         {"rope": "post", "v_bits": 2, "clip": False, "sink_tokens": 3},
         {"k_bits": 0.7},
         {"lambda_": 1e-3, "rope": "post"},
-        {"rope": "hybrid", "k_bits": 1.25, "core_channels": 8},
+        {"rope": "hybrid", "k_bits": 1.25, "pre_channels": 8},
         {"rope": "rotated-mean"},
     ],
     ids=["default", "fine", "exact", "post", "allocated", "price", "hybrid", "rotated mean"],
@@ -47,8 +47,8 @@ def test_goes_on_like_the_original(tmp_path, family, settings):
     with torch.inference_mode():
         for length in (1, 100, 1):
             new = make_tokens(2, length, seed=length)
-            expected = model(new, past_key_values=cache).logits
-            assert torch.equal(model(new, past_key_values=loaded).logits, expected)
+            expected = model(new, **cache_argument(cache)).logits
+            assert torch.equal(model(new, **cache_argument(loaded)).logits, expected)
 
 
 def test_file_is_no_larger_than_the_cache(tmp_path):

@@ -150,11 +150,11 @@ def test_tokens_that_nobody_attended():
 
 @pytest.mark.parametrize(("length", "name"), [(300, "pack_keys_"), (1, "attend"), (100, "merge")])
 def test_operators_that_fail(monkeypatch, length, name):
-    """Whatever goes wrong before new tokens are stored, they are not there afterwards."""
+    """After any failure before new tokens are stored, the cache is as it was."""
     driver = filled() if length < 300 else Driver(2, **FINE)
     before = snapshot(driver.cache)
 
-    def fail(*args):
+    def fail(*args, **kwargs):
         raise MemoryError
 
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
@@ -168,7 +168,7 @@ def test_tokens_that_are_used_twice():
     driver = Driver(**FINE)
     query, keys, values = driver.draw(3)
     new, _ = driver.cache.update(keys, values, 0)
-    driver.layer.attend(driver.module, query, new)
+    driver.layer.attend(query, new)
     driver.layer.pending = 0
     with pytest.raises(RuntimeError, match="used once"):
         svdq_attention(driver.module, query, new, new, None)
@@ -200,7 +200,7 @@ def test_tokens_that_are_used_twice():
         ({"v_bits": 3}, "v_bits must be one of"),
         ({"v_bits": "full"}, "v_bits must be one of"),
         ({"rope": "half"}, "rope must be one of"),
-        ({"rope": "hybrid", "core_channels": 4}, "core_channels must be a positive multiple of 8"),
+        ({"rope": "hybrid", "pre_channels": 4}, "pre_channels must be a positive multiple of 8"),
         ({"sink_tokens": -1}, r"sink_tokens must be 0 \.\. 64"),
         ({"sink_tokens": 65}, r"sink_tokens must be 0 \.\. 64"),
         ({"residual_length": -1}, "residual_length must be at least 0"),

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from cache_support import CONFIGS, FINE, Driver, make_model, make_tokens
-from svdq import SVDqCache
+from svdq import SVDqCache, cache_argument
 from svdq.cache.layer import SVDqLayer
 
 
@@ -68,7 +68,7 @@ def test_parts_are_what_the_format_says():
     assert report.key_scale == 2 * 2 * coded * 4
     assert report.key_basis == 2 * 2 * coded * 64 * 2
     assert report.key_mean == 2 * 2 * 64 * 4
-    assert report.key_weight == 2 * 2 * 64 * (2 + 4) + 2 * 4  # weights, energies, tokens seen
+    assert report.key_gain == 2 * 2 * 64 * (2 + 4) + 2 * 4  # gain, energies, tokens seen
     assert report.value_codes == packed * 64 * 4 / 8
     assert report.value_scales == packed * 2 * 2  # half scale and zero point per token, one group
     assert report.sink_keys == report.sink_values == 2 * 8 * 2 * 64 * 2
@@ -78,7 +78,7 @@ def test_parts_are_what_the_format_says():
     assert report.full_bytes == 2 * 800 * 2 * 64 * 2
     assert report.code_bits == 1.25
     keys = report.key_codes + report.key_scale + report.key_basis + report.key_mean
-    keys += report.key_weight + report.sink_keys + report.window_keys + report.page_tables
+    keys += report.key_gain + report.sink_keys + report.window_keys + report.page_tables
     assert report.key_bits == 8 * keys / (800 * 2 * 64)
     assert report.ratio == report.full_bytes / report.total_bytes
     assert "1.25 in codes" in str(report) and "window keys" in str(report)
@@ -100,7 +100,7 @@ def test_sliding_layers_are_in_the_report():
     cache = SVDqCache(model.config, **FINE)
     with torch.inference_mode():
         for length in (300, 1, 20):
-            model(make_tokens(1, length), past_key_values=cache)
+            model(make_tokens(1, length), **cache_argument(cache))
             report = assert_report_is_true(cache)
     sliding = cache.layers[0]
     assert report.other_layers >= sliding.keys.nbytes + sliding.values.nbytes
@@ -135,7 +135,7 @@ def test_no_layer_keeps_its_prompt():
     ]
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
         patch.setattr(SVDqLayer, "update", watched_update)
-        model(make_tokens(1, 2048), past_key_values=cache)
+        model(make_tokens(1, 2048), **cache_argument(cache))
     for hook in hooks:
         hook.remove()
     layer_bytes = held[0][0]
@@ -159,8 +159,8 @@ def test_full_bytes_are_a_dynamic_cache_s():
     model, tokens = make_model("gemma3"), make_tokens(1, 300)
     full, cache = DynamicCache(config=CONFIGS["gemma3"]), SVDqCache(CONFIGS["gemma3"])
     with torch.inference_mode():
-        model(tokens, past_key_values=full)
-        model(tokens, past_key_values=cache)
+        model(tokens, **cache_argument(full))
+        model(tokens, **cache_argument(cache))
     extra = 8  # the sliding layer's own length, a tensor in transformers 5
     expected = sum(layer.keys.nbytes + layer.values.nbytes for layer in full.layers)
     assert expected <= cache.memory_report().full_bytes <= expected + extra

@@ -5,7 +5,8 @@ import torch
 
 from cache_support import Driver, assert_same_state, decoded, plain_attention, snapshot
 from svdq import SVDqCache
-from svdq.store.outliers import NO_SLOT, Outliers
+from svdq.layout import NO_SLOT
+from svdq.store.outliers import Outliers
 
 SETTINGS = {"schedule": [4, 4, 2, 0, 0, 0, 0, 0], "residual_length": 0}
 COARSE_TOLERANCE = 1e-2  # see test_cache.py
@@ -37,7 +38,7 @@ def test_the_worst_coded_tokens_are_exact(rope, weighted):
     tokens = driver.layer.tokens
     held = tokens.packed.outliers.keys[0, 0, [chosen(driver)[0].index(s) for s in loud]].float()
     if weighted:
-        held = held / tokens.weight[0, 0].float()
+        held = held / tokens.fit.gain[0, 0].float()
     # Rounded to bfloat16.
     torch.testing.assert_close(held, keys[0, 0, loud], rtol=2**-8, atol=0)
 
@@ -82,7 +83,7 @@ def test_changes_reach_outliers(tmp_path):
     loaded = SVDqCache.load(tmp_path / "cache", driver.config)
     assert_same_state(snapshot(loaded), snapshot(cache))
     mine, theirs = (c.layers[0].tokens.packed.outliers for c in (cache, loaded))
-    for name in ("slots", "keys", "least"):
+    for name in ("slots", "keys", "min_error"):
         assert torch.equal(getattr(mine, name), getattr(theirs, name))
     first, second = chosen(driver, 0), chosen(driver, 1)
     cache.reorder_cache(torch.tensor([1, 0]))
@@ -97,10 +98,10 @@ def test_choice_by_error_alone():
     errors = torch.arange(40.0).repeat(2, 1)
     errors[1] = errors[1].flip(0)
     keys = torch.randn(2, 40, 16)
-    outliers.choose(0, keys, errors, 0, 0.1, skip=2)
+    outliers.choose(0, keys, errors, 0, fraction=0.1, skip=2)
     assert [x[:4] for x in outliers.slots[0].tolist()] == [[36, 37, 38, 39], [2, 3, 4, 5]]
-    assert outliers.least[0].tolist() == [36, 34]
-    outliers.choose(0, keys, errors, 40, None)
+    assert outliers.min_error[0].tolist() == [36, 34]
+    outliers.choose(0, keys, errors, 40, fraction=None)
     assert sorted(x for x in outliers.slots[0, 0].tolist() if x < NO_SLOT)[4:] == [76, 77, 78, 79]
     assert [x for x in outliers.slots[0, 1].tolist() if x < NO_SLOT] == [2, 3, 4, 5, *range(40, 46)]
 

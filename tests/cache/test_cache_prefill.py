@@ -5,14 +5,14 @@ import torch
 from transformers import DynamicCache
 
 from cache_support import assert_same_state, make_model, make_tokens, snapshot
-from svdq import SVDqCache
+from svdq import SVDqCache, cache_argument
 from svdq_bench.quality.prefix import read_prefix
 
 
 @torch.inference_mode()
 def full_cache(model, tokens):
     cache = DynamicCache(config=model.config)
-    model(tokens, past_key_values=cache)
+    model(tokens, **cache_argument(cache))
     return cache
 
 
@@ -25,7 +25,7 @@ def full_cache(model, tokens):
 def test_it_is_the_cache_that_a_prefill_makes(settings):
     model, tokens = make_model(), make_tokens(1, 400)
     expected = SVDqCache(model.config, **settings)
-    model(tokens, past_key_values=expected)
+    model(tokens, **cache_argument(expected))
     cache = SVDqCache(model.config, **settings)
     prefix = read_prefix(model, tokens)
     cache.prefill_from(prefix.cache, prefix.query_energy)

@@ -13,11 +13,11 @@ from cache_support import (
     plain_attention,
     snapshot,
 )
-from svdq import SVDqCache
-from svdq.store import sparsity
+from svdq import SVDqCache, cache_argument
+from svdq.config.sparsity import Sparsity
+from svdq.layout import NO_SLOT
+from svdq.store.attend import select_tokens
 from svdq.store.landmarks import CHUNK_TOKENS
-from svdq.store.outliers import NO_SLOT
-from svdq.store.sparsity import Sparsity
 
 ROPES = ["pre", "post", "hybrid", "rotated-mean"]
 SCORERS = ["latent", "landmarks"]
@@ -35,11 +35,11 @@ def selected_slots(driver, query, b=0):
     layer, tokens = driver.layer, driver.layer.tokens
     store = tokens.packed
     packed = max(store.slots) - layer.settings.sink_tokens
-    slots, _ = sparsity.select(
-        tokens.weighted_query(query),
+    slots, _ = select_tokens(
+        tokens.fit.matching_query(query),
         store,
-        layer.sparsity,
-        layer.sparsity.tokens(packed),
+        tokens.sparsity,
+        tokens.sparsity.tokens(packed),
         query.shape[-1] ** -0.5,
         layer.settings.sink_tokens,
     )
@@ -47,7 +47,7 @@ def selected_slots(driver, query, b=0):
 
 
 def attention_to(driver, query, slots, b=0):
-    """Attention over these packed slots of each head and all exact rows, [1, Hq, D]."""
+    """Attention over these packed slots of each head and the window, [1, Hq, D]."""
     keys, values = decoded(driver.layer, b)
     packed = driver.layer.tokens.packed_slots(b)
     exact = [*range(driver.layer.settings.sink_tokens), *range(packed, keys.shape[1])]
@@ -134,12 +134,9 @@ def test_outliers_are_always_attended(scorer):
     for h, own in enumerate(slots):
         k = all_keys[h].clone()
         listed = [s for s in held.slots[0, h].tolist() if s < NO_SLOT]
-        weight = (
-            driver.layer.tokens.weight[0, h].float()
-            if driver.layer.tokens.weight is not None
-            else 1
-        )
-        k[listed] = held.keys[0, h, : len(listed)].float() / weight
+        gain = driver.layer.tokens.fit.gain
+        gain = 1 if gain is None else gain[0, h].float()
+        k[listed] = held.keys[0, h, : len(listed)].float() / gain
         seen = sorted({*range(8), *own, *range(640, k.shape[0])})
         heads.append(
             plain_attention(query[0, 2 * h : 2 * h + 2], k[None, seen], all_values[h : h + 1, seen])
@@ -162,10 +159,10 @@ def test_stores_of_different_bases_are_merged(scorer, budget):
     assert len(stores) > 1
     out = driver.feed(1)
     assert out.isfinite().all()
-    assert len(driver.layer.attended) == len(stores)
+    assert len(driver.layer.tokens.attended) == len(stores)
     packed = [store.slots[0] - (8 if n == 0 else 0) for n, store in enumerate(stores)]
     share = budget if budget < 1 else budget / sum(packed)
-    assert driver.layer.attended == [int(share * n) for n in packed]
+    assert driver.layer.tokens.attended == [int(share * n) for n in packed]
     assert driver.cache.memory_report().total_bytes == driver.cache.allocated_bytes()
 
 
@@ -174,7 +171,7 @@ def test_landmarks_are_means_of_chunks():
     driver.feed(700)
     store = driver.layer.tokens.packed
     keys = decoded_store(store, 0)[0]
-    pages = torch.tensor(store.pages[0])
+    pages = torch.tensor(store.pool.pages[0])
     got = store.landmarks.decode(pages)
     expected = keys.unflatten(1, (-1, CHUNK_TOKENS)).mean(2)
     assert got.shape == expected.shape
@@ -192,7 +189,7 @@ def test_landmarks_of_a_page_filled_in_two_steps():
     store = driver.layer.tokens.packed
     assert store.slots[0] == store.slots[1] > 640
     for b in range(2):
-        got = store.landmarks.decode(torch.tensor(store.pages[b]))
+        got = store.landmarks.decode(torch.tensor(store.pool.pages[b]))
         expected = decoded_store(store, b)[0].unflatten(1, (-1, CHUNK_TOKENS)).mean(2)
         assert (got - expected).square().mean() < 0.05 * expected.var()
     assert driver.cache.memory_report().landmarks > 0
@@ -223,11 +220,14 @@ def test_generation(scorer):
     tokens = make_tokens(2, 500)
     cache = SVDqCache(model.config, schedule=[4], sparse_budget=[None, 0.2], sparse_scorer=scorer)
     with torch.inference_mode():
-        out = model.generate(tokens, past_key_values=cache, max_new_tokens=8, do_sample=False)
+        out = model.generate(tokens, **cache_argument(cache), max_new_tokens=8, do_sample=False)
     assert out.shape == (2, 508)
-    assert [layer.sparsity for layer in cache.svdq_layers] == [None, Sparsity(0.2, scorer, 16)]
+    assert [layer.tokens.sparsity for layer in cache.svdq_layers] == [
+        None,
+        Sparsity(0.2, scorer, 16),
+    ]
     packed = 384 - 8
-    assert [layer.attended for layer in cache.svdq_layers] == [[packed], [packed // 5]]
+    assert [layer.tokens.attended for layer in cache.svdq_layers] == [[packed], [packed // 5]]
 
 
 def test_what_a_step_reads():
@@ -248,7 +248,7 @@ def test_what_a_step_reads():
     assert report.scan == slots * 2 * 16 * 4 // 8  # 16 channels of 4 bits a head
     assert report.exact == (8 + tokens - slots) * numbers * 4
     store = driver.layer.tokens.packed
-    assert report.coding == sum(x.nbytes for x in (store.basis, store.scale, store.mean))
+    assert report.coding == sum(x.nbytes for x in store.codec.tensors().values())
     assert report.total == sum(
         (report.codes, report.scan, report.exact, report.coding, report.lists)
     )
@@ -261,7 +261,7 @@ def test_reports_outlive_a_new_store_but_not_a_crop():
     driver.feed(1)
     before = driver.cache.read_report()
     tokens = driver.layer.tokens
-    # What a step does whose keys have drifted too far.
+    # A step whose keys have drifted too far does this.
     tokens.past, tokens.packed = [tokens.packed], tokens.packed.successor([0])
     assert driver.cache.read_report() == before
     tokens.packed, tokens.past = tokens.past[0], []

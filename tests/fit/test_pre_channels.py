@@ -1,4 +1,4 @@
-"""What a hybrid layout's core does without: fast RoPE pairs that matter little to a head."""
+"""Fast RoPE pairs that the pre-RoPE channels of a hybrid layout drop."""
 
 import pytest
 import torch
@@ -6,8 +6,12 @@ import torch
 from support import ROUNDING, assert_same, assert_within, make_inv_freq, make_keys, make_layout
 from svdq import _C, ops, reference
 from svdq.fit import bases as fitting
-from svdq.fit import pre_channels as core
-from svdq.fit.pre_channels import Core, spared_pairs, without_pairs
+from svdq.fit.pre_channels import (
+    DROPPED_VARIANCE,
+    PreChannels,
+    dropped_pairs,
+    without_pairs,
+)
 from svdq.layout import PAGE_TOKENS, PageLayout
 from svdq.store.packed import PackedStore
 
@@ -28,36 +32,36 @@ def uneven_keys(weak_pairs, position=0, inv_freq=INV_FREQ, num_tokens=700):
     return reference.rotate(keys, positions, inv_freq).float()
 
 
-def test_what_is_fast_is_not_absorbed():
-    """A page turns a pair that is absorbed by half a radian at most, either way from its middle."""
+def test_fast_pairs_are_not_absorbed():
+    """A page rotates an absorbed pair by half a radian at most, either way from its middle."""
     assert _C.ABSORBED_FASTEST * PAGE_TOKENS / 2 == 0.5
-    assert Core.of(LAYOUT, INV_FREQ).fast.tolist() == FAST.tolist()
+    assert PreChannels.of(LAYOUT, INV_FREQ).fast.tolist() == FAST.tolist()
     assert 0 < FAST.sum() < 32
-    assert Core.of(make_layout(64, [4], 2, "pre"), INV_FREQ) is None
+    assert PreChannels.of(make_layout(64, [4], 2, "pre"), INV_FREQ) is None
     with pytest.raises(ValueError, match=r"inv_freq.*None"):
-        Core.of(LAYOUT, None)
+        PreChannels.of(LAYOUT, None)
 
 
-def test_the_least_fast_pairs_are_spared():
+def test_the_fast_pairs_that_hold_least_are_dropped():
     """With components that are channels it is plain what pairs hold."""
     components = torch.eye(64).expand(2, 64, 64)
     held = torch.tensor([[50, 2, 2, 46, 0], [1, 1, 50, 2, 46]])  # pairs 0 .. 4, 100 together
     variance = torch.full((2, 64), 1e-3)
     variance[:, :5], variance[:, 32:37] = 0.25 * held, 0.75 * held
     fast = torch.arange(32) < 4
-    spared = spared_pairs(components, variance, torch.tensor([10, 10]), fast)
-    assert core.SPARED_VARIANCE == 0.05
-    assert spared.sum(1).tolist() == [2, 3]
-    assert spared[0, 1:3].all() and spared[1, [0, 1, 3]].all()
+    dropped = dropped_pairs(components, variance, torch.tensor([10, 10]), fast)
+    assert DROPPED_VARIANCE == 0.05
+    assert dropped.sum(1).tolist() == [2, 3]
+    assert dropped[0, 1:3].all() and dropped[1, [0, 1, 3]].all()
     # Queries that do not look at the large pairs make the others matter.
     energy = torch.ones(2, 64)
     energy[:, [0, 32, 2, 34]] = 1e-6
-    spared = spared_pairs(components, variance, torch.tensor([10, 10]), fast, energy)
-    assert [x.nonzero()[:, 0].tolist() for x in spared] == [[0, 2], [0, 2]]
-    # Components that are no core channels do not count: of the first two, one is of a slow pair.
+    dropped = dropped_pairs(components, variance, torch.tensor([10, 10]), fast, energy)
+    assert [x.nonzero()[:, 0].tolist() for x in dropped] == [[0, 2], [0, 2]]
+    # Components past the pre-RoPE channels do not count: of the first two, one is of a slow pair.
     variance[:, 36], variance[:, 4] = 1000, 0
-    spared = spared_pairs(components, variance, torch.tensor([1, 1]), fast)
-    assert spared[:, :4].all() and not spared[:, 4:].any()
+    dropped = dropped_pairs(components, variance, torch.tensor([1, 1]), fast)
+    assert dropped[:, :4].all() and not dropped[:, 4:].any()
 
 
 @pytest.mark.parametrize("num_tokens", [20, 700])
@@ -65,10 +69,10 @@ def test_components_without_pairs(num_tokens):
     """Exact zeros, right angles, and all that is left of the covariance."""
     keys = make_keys(2, num_tokens, 64)
     _, components, variance = ops.fit_basis(keys)
-    spared = torch.zeros(2, 32, dtype=torch.bool)
-    spared[0, [0, 5, 6]] = True  # none of the other head
-    left = torch.cat([spared, spared], dim=1)
-    found, spectrum = without_pairs(components, variance, spared)
+    dropped = torch.zeros(2, 32, dtype=torch.bool)
+    dropped[0, [0, 5, 6]] = True  # none of the other head
+    left = torch.cat([dropped, dropped], dim=1)
+    found, spectrum = without_pairs(components, variance, dropped)
     assert (found[0, :58][:, left[0]] == 0).all()
     assert (found[0, 58:][:, ~left[0]] == 0).all()
     assert_within(found @ found.mT, torch.eye(64).expand(2, 64, 64), 1e-5)
@@ -83,7 +87,7 @@ def test_components_without_pairs(num_tokens):
 
 def test_keys_that_are_all_alike():
     """No variance, so nothing matters: any basis will do, as long as it is one."""
-    components, variance = Core.of(LAYOUT, INV_FREQ).spare(
+    components, variance = PreChannels.of(LAYOUT, INV_FREQ).drop(
         torch.eye(64).repeat(2, 1, 1), torch.zeros(2, 64)
     )
     assert_within(components @ components.mT, torch.eye(64).expand(2, 64, 64), 1e-5)
@@ -92,12 +96,14 @@ def test_keys_that_are_all_alike():
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_core_rows_are_zero_in_spared_pairs(backend, weighted):
+def test_basis_vectors_are_zero_in_dropped_pairs(backend, weighted):
     weak = [0, 3, 4, 20]  # the last one is slow
     keys = uneven_keys(weak)
     energy = torch.ones(2, 64) if weighted else None
-    fitted = fitting.fit_bases(keys, Core.of(LAYOUT, INV_FREQ), INV_FREQ, energy=energy)
-    rows = fitted.core[0].unflatten(0, (2, 8))
+    fitted = fitting.fit_bases(
+        keys, PreChannels.of(LAYOUT, INV_FREQ), inv_freq=INV_FREQ, energy=energy
+    )
+    rows = fitted.pre.basis.unflatten(0, (2, 8))
     zero = (rows[..., :32] == 0).all(1) & (rows[..., 32:] == 0).all(1)
     assert rows.dtype == torch.bfloat16
     assert zero[:, [0, 3, 4]].all()
@@ -106,19 +112,18 @@ def test_core_rows_are_zero_in_spared_pairs(backend, weighted):
         assert zero.sum() == 6
     gram = rows.float() @ rows.float().mT
     assert_within(gram, torch.eye(8).expand(2, 8, 8), 8 * ROUNDING[torch.bfloat16])
-    # The mean is whole: what it lacked would take the tail two channels a pair.
+    # The mean is whole: what it lacked would take two post-RoPE channels a pair.
     mean, _, _ = ops.fit_basis(keys, INV_FREQ)
-    assert (fitted.core[2] - mean).abs()[..., [0, 3, 4]].max() < 1e-5
+    assert (fitted.pre.mean - mean).abs()[..., [0, 3, 4]].max() < 1e-5
 
 
-def test_a_rope_without_fast_pairs_spares_none():
+def test_a_rope_without_fast_pairs_drops_none():
     keys = make_keys(2, 700, 64, inv_freq=SLOW)
     mean, components, _ = ops.fit_basis(keys, SLOW)
-    expected = ops.fit_quantizer(keys, mean, components, LAYOUT.core, SLOW)
-    for got, want in zip(
-        fitting.fit_bases(keys, Core.of(LAYOUT, SLOW), SLOW).core, expected, strict=True
-    ):
-        assert_same(got, want)
+    expected = ops.fit_quantizer(keys, mean, components, LAYOUT.pre_part, inv_freq=SLOW)
+    got = fitting.fit_bases(keys, PreChannels.of(LAYOUT, SLOW), inv_freq=SLOW).pre
+    for name, want in expected.tensors().items():
+        assert_same(getattr(got, name), want)
 
 
 @pytest.mark.parametrize("theta", [1.0, 1e4], ids=["only-fast", "mixed"])
@@ -127,40 +132,40 @@ def test_a_rope_without_fast_pairs_spares_none():
     [LAYOUT, PageLayout(64, ((0, 0, 16, 0),) * 2, "hybrid", pre_bands=((0, 32, 32, 0),) * 2)],
     ids=["few", "all"],
 )
-def test_any_rope_and_any_number_of_core_channels(backend, theta, layout):
+def test_any_rope_and_any_number_of_pre_channels(backend, theta, layout):
     inv_freq = make_inv_freq(64, theta)
     keys = uneven_keys([1, 2], inv_freq=inv_freq)
-    basis, scale, mean, post_mean = fitting.fit_keys(keys, layout, inv_freq)
+    codec = fitting.fit_keys(keys, layout, inv_freq)
     expected = reference.fit_keys(keys, layout, inv_freq)
     at, _ = reference.part_slices(layout)
     for h in range(2):
-        rows = basis[at[h]].float()
+        rows = codec.basis[at[h]].float()
         assert_within(rows @ rows.T, torch.eye(len(rows)), 0.02)
         if layout is LAYOUT:
-            assert_same(basis[at[h]] == 0, expected[0][at[h]] == 0)
-    assert all(x.isfinite().all() for x in (scale, mean, post_mean))
+            assert_same(codec.basis[at[h]] == 0, expected.basis[at[h]] == 0)
+    assert all(x.isfinite().all() for x in codec.tensors().values())
 
 
 def test_pairs_are_fast_by_the_positions_of_keys(monkeypatch):
-    """Thinned keys have greater frequencies; what is slow stays slow."""
+    """Thinned keys have greater frequencies; slow pairs stay slow."""
     inv_freq = torch.full((32,), 0.9 * _C.ABSORBED_FASTEST)
     store = PackedStore(LAYOUT, 1, torch.float32, torch.device("cpu"))
-    store.inv_freq = inv_freq
+    store.set_frequencies(inv_freq)
     keys = uneven_keys(range(30), inv_freq=inv_freq)
     monkeypatch.setattr(fitting, "BASIS_TOKENS", 100)
-    store.fit(0, keys, 0, True)
-    core_rows = store.basis[0].unflatten(0, (2, -1))[:, :8]
-    assert (core_rows != 0).any(1).all()
+    store.fit(0, keys, 0, clip=True)
+    pre_rows = store.codec.basis[0].unflatten(0, (2, -1))[:, :8]
+    assert (pre_rows != 0).any(1).all()
 
 
-def test_sparing_costs_little():
-    """The decoded core is off by what spared pairs hold more, at most."""
+def test_dropping_costs_little():
+    """Decoded pre-RoPE channels lose at most what the dropped pairs hold."""
     keys = uneven_keys([0, 3, 4])
     mean, components, variance = ops.fit_basis(keys, INV_FREQ)
-    spared = spared_pairs(components, variance, RANKS, FAST)
-    found, _ = Core.of(LAYOUT, INV_FREQ).spare(components, variance)
-    assert spared.any()
+    dropped = dropped_pairs(components, variance, RANKS, FAST)
+    found, _ = PreChannels.of(LAYOUT, INV_FREQ).drop(components, variance)
+    assert dropped.any()
     covariance = components.mT @ (variance[..., None] * components)
     kept = torch.einsum("hjd,hde,hje->h", found[:, :8], covariance, found[:, :8])
     before = variance[:, :8].sum(1)
-    assert ((1 - 2 * core.SPARED_VARIANCE) * before <= kept).all() and (kept <= before).all()
+    assert ((1 - 2 * DROPPED_VARIANCE) * before <= kept).all() and (kept <= before).all()

@@ -53,7 +53,7 @@ def test_prompts_have_pages_of_one_size(profile, scope):
 def test_files(profile, tmp_path):
     profile.save(tmp_path / "profile")
     loaded = Profile.load(tmp_path / "profile")
-    assert (loaded.rope, loaded.core_channels, loaded.query_weighted) == ("pre", 8, True)
+    assert (loaded.rope, loaded.pre_channels, loaded.query_weighted) == ("pre", 8, True)
     for layer, spectrum in profile.spectra.items():
         assert torch.equal(loaded.spectra[layer], spectrum)
     model, tokens = make_model("llama", "sdpa"), make_tokens(1, 400)

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from cache_support import CONFIGS, FINE, decoded, make_model, make_tokens
-from svdq import SVDqCache
+from svdq import SVDqCache, cache_argument
 
 PROMPT, NEW = 300, 80  # the window of 64 is passed while generating
 
@@ -19,18 +19,18 @@ def full_cache(family):
 def generate(model, tokens, cache, **kwargs):
     kwargs = {"max_new_tokens": NEW, "do_sample": False} | kwargs
     torch.manual_seed(3)
-    return model.generate(tokens, past_key_values=cache, **kwargs)
+    return model.generate(tokens, **cache_argument(cache), **kwargs)
 
 
 def decode_by_hand(model, tokens, cache, steps=NEW, **kwargs):
     """Greedy decoding as a user writes it."""
     with torch.inference_mode():
-        logits = model(tokens, past_key_values=cache, **kwargs).logits[:, -1]
+        logits = model(tokens, **cache_argument(cache), **kwargs).logits[:, -1]
         for step in range(steps):
             chosen = logits.argmax(-1, keepdim=True)
             tokens = torch.cat([tokens, chosen], 1)
             if step < steps - 1:
-                logits = model(chosen, past_key_values=cache).logits[:, -1]
+                logits = model(chosen, **cache_argument(cache)).logits[:, -1]
     return tokens
 
 
@@ -91,7 +91,7 @@ def assert_holds(cache, tokens):
     """
     full = full_cache("llama")
     with torch.inference_mode():
-        make_model("llama", "sdpa")(tokens, past_key_values=full)
+        make_model("llama", "sdpa")(tokens, **cache_argument(full))
     for layer, expected in zip(cache.layers, full.layers, strict=True):
         for b in range(len(tokens)):
             both = zip(decoded(layer, b), (expected.keys[b], expected.values[b]), strict=True)
@@ -182,9 +182,9 @@ def test_padding_without_position_ids():
     ):
         model = make_model("llama", attention)
         with torch.inference_mode():
-            prompt = model(ids, attention_mask=mask, past_key_values=cache).logits
+            prompt = model(ids, attention_mask=mask, **cache_argument(cache)).logits
             longer = torch.cat([mask, mask.new_ones(2, 1)], 1)
-            step = model(make_tokens(2, 1), attention_mask=longer, past_key_values=cache).logits
+            step = model(make_tokens(2, 1), attention_mask=longer, **cache_argument(cache)).logits
         outputs.append((prompt[:, 100:], step))
         if attention == "svdq":
             assert cache.layers[0].tokens.packed.first_position.tolist() == [100, 0]
@@ -209,13 +209,13 @@ def test_prompt_is_reused_by_copies():
     model, prompt = make_model("llama"), make_tokens(1, PROMPT)
     prefix = SVDqCache(CONFIGS["llama"])
     with torch.inference_mode():
-        model(prompt, past_key_values=prefix)
+        model(prompt, **cache_argument(prefix))
     for seed in (1, 2):
         question = torch.cat([prompt, make_tokens(1, 20, seed=seed)], 1)
         reused = generate(model, question, copy.deepcopy(prefix))
         fresh = SVDqCache(CONFIGS["llama"])
         with torch.inference_mode():
-            model(prompt, past_key_values=fresh)
+            model(prompt, **cache_argument(fresh))
         assert torch.equal(reused, generate(model, question, fresh))
     assert prefix.get_seq_length() == PROMPT
 
@@ -234,11 +234,11 @@ def test_cache_lives_through_both_modes(first, then):
     model, cache = make_model("llama"), SVDqCache(CONFIGS["llama"])
     for mode in (first, then, first):
         with mode():
-            model(make_tokens(1, PROMPT), past_key_values=cache)
+            model(make_tokens(1, PROMPT), **cache_argument(cache))
             cache.crop(-20)
             cache.batch_repeat_interleave(2)
             cache.reorder_cache(torch.tensor([1, 0]))
             for _ in range(70):
-                model(make_tokens(2, 1), past_key_values=cache)
+                model(make_tokens(2, 1), **cache_argument(cache))
             cache.batch_select_indices(torch.tensor([1]))
     assert cache.get_seq_length() == 3 * (PROMPT - 20 + 70)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from svdq import _C, SVDqCache
+from svdq import _C, SVDqCache, cache_argument
 from svdq_bench.quality.models import find_model, load_model, load_text, load_tokenizer, tokenize
 
 pytestmark = [
@@ -38,7 +38,7 @@ def decode(backend, prompt, **settings):
             answer = model.generate(
                 tokens,
                 attention_mask=torch.ones_like(tokens),
-                past_key_values=cache,
+                **cache_argument(cache),
                 do_sample=False,
                 min_new_tokens=NEW,
                 max_new_tokens=NEW,

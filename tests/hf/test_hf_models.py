@@ -6,7 +6,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from cache_support import CONFIGS, FINE, make_model, make_tokens
-from svdq import SVDqCache
+from svdq import SVDqCache, cache_argument
 from svdq.cache.layer import SVDqLayer
 
 CHUNKS = (300, 1, 1, 30, 100, 1)
@@ -15,7 +15,7 @@ CHUNKS = (300, 1, 1, 30, 100, 1)
 def logits(model, cache, chunks=CHUNKS, batch=2):
     with torch.inference_mode():
         return [
-            model(make_tokens(batch, n, seed=i), past_key_values=cache).logits
+            model(make_tokens(batch, n, seed=i), **cache_argument(cache)).logits
             for i, n in enumerate(chunks)
         ]
 
@@ -82,7 +82,7 @@ def test_other_caches_are_attended_as_before(family, padded):
         with torch.inference_mode():
             for chunk in chunks:
                 seen += chunk.shape[1]
-                out = model(chunk, attention_mask=mask[:, :seen], past_key_values=cache)
+                out = model(chunk, attention_mask=mask[:, :seen], **cache_argument(cache))
                 outputs[-1].append(out.logits)
             outputs[-1].append(
                 model(chunks[0], attention_mask=mask[:, :60], use_cache=False).logits
@@ -108,11 +108,11 @@ def test_another_attention_says_what_to_do(attention):
         torch.inference_mode(),
         pytest.raises(RuntimeError, match="attn_implementation='svdq'"),
     ):
-        model(make_tokens(1, 300), past_key_values=cache)
+        model(make_tokens(1, 300), **cache_argument(cache))
     assert cache.get_seq_length() == 0
     model.set_attn_implementation("svdq")
     with torch.inference_mode():
-        model(make_tokens(1, 300), past_key_values=cache)
+        model(make_tokens(1, 300), **cache_argument(cache))
     assert cache.get_seq_length() == 300
 
 
@@ -165,7 +165,7 @@ def test_what_attention_cannot_do(kwargs):
 def test_no_gradients():
     model, cache = make_model("llama"), SVDqCache(CONFIGS["llama"])
     with pytest.raises(NotImplementedError, match=r"gradients .*inference_mode"):
-        model(make_tokens(1, 10), past_key_values=cache)
+        model(make_tokens(1, 10), **cache_argument(cache))
     assert cache.get_seq_length() == 0
 
 
@@ -173,7 +173,7 @@ def test_masks_of_another_kind():
     model, cache = make_model("llama"), SVDqCache(CONFIGS["llama"])
     mask = torch.ones(1, 1, 10, 10, dtype=torch.bool).tril()
     with torch.inference_mode(), pytest.raises(ValueError, match="attention_mask must be"):
-        model(make_tokens(1, 10), attention_mask=mask, past_key_values=cache)
+        model(make_tokens(1, 10), attention_mask=mask, **cache_argument(cache))
     assert cache.get_seq_length() == 0
 
 
@@ -192,7 +192,7 @@ def test_bidirectional_parts_are_refused():
     mask = create_causal_mask(
         model.config,
         attention_mask=None,
-        past_key_values=None,
+        **cache_argument(None),
         or_mask_function=lambda b, h, q, kv: kv < 5,
         **kwargs,
     )

@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from cache_support import CONFIGS, GQA, SIZES
-from svdq import SVDqCache
+from svdq import SVDqCache, cache_argument
 from svdq.cache.layer import SVDqLayer
 from svdq.hf.rope import inverse_frequencies
 from svdq.reference import rotate
@@ -69,7 +69,7 @@ def keys_at(model, positions, layer_idx, monkeypatch):
         for position in positions:
             where = torch.tensor([[position]])
             cache = SVDqCache(model.config, rope="post")
-            model(torch.tensor([[7]]), position_ids=where, past_key_values=cache)
+            model(torch.tensor([[7]]), position_ids=where, **cache_argument(cache))
     return caught
 
 
@@ -102,10 +102,10 @@ def test_frequencies_are_chosen_when_the_basis_is_fitted():
     model = AutoModelForCausalLM.from_config(phi3(), attn_implementation="svdq").eval()
     cache = SVDqCache(model.config, residual_length=0, min_fit_tokens=1)
     with torch.inference_mode():
-        model(torch.full((1, 200), 7), past_key_values=cache)
+        model(torch.full((1, 200), 7), **cache_argument(cache))
     for layer in cache.svdq_layers:
-        assert torch.equal(layer.tokens.packed.inv_freq, inverse_frequencies(phi3(), 0, 199))
-        assert layer.tokens.packed.inv_freq is cache._frequencies[0]
+        assert torch.equal(layer.tokens.packed.codec.inv_freq, inverse_frequencies(phi3(), 0, 199))
+        assert layer.tokens.packed.codec.inv_freq is cache._frequencies[0]
 
 
 def test_layers_that_do_not_rotate_pack_keys_as_they_come():

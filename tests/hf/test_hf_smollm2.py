@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from svdq import SVDqCache
+from svdq import SVDqCache, cache_argument
 from svdq_bench.quality.models import find_model, load_model, load_text, load_tokenizer, tokenize
 
 pytestmark = pytest.mark.slow  # loading the model alone takes some ten seconds
@@ -22,7 +22,7 @@ class Prompt:
         self.full = DynamicCache(config=model.config)
         model.set_attn_implementation("sdpa")
         with torch.inference_mode():
-            model(self.tokens, past_key_values=self.full, logits_to_keep=1)
+            model(self.tokens, **cache_argument(self.full), logits_to_keep=1)
             self.log_probs = self.predict("sdpa", copy.deepcopy(self.full))
 
     def fill(self, length=PROMPT, **settings):
@@ -32,14 +32,14 @@ class Prompt:
             keys, values = (x[:, :, :length] for x in (full.keys, full.values))
             new, _ = cache.update(keys, values, layer.index)
             module = self.model.model.layers[layer.index].self_attn
-            layer.attend(module, keys.repeat_interleave(module.num_key_value_groups, 1), new)
+            layer.attend(keys.repeat_interleave(module.num_key_value_groups, 1), new)
         return cache
 
     def predict(self, attention, cache):
         """Log probabilities of every token after those of the text, [T, V]."""
         self.model.set_attn_implementation(attention)
         with torch.inference_mode():
-            return self.model(self.text, past_key_values=cache).logits[0].log_softmax(-1)
+            return self.model(self.text, **cache_argument(cache)).logits[0].log_softmax(-1)
 
     def divergence(self, **settings):
         """KL divergence from the full cache, the prompt packed down to its sinks, values exact."""
@@ -79,7 +79,11 @@ def test_generates_the_full_cache_s_text(prompt):
     for attention, cache in (("sdpa", full), ("svdq", exact)):
         prompt.model.set_attn_implementation(attention)
         tokens = prompt.model.generate(
-            prompt.tokens, past_key_values=cache, max_new_tokens=16, do_sample=False, pad_token_id=0
+            prompt.tokens,
+            **cache_argument(cache),
+            max_new_tokens=16,
+            do_sample=False,
+            pad_token_id=0,
         )
         outputs.append(tokens)
     assert torch.equal(*outputs)

@@ -1,4 +1,4 @@
-"""attend over packed pages and exact rows, against float64 attention over what they decode to."""
+"""attend over packed pages and the window, against float64 attention over what they decode to."""
 
 import functools
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from attend_cases import CASES, FLOAT32
 from support import Cache, assert_same, assert_within, make_cache, make_keys, make_layout, rms
 from svdq import ops, reference
 from svdq.layout import PageLayout
+from svdq.ops import PackedKeys, Window
 
 # Errors of the arithmetic, as a share of the error that coding keys and values makes. They add up
 # as squares, so this much is 2 % more. The largest part is rounding probabilities to 8 bits:
@@ -31,7 +32,7 @@ class Given:
 
 
 def exact_attention(cache: Cache, keys: list, values: list, query: torch.Tensor) -> torch.Tensor:
-    """The outputs if nothing had been quantized: packed keys and values, kept as exact rows."""
+    """The outputs if nothing had been quantized: packed tokens, moved to the window."""
     outs = []
     for b, (k, v) in enumerate(zip(keys, values, strict=True)):
         seen, rows = k.shape[1], int(cache.window_lens[b])
@@ -64,12 +65,12 @@ def given(name: str) -> Given:
 def given_to(name: str, halves: bool) -> Given:
     case = CASES[name]
     torch.manual_seed(0)
-    core = {"pre_bands": case.pre_bands} if case.pre_bands else {}
+    pre = {"pre_bands": case.pre_bands} if case.pre_bands else {}
     if case.bands:
-        layout = PageLayout(case.head_dim, case.bands, case.rope, case.v_bits, **core)
+        layout = PageLayout(case.head_dim, case.bands, case.rope, case.v_bits, **pre)
     else:
         layout = make_layout(
-            case.head_dim, list(case.schedule), case.heads, case.rope, v_bits=case.v_bits, **core
+            case.head_dim, list(case.schedule), case.heads, case.rope, v_bits=case.v_bits, **pre
         )
     cache, keys, values = make_cache(
         layout, list(case.seqlens), list(case.window_lens), **case.options
@@ -99,7 +100,7 @@ def test_attend(backend, name):
 
 
 def test_the_bounds_notice_one_missing_token(backend):
-    """What the checks above are worth: leaving one token of 170 out must fail them."""
+    """The checks above must fail where one token of 170 is left out."""
     case = given("paper-1.25-post")
     cache = case.cache.but(cache_seqlens=case.cache.cache_seqlens - 1)
     out, _ = ops.attend(case.query, **cache.kwargs())
@@ -115,13 +116,13 @@ def test_nothing_to_attend_to(backend):
         assert_same(lse, torch.full((2, 4, 3), -torch.inf))
 
 
-def test_queries_before_the_first_exact_row_see_nothing(backend):
-    """Causal, five queries and three rows: the first two are not among the rows."""
+def test_queries_before_the_window_see_nothing(backend):
+    """Causal, five queries and a window of three: the first two are not in it."""
     cache, _, _ = make_cache(make_layout(64, [4], 1), [0], [3])
     out, lse = ops.attend(torch.randn(1, 2, 5, 64), **cache.kwargs())
     assert_same(out[:, :, :2], torch.zeros(1, 2, 2, 64))
     assert_same(lse[:, :, :2], torch.full((1, 2, 2), -torch.inf))
-    # The third sees one row alone.
+    # The third sees one token alone.
     assert_within(out[:, :, 2], cache.window_values[:, :, 0].expand(1, 2, 64), 1e-6)
 
 
@@ -140,8 +141,8 @@ def test_strided_query(backend, name):
         assert_same(got, expected)
 
 
-def test_strided_exact_rows(backend):
-    """A part of the rows of a larger buffer, as a cache that grows in steps holds them."""
+def test_strided_window(backend):
+    """A part of a larger buffer, as a cache that grows in steps holds it."""
     case = given("batch")
     rows = torch.full((2, 5, 3, 200, 64), torch.nan)
     rows = rows[:, 1:4, :2, :150]
@@ -211,7 +212,7 @@ def test_position_shifts_leave_rotated_scores_alone(backend):
         results.append((ops.attend(query, **cache.kwargs()), expect(cache, query)))
     (near, expected), (far, expected_far) = results
     check(*near, expected)
-    # Keys were rotated in float32, turned back and coded: codes on a boundary may differ.
+    # Keys were rotated in float32, unrotated and coded: codes on a boundary may differ.
     assert_within(far[0], near[0], expected.out_error + expected_far.out_error)
 
 
@@ -259,19 +260,17 @@ def test_operators_chain(backend):
     keys, values = make_keys(heads, tokens, dim), torch.randn(heads, tokens, dim)
     layout = make_layout(dim, [8], heads, v_bits=32)
     mean, components, _ = ops.fit_basis(keys)
-    fitted = ops.fit_quantizer(keys, mean, components, layout)
+    codec = ops.fit_quantizer(keys, mean, components, layout)
     table = torch.randperm(5, dtype=torch.int32)
     k_pages = torch.zeros(5, layout.k_page_bytes, dtype=torch.uint8)
     v_pages = torch.zeros(5, layout.v_page_bytes // 4)
-    ops.pack_keys_(k_pages, keys, *fitted, layout, table, 0)
+    ops.pack_keys_(k_pages, keys, codec, layout, table, 0)
     ops.pack_values_(v_pages, values, layout, table, 0)
     query = torch.randn(1, 4, 1, dim)
     none = torch.zeros(1, heads, 0, dim)
     lens = torch.tensor([[tokens], [0]], dtype=torch.int32)
-    out, _ = ops.attend(
-        query, k_pages, v_pages, table[None], lens[0], *(x[None] for x in fitted), layout,
-        none, none, lens[1], dim**-0.5, causal=False,
-    )  # fmt: skip
+    packed = PackedKeys(layout, codec.batched(), k_pages, table[None], lens[0], v_pages)
+    out, _ = ops.attend(query, packed, Window(none, none, lens[1]), dim**-0.5, causal=False)
     seen = torch.ones(1, tokens, dtype=torch.bool)
     exact, _ = reference.attend_keys(query[0], keys, values, seen, dim**-0.5)
     # Half of 1/255 of some six deviations in each of 64 channels: scores move by some percent.

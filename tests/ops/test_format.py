@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from support import assert_same, make_k_pages, make_layout, make_v_pages, page_count
+from support import assert_same, make_k_pages, make_layout, make_v_pages
 from svdq import _C, ops, reference
-from svdq.layout import FORMAT_VERSION, PAGE_TOKENS, WIDTHS, PageLayout
+from svdq.layout import FORMAT_VERSION, PAGE_TOKENS, WIDTHS, PageLayout, pages_of
+from svdq.ops import KeyCodec
 
 # The first and the last line of a page whose codes follow the formulas below. If they change, pages
 # that were saved can no longer be read: then kFormatVersion must change too.
@@ -75,8 +76,8 @@ def pack_exact_codes(layout: PageLayout, codes: torch.Tensor, table, slot: int) 
     keys[0, :, : layout.rank] = codes - mid
     basis = torch.eye(layout.head_dim)[: layout.rank].bfloat16()
     k_pages = make_k_pages(layout, int(table.max()) + 1)
-    scale, mean = torch.ones(layout.rank), torch.zeros(1, layout.head_dim)
-    ops.pack_keys_(k_pages, keys, basis, scale, mean, layout, table, slot)
+    codec = KeyCodec(basis, torch.ones(layout.rank), torch.zeros(1, layout.head_dim))
+    ops.pack_keys_(k_pages, keys, codec, layout, table, slot)
     return k_pages
 
 
@@ -112,7 +113,7 @@ def test_golden_value_bytes(backend, width):
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_key_code_addresses(width):
-    byte, shift = reference.key_places(width, 64)
+    byte, shift = reference.key_code_addresses(width, 64)
     for token in range(PAGE_TOKENS):
         for channel in range(64):
             expected = int(byte[token, channel]), int(shift[token, channel])
@@ -121,7 +122,7 @@ def test_key_code_addresses(width):
 
 @pytest.mark.parametrize("width", [4, 2])
 def test_value_code_addresses(width):
-    byte, shift = reference.value_places(width, 80)
+    byte, shift = reference.value_code_addresses(width, 80)
     for token in range(PAGE_TOKENS):
         for channel in range(80):
             expected = int(byte[token, channel]), int(shift[token, channel])
@@ -129,18 +130,18 @@ def test_value_code_addresses(width):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_places_fill_a_band_without_overlap(width):
-    byte, shift = reference.key_places(width, 24)
-    places = set(zip(byte.flatten().tolist(), shift.flatten().tolist(), strict=True))
+def test_addresses_fill_a_band_without_overlap(width):
+    byte, shift = reference.key_code_addresses(width, 24)
+    addresses = set(zip(byte.flatten().tolist(), shift.flatten().tolist(), strict=True))
     size = 24 * PAGE_TOKENS * width // 8
-    assert places == {(b, s) for b in range(size) for s in range(0, 8, width)}
+    assert addresses == {(b, s) for b in range(size) for s in range(0, 8, width)}
 
 
-@pytest.mark.parametrize("place", [(3, 0, 0), (8, -1, 0), (8, 0, 64), (8, 512, 0)])
-def test_places_that_do_not_exist(place):
+@pytest.mark.parametrize("code", [(3, 0, 0), (8, -1, 0), (8, 0, 64), (8, 512, 0)])
+def test_codes_that_do_not_exist(code):
     for find in (_C.key_code_address, _C.value_code_address):
         with pytest.raises(ValueError, match="no code"):
-            find(*place)
+            find(*code)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -149,7 +150,7 @@ def test_every_code_survives_a_round_trip(backend, width):
     num_tokens, slot = 256, 37
     # Every code in every channel; its neighbours differ, so that a leak shows.
     codes = (torch.arange(num_tokens)[:, None] * 7 + torch.arange(32) * 3) % 2**width
-    table = torch.randperm(page_count(slot + num_tokens), dtype=torch.int32)
+    table = torch.randperm(pages_of(slot + num_tokens), dtype=torch.int32)
     k_pages = pack_exact_codes(layout, codes, table, slot)
     assert_same(ops.unpack_codes(k_pages, layout, table, slot, num_tokens), codes.byte())
     assert_same(reference.unpack_codes(k_pages, layout, table, slot, num_tokens), codes.byte())
@@ -167,14 +168,14 @@ def test_mixed_bands_lie_widest_first():
     assert_same(codes, expected.expand(PAGE_TOKENS, -1))
 
 
-def test_a_heads_core_lies_before_its_tail():
-    bands, core = ((0, 4, 0, 0), (0, 0, 0, 8)), ((4, 0, 0, 8), (0, 0, 0, 0))
-    layout = PageLayout(32, bands, "hybrid", v_group_size=32, pre_bands=core)
+def test_a_heads_pre_channels_lie_before_its_post_channels():
+    bands, pre_bands = ((0, 4, 0, 0), (0, 0, 0, 8)), ((4, 0, 0, 8), (0, 0, 0, 0))
+    layout = PageLayout(32, bands, "hybrid", v_group_size=32, pre_bands=pre_bands)
     assert layout.k_page_bytes == 8 * (4 * 8 + 8) + 8 * 4 * 4 + 8 * 8
     k_pages = torch.zeros(1, layout.k_page_bytes, dtype=torch.uint8)
-    k_pages[0, :256] = 1  # the 8-bit band of the first head's core
-    k_pages[0, 320:448] = 0x22  # its tail's 4-bit band, behind 64 bytes of 1 bit
-    k_pages[0, 448:] = 0xFF  # the second head has a tail alone
+    k_pages[0, :256] = 1  # the first head's 8-bit pre-RoPE band
+    k_pages[0, 320:448] = 0x22  # its 4-bit post-RoPE band, behind 64 bytes of 1 bit
+    k_pages[0, 448:] = 0xFF  # the second head has post-RoPE channels alone
     codes = ops.unpack_codes(k_pages, layout, torch.zeros(1, dtype=torch.int32), 0, PAGE_TOKENS)
     expected = torch.tensor([1] * 4 + [0] * 8 + [2] * 4 + [1] * 8, dtype=torch.uint8)
     assert_same(codes, expected.expand(PAGE_TOKENS, -1))

@@ -7,8 +7,7 @@ from attend_bounds import expect
 from refusals import check_refusal, spoiled, strided
 from support import assert_same, assert_within, make_cache, make_layout
 from svdq import ops, reference
-from svdq.layout import PAGE_TOKENS
-from svdq.store.outliers import NO_SLOT
+from svdq.layout import NO_SLOT, PAGE_TOKENS, pages_of
 
 MIXED = [8, 4, 2, 1, 1, 0, 0, 0]
 PAPER = [4, 4, 2, 0, 0, 0, 0, 0]
@@ -41,8 +40,10 @@ def test_codes_are_copied(rope, head_dim, v_bits, backend):
     layout = layout_of(rope, head_dim, v_bits=v_bits)
     cache, _, _ = make_cache(layout, [200, 70, 0], [1, 1, 1])
     slots = random_slots([200, 70, 0], 2, 90)
-    args = (cache.k_pages, cache.v_pages.nan_to_num(), cache.page_table, slots, layout)
-    for got, expected in zip(ops.gather(*args), reference.gather(*args), strict=True):
+    packed = cache.but(v_pages=cache.v_pages.nan_to_num()).packed
+    for got, expected in zip(
+        ops.gather(packed, slots), reference.gather(packed, slots), strict=True
+    ):
         assert_same(got, expected)
 
 
@@ -50,20 +51,18 @@ def test_heads_of_different_size_are_copied(backend):
     bands = ((8, 0, 4, 8), (0, 0, 0, 0), (0, 12, 0, 0), (0, 0, 4, 32))
     layout = make_layout(64, [4], 4, "hybrid", pre_bands=bands)
     cache, _, _ = make_cache(layout, [200], [1])
-    args = (cache.k_pages, cache.v_pages, cache.page_table, random_slots([200], 4, 64), layout)
+    args = (cache.packed, random_slots([200], 4, 64))
     for got, expected in zip(ops.gather(*args), reference.gather(*args), strict=True):
         assert_same(got, expected)
 
 
 def gathered(cache, slots, **changes):
     """The cache with these slots of its packed tokens alone."""
-    pages = -(-slots.shape[2] // PAGE_TOKENS)
+    pages = pages_of(slots.shape[2])
     batch, heads, count = slots.shape
     padded = torch.full((batch, heads, pages * PAGE_TOKENS), NO_SLOT, dtype=torch.int32)
     padded[:, :, :count] = slots
-    k_pages, v_pages = reference.gather(
-        cache.k_pages, cache.v_pages, cache.page_table, padded, cache.layout
-    )
+    k_pages, v_pages = reference.gather(cache.packed, padded)
     return cache.but(
         k_pages=k_pages,
         v_pages=v_pages,
@@ -140,13 +139,13 @@ def test_all_tokens_gathered_are_all_tokens(rope):
 @pytest.mark.parametrize("rope", ROPES)
 def test_outliers_among_gathered_tokens(rope, backend):
     cache, keys, slots, query = attend_case(rope)
-    places = torch.tensor([[[0, 40, 84], [3, 63, NO_SLOT]]], dtype=torch.int32)
+    indices = torch.tensor([[[0, 40, 84], [3, 63, NO_SLOT]]], dtype=torch.int32)
     held = torch.zeros(1, 2, 3, 64)
     for h in range(2):
-        for i, place in enumerate(places[0, h].tolist()):
-            if place < NO_SLOT:
-                held[0, h, i] = keys[0][h, slots[0, h, place]] + 8
-    cache = gathered(cache, slots, outlier_slots=places, outlier_keys=held)
+        for i, index in enumerate(indices[0, h].tolist()):
+            if index < NO_SLOT:
+                held[0, h, i] = keys[0][h, slots[0, h, index]] + 8
+    cache = gathered(cache, slots, outlier_slots=indices, outlier_keys=held)
     expected = expect(cache, query)
     out, lse = ops.attend(query, **cache.kwargs())
     assert_within(out, expected.out, expected.out_error)
@@ -188,7 +187,7 @@ def test_wrong_tensors_are_refused(argument, spoil, word):
 def test_attend_refuses_slots_that_do_not_fit():
     cache, _, slots, query = attend_case("pre")
     cache = gathered(cache, slots)
-    args = {"query": query, **cache.kwargs()}
+    args = {"query": query, **cache.flat(), "layout": cache.layout}
     check_refusal("attend", args | {"token_slots": cache.token_slots[:, :, :64]}, "token_slots")
     check_refusal("attend", args | {"sink_tokens": 1}, "sink_tokens")
     check_refusal("attend", args | {"token_slots": cache.token_slots - 1}, "token_slots")

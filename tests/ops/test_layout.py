@@ -10,19 +10,19 @@ from svdq.layout import WIDTHS, PageLayout
 BANDS = ((16, 32, 16, 0), (0, 4, 8, 24), (0, 0, 0, 0))
 
 
-CORE_BANDS = ((4, 4, 0, 0), (0, 0, 0, 0), (0, 0, 4, 8))
+PRE_BANDS = ((4, 4, 0, 0), (0, 0, 0, 0), (0, 0, 4, 8))
 
 
 @pytest.mark.parametrize("rope", ["pre", "post"])
 def test_ints_round_trip(rope):
     layout = PageLayout(128, BANDS, rope, v_bits=2, v_group_size=32)
     assert layout.ints[:6] == [2, 3, 128, ["pre", "post"].index(rope), 2, 32]
-    core = layout.ints[6:10] if rope == "pre" else layout.ints[10:14]
-    assert core == [16, 32, 16, 0]
+    coded = layout.ints[6:10] if rope == "pre" else layout.ints[10:14]
+    assert coded == [16, 32, 16, 0]
     assert PageLayout.from_ints(layout.ints) == layout
 
 
-@pytest.mark.parametrize("pre_bands", [CORE_BANDS, ()], ids=["core", "rotated-mean"])
+@pytest.mark.parametrize("pre_bands", [PRE_BANDS, ()], ids=["pre-channels", "rotated-mean"])
 def test_hybrid_ints_round_trip(pre_bands):
     layout = PageLayout(128, BANDS, "hybrid", v_bits=2, v_group_size=32, pre_bands=pre_bands)
     assert layout.ints[:6] == [2, 3, 128, 2, 2, 32]
@@ -31,18 +31,18 @@ def test_hybrid_ints_round_trip(pre_bands):
 
 
 def test_parts():
-    layout = PageLayout(128, BANDS, "hybrid", v_bits=2, pre_bands=CORE_BANDS)
-    assert layout.core == PageLayout(128, CORE_BANDS, "pre", v_bits=2)
-    assert layout.tail == PageLayout(128, BANDS, "post", v_bits=2)
-    assert layout.rank == layout.core.rank + layout.tail.rank == 8 + 12 + 100
-    assert layout.k_page_bytes == layout.core.k_page_bytes + layout.tail.k_page_bytes
-    assert layout.k_bits == layout.core.k_bits + layout.tail.k_bits
-    assert PageLayout(128, BANDS, "hybrid").core is None
+    layout = PageLayout(128, BANDS, "hybrid", v_bits=2, pre_bands=PRE_BANDS)
+    assert layout.pre_part == PageLayout(128, PRE_BANDS, "pre", v_bits=2)
+    assert layout.post_part == PageLayout(128, BANDS, "post", v_bits=2)
+    assert layout.rank == layout.pre_part.rank + layout.post_part.rank == 8 + 12 + 100
+    assert layout.k_page_bytes == layout.pre_part.k_page_bytes + layout.post_part.k_page_bytes
+    assert layout.k_bits == layout.pre_part.k_bits + layout.post_part.k_bits
+    assert PageLayout(128, BANDS, "hybrid").pre_part is None
     none = ((0, 0, 0, 0),) * 3
-    assert PageLayout(128, none, "hybrid", pre_bands=CORE_BANDS).tail is None
+    assert PageLayout(128, none, "hybrid", pre_bands=PRE_BANDS).post_part is None
     pre, post = PageLayout(128, BANDS, "pre"), PageLayout(128, BANDS, "post")
-    assert (pre.core, pre.tail) == (pre, None)
-    assert (post.core, post.tail) == (None, post)
+    assert (pre.pre_part, pre.post_part) == (pre, None)
+    assert (post.pre_part, post.post_part) == (None, post)
 
 
 def test_sizes():
@@ -68,10 +68,10 @@ WRONG_LAYOUTS = {
     "odd-band": ({"bands": ((0, 6, 0, 0),)}, "multiple of 4"),
     "negative-band": ({"bands": ((8, -4, 0, 0),)}, "-4"),
     "version": ({"version": 1}, "version 1"),
-    "core-of-pre": ({"rope": "pre", "pre_bands": BANDS}, "pre_bands.*'pre'"),
-    "core-of-post": ({"rope": "post", "pre_bands": BANDS}, "pre_bands.*'post'"),
-    "core-of-two-heads": ({"rope": "hybrid", "pre_bands": BANDS[:2]}, "3 heads, got 2"),
-    "too-many-core-channels": (
+    "pre-bands-of-pre": ({"rope": "pre", "pre_bands": BANDS}, "pre_bands.*'pre'"),
+    "pre-bands-of-post": ({"rope": "post", "pre_bands": BANDS}, "pre_bands.*'post'"),
+    "pre-bands-of-two-heads": ({"rope": "hybrid", "pre_bands": BANDS[:2]}, "3 heads, got 2"),
+    "too-many-pre-channels": (
         {"rope": "hybrid", "pre_bands": ((64, 64, 4, 0), *BANDS[1:])},
         "132",
     ),

@@ -9,58 +9,57 @@ import torch
 
 from support import make_cache, make_inv_freq, make_k_pages, make_keys, make_layout, make_v_pages
 from svdq import _C, ops, reference
+from svdq.layout import NO_SLOT
+from svdq.ops.registered import ARGUMENTS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROPES = ["pre", "post", "hybrid"]
 
 
-def check(op, *args):
+def check(op, **given):
     """torch.library.opcheck: schema, fake kernel, autograd registration and AOT dispatch."""
-    torch.library.opcheck(getattr(torch.ops.svdq, op).default, args)
+    args = {name: given[name] for name in ARGUMENTS[op] if name in given}
+    torch.library.opcheck(getattr(torch.ops.svdq, op).default, (), args)
 
 
 def setting(rope, dtype=torch.float32, v_bits=4):
-    """Layout, frequencies, keys, what fits them, and a page table."""
+    """Layout, keys, their codec and a page table."""
     layout = make_layout(64, [8, 4, 2, 1], 2, rope, v_bits=v_bits)
     inv_freq = make_inv_freq(64) if rope != "post" else None
     keys = make_keys(2, 70, 64, inv_freq=inv_freq).to(dtype)
-    mean, components, _ = reference.fit_basis(keys, inv_freq)
-    *fitted, post_mean = reference.fit_keys(keys, layout, inv_freq)
-    based = (mean, components)
-    return layout, inv_freq, keys, based, fitted, torch.tensor([1, 0]).int(), post_mean
+    return layout, keys, reference.fit_keys(keys, layout, inv_freq), torch.tensor([1, 0]).int()
 
 
 def attend_args(rope, dtype, v_bits=4):
-    """Arguments of torch.ops.svdq.attend, in its order."""
+    """Arguments of torch.ops.svdq.attend."""
     layout = make_layout(64, [4, 2], 2, rope, v_bits=v_bits)
     cache, _, _ = make_cache(layout, [70, 10], [3, 5], first_positions=[0, 2], exact_dtype=dtype)
-    c = cache
+    window = {name: getattr(cache, name).nan_to_num() for name in ("window_keys", "window_values")}
     query = torch.randn(2, 4, 2, 64).to(dtype)
-    packed = (c.k_pages, c.v_pages, c.page_table, c.cache_seqlens, c.basis, c.scale, c.mean)
-    exact = (c.window_keys.nan_to_num(), c.window_values.nan_to_num(), c.window_lens)
-    positions = (layout.ints, c.inv_freq, c.first_position)
-    return (query, *packed, *positions, *exact, 1, c.sm_scale, True, c.post_mean)
+    return {"query": query, **cache.but(**window, sink_tokens=1).flat()}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rope", ROPES)
 def test_fit_and_pack_keys(rope, dtype):
-    layout, inv_freq, keys, based, fitted, table, post_mean = setting(rope, dtype)
-    check("fit_basis", keys, inv_freq, 3)
+    layout, keys, codec, table = setting(rope, dtype)
+    given = {**codec.flat(), "keys": keys, "position": 3, "layout": layout.ints, "clip": True}
+    check("fit_basis", **given)
     if rope == "hybrid":
-        check("residual_keys", keys, inv_freq, 3, *fitted, layout.ints)
+        check("residual_keys", **given)
     else:
-        check("fit_quantizer", keys, inv_freq, 3, *based, layout.ints, True)
-    k_pages = make_k_pages(layout, 2)
-    check("pack_keys_", k_pages, keys, inv_freq, 3, *fitted, layout.ints, table, 1, post_mean)
+        mean, components, _ = reference.fit_basis(keys, codec.inv_freq)
+        check("fit_quantizer", **{**given, "mean": mean, "components": components})
+    check("pack_keys_", **given, k_pages=make_k_pages(layout, 2), page_table=table, slot=1)
 
 
 @pytest.mark.parametrize("rope", ROPES)
 def test_unpack(rope):
-    layout, inv_freq, _, _, fitted, table, post_mean = setting(rope)
-    k_pages = make_k_pages(layout, 2)
-    check("unpack_codes", k_pages, layout.ints, table, 5, 70)
-    check("unpack_keys", k_pages, inv_freq, 3, *fitted, layout.ints, table, 5, 70, post_mean)
+    layout, _, codec, table = setting(rope)
+    given = {"k_pages": make_k_pages(layout, 2), "layout": layout.ints, "page_table": table}
+    given |= {"slot": 5, "num_tokens": 70}
+    check("unpack_codes", **given)
+    check("unpack_keys", **given, **codec.flat(), position=3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -70,67 +69,67 @@ def test_values(dtype, v_bits):
     layout = make_layout(64, [4], 2, v_bits=bits)
     v_pages = make_v_pages(layout, 2, dtype).nan_to_num().fill_(0)
     table = torch.tensor([1, 0]).int()
-    check("pack_values_", v_pages, torch.randn(2, 70, 64).to(dtype), layout.ints, table, 1)
-    check("unpack_values", v_pages, layout.ints, table, 5, 70)
+    given = {"v_pages": v_pages, "layout": layout.ints, "page_table": table}
+    check("pack_values_", **given, values=torch.randn(2, 70, 64).to(dtype), slot=1)
+    check("unpack_values", **given, slot=5, num_tokens=70)
 
 
 def test_allocate_bits():
-    check("allocate_bits", torch.rand(3, 64), [8, 4, 2, 0])
+    check("allocate_bits", variance=torch.rand(3, 64), schedule=[8, 4, 2, 0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_append_exact(dtype):
-    rows = torch.randn(2, 3, 9, 64).to(dtype)
+def test_append_window(dtype):
+    window = torch.randn(2, 3, 9, 64).to(dtype)
     new = torch.randn(2, 3, 2, 64).to(dtype)
-    check("append_window_", rows[0], rows[1], new[0], new[1], 4)
+    given = {"window_keys": window[0], "window_values": window[1]}
+    check("append_window_", **given, keys=new[0], values=new[1], start=4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rope", ROPES)
 def test_attend(rope, dtype):
-    check("attend", *attend_args(rope, dtype))
+    check("attend", **attend_args(rope, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_attend_with_exact_values(dtype):
-    check("attend", *attend_args("post", dtype, v_bits=32))
+def test_attend_with_full_values(dtype):
+    check("attend", **attend_args("post", dtype, v_bits=32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rope", ROPES)
 def test_select_and_gather(rope, dtype):
-    query, k_pages, v_pages, table, seqlens, *coded = attend_args(rope, dtype)[:11]
-    post_mean = attend_args(rope, dtype)[-1]
-    basis, scale, mean, *positions = coded
-    outliers = torch.tensor([[[5, 2**31 - 1]] * 2] * 2, dtype=torch.int32)
-    args = (query, k_pages, table, seqlens, basis, scale, mean, *positions, 1, 0.125, 9, 8)
-    check("select", *args, post_mean, outliers)
-    check("select", *args, post_mean, None)
-    slots, _ = torch.ops.svdq.select(*args, post_mean, outliers)
-    check("gather", k_pages, v_pages.nan_to_num(), table, slots, positions[0])
+    given = attend_args(rope, dtype)
+    outliers = torch.tensor([[[5, NO_SLOT]] * 2] * 2, dtype=torch.int32)
+    given |= {"sm_scale": 0.125, "budget": 9, "channels": 8, "outlier_slots": outliers}
+    check("select", **given)
+    check("select", **{**given, "outlier_slots": None})
+    chosen = {name: given[name] for name in ARGUMENTS["select"]}
+    slots, _ = torch.ops.svdq.select(**chosen)
+    check("gather", **{**given, "v_pages": given["v_pages"].nan_to_num()}, slots=slots)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attend_to_gathered(dtype):
-    args = attend_args("pre", dtype)
     slots = torch.arange(128, dtype=torch.int32).expand(2, 2, -1).contiguous()
-    check("attend", *args[:14], 0, *args[15:], None, None, slots)
+    check("attend", **{**attend_args("pre", dtype), "sink_tokens": 0, "token_slots": slots})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_merge(dtype):
-    parts = [torch.randn(2, 4, 3, 64).to(dtype), torch.randn(2, 4, 3)]
-    check("merge", *parts, *parts)
+    out, lse = torch.randn(2, 4, 3, 64).to(dtype), torch.randn(2, 4, 3)
+    check("merge", out_a=out, lse_a=lse, out_b=out, lse_b=lse)
 
 
 def test_compiled_graphs_hold_the_operators():
     """One graph without a break, and the same results as without compilation."""
-    layout, _, keys, _, fitted, table, _ = setting("post")
+    layout, keys, codec, table = setting("post")
     cache, _, _ = make_cache(layout, [70], [4])
     nothing = torch.zeros(1, dtype=torch.int32)
 
     def step(query, k_pages, keys):
-        ops.pack_keys_(k_pages, keys, *fitted, layout, table, 0)
+        ops.pack_keys_(k_pages, keys, codec, layout, table, 0)
         packed = ops.attend(query, **cache.but(k_pages=k_pages, window_lens=nothing).kwargs())
         exact = ops.attend(query, **cache.but(cache_seqlens=nothing).kwargs())
         return ops.merge(*packed, *exact)
@@ -155,7 +154,8 @@ def test_fake_kernels_run_on_meta_tensors():
     assert shapes == [(2, 64), (2, 64, 64), (2, 64)]
     keys = torch.empty(2, 70, 64, dtype=torch.bfloat16, device=meta)
     mean, components, _ = ops.fit_basis(keys)
-    basis, scale, _ = ops.fit_quantizer(keys, mean, components, layout)
+    codec = ops.fit_quantizer(keys, mean, components, layout)
+    basis, scale = codec.basis, codec.scale
     assert (basis.shape, basis.dtype) == ((layout.rank, 64), torch.bfloat16)
     assert (scale.shape, scale.dtype, scale.device) == ((layout.rank,), torch.float32, meta)
 

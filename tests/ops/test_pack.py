@@ -1,29 +1,31 @@
-"""pack_keys_ and its inverses: codes, what surrounds them, and how far decoded keys are off."""
+"""pack_keys_: codes, the bytes around them, and the error of decoded keys."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
 from pack_bounds import check_codes
 from support import (
-    FLOAT_ERROR,
     assert_same,
     assert_within,
     make_inv_freq,
     make_k_pages,
     make_keys,
     make_layout,
-    page_count,
 )
 from svdq import _C, ops, reference
-from svdq.layout import WIDTHS, PageLayout
+from svdq.layout import WIDTHS, PageLayout, pages_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def fit(keys, layout, inv_freq=None, position=0):
-    """Basis, scale and mean by the reference."""
+    """The codec by the reference, without dropping anything."""
     mean, components, _ = reference.fit_basis(keys, inv_freq, position)
-    return reference.fit_quantizer(keys, mean, components, layout, inv_freq, position)
+    return reference.fit_quantizer(
+        keys, mean, components, layout, inv_freq=inv_freq, position=position
+    )
 
 
 MIXED = [8, 4, 2, 1, 1, 0, 0, 0]
@@ -54,14 +56,15 @@ def test_codes(backend, head_dim, schedule, rope, rotary_dim, num_tokens, slot):
     layout = make_layout(head_dim, schedule, 2, rope)
     inv_freq = make_inv_freq(rotary_dim) if rotary_dim else None
     keys = make_keys(2, num_tokens, head_dim, inv_freq=inv_freq, position=slot + 9)
-    fitted = fit(make_keys(2, 300, head_dim), layout)  # of other keys: some are out of range
-    table = torch.randperm(page_count(slot + num_tokens) + 2, dtype=torch.int32)
+    # Fitted to other keys: some are out of range.
+    codec = replace(fit(make_keys(2, 300, head_dim), layout), inv_freq=inv_freq)
+    table = torch.randperm(pages_of(slot + num_tokens) + 2, dtype=torch.int32)
     before = make_k_pages(layout, len(table))
     after = before.clone()
     where = (layout, table, slot)
-    ops.pack_keys_(after, keys, *fitted, *where, inv_freq, slot + 9)
+    ops.pack_keys_(after, keys, codec, *where, position=slot + 9)
     codes = ops.unpack_codes(after, *where, num_tokens)
-    check_codes(codes, keys, fitted, layout, inv_freq, slot + 9)
+    check_codes(codes, keys, codec, layout, slot + 9)
     # Writing these codes the plain way gives the same bytes: nothing else has changed.
     reference.write_codes_(before, codes, *where)
     assert_same(after, before)
@@ -73,11 +76,11 @@ def test_dtypes(backend, dtype, rope):
     layout = make_layout(64, MIXED, 3, rope)
     inv_freq = make_inv_freq(64) if rope == "pre" else None
     keys = make_keys(3, 100, 64, inv_freq=inv_freq).to(dtype)
-    fitted = fit(keys, layout, inv_freq)
+    codec = fit(keys, layout, inv_freq)
     table = torch.arange(2, dtype=torch.int32)
     k_pages = make_k_pages(layout, 2)
-    ops.pack_keys_(k_pages, keys, *fitted, layout, table, 0, inv_freq)
-    check_codes(ops.unpack_codes(k_pages, layout, table, 0, 100), keys, fitted, layout, inv_freq)
+    ops.pack_keys_(k_pages, keys, codec, layout, table, 0)
+    check_codes(ops.unpack_codes(k_pages, layout, table, 0, 100), keys, codec, layout)
 
 
 def test_strided_keys(backend):
@@ -90,10 +93,10 @@ def test_strided_keys(backend):
         projected[:, :1].transpose(0, 1).expand(3, -1, -1),
     ):
         assert not keys.is_contiguous()
-        fitted = fit(keys, layout)
+        codec = fit(keys, layout)
         pages = torch.zeros(2, 2, layout.k_page_bytes, dtype=torch.uint8)
-        ops.pack_keys_(pages[0], keys, *fitted, layout, table, 0)
-        ops.pack_keys_(pages[1], keys.contiguous(), *fitted, layout, table, 0)
+        ops.pack_keys_(pages[0], keys, codec, layout, table, 0)
+        ops.pack_keys_(pages[1], keys.contiguous(), codec, layout, table, 0)
         assert_same(pages[0], pages[1])
 
 
@@ -101,13 +104,13 @@ def test_heads_of_different_size(backend):
     bands = ((8, 0, 4, 8), (0, 0, 0, 0), (0, 12, 0, 0), (0, 0, 4, 32))
     layout = PageLayout(64, bands, "post")
     keys = make_keys(4, 100, 64)
-    fitted = fit(keys, layout)
+    codec = fit(keys, layout)
     table = torch.tensor([1, 0], dtype=torch.int32)
     k_pages = make_k_pages(layout, 2)
-    ops.pack_keys_(k_pages, keys, *fitted, layout, table, 0)
-    check_codes(ops.unpack_codes(k_pages, layout, table, 0, 100), keys, fitted, layout)
-    decoded = ops.unpack_keys(k_pages, *fitted, layout, table, 0, 100)
-    assert_within(decoded[1], fitted[2][1].expand(100, -1))  # nothing but the mean
+    ops.pack_keys_(k_pages, keys, codec, layout, table, 0)
+    check_codes(ops.unpack_codes(k_pages, layout, table, 0, 100), keys, codec, layout)
+    decoded = ops.unpack_keys(k_pages, codec, layout, table, 0, 100)
+    assert_within(decoded[1], codec.mean[1].expand(100, -1))  # nothing but the mean
 
 
 @pytest.mark.parametrize("rope", ["pre", "post"])
@@ -116,41 +119,41 @@ def test_appending_equals_packing_at_once(backend, rope):
     layout = make_layout(64, MIXED, 2, rope)
     inv_freq = make_inv_freq(64) if rope == "pre" else None
     keys = make_keys(2, 300, 64, inv_freq=inv_freq, position=100)
-    fitted = fit(keys, layout, inv_freq, 100)
+    codec = fit(keys, layout, inv_freq, 100)
     table = torch.randperm(5, dtype=torch.int32)
     pages = [make_k_pages(layout, 5) for _ in range(2)]
-    ops.pack_keys_(pages[0], keys, *fitted, layout, table, 0, inv_freq, 100)
+    ops.pack_keys_(pages[0], keys, codec, layout, table, 0, position=100)
     ends = [1, 2, 63, 64, 66, 128, 192, 200, 300]
     for start, end in zip([0, *ends], ends, strict=False):
-        ops.pack_keys_(
-            pages[1], keys[:, start:end], *fitted, layout, table, start, inv_freq, 100 + start
-        )
+        piece = keys[:, start:end]
+        ops.pack_keys_(pages[1], piece, codec, layout, table, start, position=100 + start)
     codes = [ops.unpack_codes(p, layout, table, 0, 300) for p in pages]
     if rope == "post":
         assert_same(codes[0], codes[1])
-    check_codes(codes[1], keys, fitted, layout, inv_freq, 100)
+    check_codes(codes[1], keys, codec, layout, 100)
 
 
 def test_no_tokens(backend):
     layout = make_layout(64, MIXED, 2)
-    fitted = fit(make_keys(2, 100, 64), layout)
+    codec = fit(make_keys(2, 100, 64), layout)
     before = make_k_pages(layout, 1)
     after = before.clone()
     table = torch.zeros(1, dtype=torch.int32)
-    ops.pack_keys_(after, torch.empty(2, 0, 64), *fitted, layout, table, 64)
+    ops.pack_keys_(after, torch.empty(2, 0, 64), codec, layout, table, 64)
     assert_same(after, before)
     assert ops.unpack_codes(after, layout, table, 5, 0).shape == (0, layout.rank)
-    assert ops.unpack_keys(after, *fitted, layout, table, 5, 0).shape == (2, 0, 64)
+    assert ops.unpack_keys(after, codec, layout, table, 5, 0).shape == (2, 0, 64)
 
 
 def test_keys_far_outside_the_range_get_the_end_codes(backend):
     layout = make_layout(64, [8, 4, 2, 1], 1)
     keys = make_keys(1, 100, 64)
-    basis, scale, mean = fit(keys, layout)
-    far = torch.stack([mean + 1e30 * basis[0].float(), mean - 1e30 * basis[0].float()], dim=1)
+    codec = fit(keys, layout)
+    away = 1e30 * codec.basis[0].float()
+    far = torch.stack([codec.mean + away, codec.mean - away], dim=1)
     table = torch.zeros(1, dtype=torch.int32)
     k_pages = make_k_pages(layout, 1)
-    ops.pack_keys_(k_pages, far, basis, scale, mean, layout, table, 0)
+    ops.pack_keys_(k_pages, far, codec, layout, table, 0)
     codes = ops.unpack_codes(k_pages, layout, table, 0, 2)
     assert codes[:, 0].tolist() == [255, 0]
 
@@ -158,47 +161,27 @@ def test_keys_far_outside_the_range_get_the_end_codes(backend):
 def test_scale_zero_decodes_to_the_mean(backend):
     layout = make_layout(64, [8, 4, 2, 1], 1)
     keys = torch.randn(1, 1, 64).expand(1, 70, 64).contiguous()
-    basis, _, mean = fit(keys, layout)
-    scale = torch.zeros(64)
+    codec = replace(fit(keys, layout), scale=torch.zeros(64))
     table = torch.arange(2, dtype=torch.int32)
     k_pages = make_k_pages(layout, 2)
-    ops.pack_keys_(k_pages, keys, basis, scale, mean, layout, table, 0)
-    decoded = ops.unpack_keys(k_pages, basis, scale, mean, layout, table, 0, 70)
-    assert_within(decoded, mean[:, None].expand(1, 70, 64))
-
-
-@pytest.mark.parametrize(
-    ("rope", "rotary_dim"), [("post", 0), ("pre", 64), ("pre", 24)], ids=["post", "pre", "partial"]
-)
-def test_unpack_keys(rope, rotary_dim):
-    layout = make_layout(64, MIXED, 3, rope)
-    inv_freq = make_inv_freq(rotary_dim) if rotary_dim else None
-    fitted = fit(make_keys(3, 300, 64), layout, inv_freq)
-    table = torch.randperm(40, dtype=torch.int32)
-    k_pages = make_k_pages(layout, 40)  # random codes: all that there are
-    for slot, num_tokens, position in ((0, 1, 0), (63, 2, 5), (77, 1500, 100_000), (64, 64, -64)):
-        where = (layout, table, slot, num_tokens, inv_freq, position)
-        got = ops.unpack_keys(k_pages, *fitted, *where)
-        expected = reference.unpack_keys(k_pages, *fitted[:2], fitted[2].double(), *where)
-        # Sums are taken in double and rounded once or, before they are turned, twice.
-        assert_within(got, expected, 3 * FLOAT_ERROR * float(expected.abs().amax()))
-        codes = ops.unpack_codes(k_pages, *where[:4])
-        assert_same(codes, reference.unpack_codes(k_pages, *where[:4]))
+    ops.pack_keys_(k_pages, keys, codec, layout, table, 0)
+    decoded = ops.unpack_keys(k_pages, codec, layout, table, 0, 70)
+    assert_within(decoded, codec.mean[:, None].expand(1, 70, 64))
 
 
 @pytest.mark.libraries
 @pytest.mark.parametrize("width", WIDTHS)
 def test_error_is_at_most_half_a_step(backend, width):
-    """With all channels coded over their full range, a key is off by half a step along each."""
+    """With all channels coded over their full range, a key is off by half a scale along each."""
     layout = make_layout(64, [width], 2)
     keys = make_keys(2, 500, 64)
     mean, components, _ = ops.fit_basis(keys)
-    fitted = ops.fit_quantizer(keys, mean, components, layout, clip=False)
+    codec = ops.fit_quantizer(keys, mean, components, layout, clip=False)
     table = torch.arange(8, dtype=torch.int32)
     k_pages = make_k_pages(layout, 8)
-    ops.pack_keys_(k_pages, keys, *fitted, layout, table, 0)
-    decoded = ops.unpack_keys(k_pages, *fitted, layout, table, 0, 500)
-    scale = fitted[1].view(2, 64).double()
+    ops.pack_keys_(k_pages, keys, codec, layout, table, 0)
+    decoded = ops.unpack_keys(k_pages, codec, layout, table, 0, 500)
+    scale = codec.scale.view(2, 64).double()
     # The basis is orthonormal up to bfloat16 (2^-9 a component), which the latents are relative to.
     allowed = (scale.square().sum(1) / 4).sqrt()
     rounding = 2**-8 * (keys - mean[:, None]).norm(dim=2).amax(1)
@@ -210,14 +193,14 @@ def test_backends_write_the_same_codes():
     layout = make_layout(96, MIXED, 2, "pre")
     inv_freq = make_inv_freq(96)
     keys = make_keys(2, 700, 96, inv_freq=inv_freq)
-    fitted = fit(keys, layout, inv_freq)
+    codec = fit(keys, layout, inv_freq)
     table = torch.arange(11, dtype=torch.int32)
     packed = {}
     before = _C.backend()
     for name in _C.backends():
         _C.set_backend(name)
         packed[name] = torch.zeros(11, layout.k_page_bytes, dtype=torch.uint8)
-        ops.pack_keys_(packed[name], keys, *fitted, layout, table, 0, inv_freq)
+        ops.pack_keys_(packed[name], keys, codec, layout, table, 0)
     _C.set_backend(before)
     if {"avx512", "avx2"} <= packed.keys():
         assert_same(packed["avx512"], packed["avx2"])
@@ -229,10 +212,10 @@ def test_backends_write_the_same_codes():
 def test_results_do_not_depend_on_threads(num_threads):
     layout = make_layout(64, MIXED, 3)
     keys = make_keys(3, 3000, 64)
-    fitted = fit(keys[:, :300], layout)
+    codec = fit(keys[:, :300], layout)
     table = torch.arange(47, dtype=torch.int32)
     pages = torch.zeros(2, 47, layout.k_page_bytes, dtype=torch.uint8)
     for n in (1, 2):
         num_threads(n)
-        ops.pack_keys_(pages[n - 1], keys, *fitted, layout, table, 0)
+        ops.pack_keys_(pages[n - 1], keys, codec, layout, table, 0)
     assert_same(pages[0], pages[1])

@@ -1,4 +1,4 @@
-"""fit_quantizer: basis rows, ranges of the channels and the mean that centres them."""
+"""fit_quantizer: basis vectors, ranges of the channels and the mean that centres them."""
 
 import pytest
 import torch
@@ -15,13 +15,10 @@ def latent_error(keys, basis, mean):
     return (dim + 3) * FLOAT_ERROR * float(reach) + 10 * FLOAT_ERROR * float(keys.abs().amax())
 
 
-def fourth_power_error(keys, fitted, layout, inv_freq=None, position=0):
+def fourth_power_error(keys, codec, layout):
     """Mean fourth power of the quantization error of every channel's latents, [R]."""
-    basis, scale, mean = fitted
-    widths = reference.channel_widths(layout)
-    positions = position + torch.arange(keys.shape[1])
-    rows = reference.rotate(keys, positions, inv_freq, inverse=True)
-    latent = reference.latents(rows, basis, mean, layout)
+    widths, scale = reference.channel_widths(layout), codec.scale
+    latent = reference.latents(keys, codec.basis, codec.mean, layout)
     decoded = (reference.quantize(latent, scale, widths) - (2.0**widths - 1) / 2) * scale.double()
     return (decoded - latent).pow(4).mean(0)
 
@@ -40,17 +37,19 @@ def test_full_ranges(backend, head_dim, rope, inv_freq, num_tokens):
     layout = make_layout(head_dim, [8, 4, 2, 1, 1, 0, 0, 0], 2, rope)
     keys = make_keys(2, num_tokens, head_dim, inv_freq=inv_freq, position=7)
     mean, components, _ = reference.fit_basis(keys, inv_freq, 7)
-    args = (keys, mean, components, layout, inv_freq, 7)
-    basis, scale, centred = ops.fit_quantizer(*args, clip=False)
-    expected = reference.fit_quantizer(*args, clip=False)
-    assert_same(basis, expected[0])
+    args, options = (keys, mean, components, layout), {"inv_freq": inv_freq, "position": 7}
+    codec = ops.fit_quantizer(*args, **options, clip=False)
+    expected = reference.fit_quantizer(*args, **options, clip=False)
+    basis, scale = codec.basis, codec.scale
+    assert_same(basis, expected.basis)
     # A range is the difference of two latents, its centre half their sum.
     error = latent_error(keys, basis, mean)
     top = 2.0 ** reference.channel_widths(layout) - 1
-    assert_within(scale, expected[1], (2 * error + 4 * FLOAT_ERROR * expected[1] * top) / top)
+    allowed = (2 * error + 4 * FLOAT_ERROR * expected.scale * top) / top
+    assert_within(scale, expected.scale, allowed)
     rank = layout.rank // 2
     centring = error * rank**0.5 + rank * FLOAT_ERROR * float(keys.abs().amax())
-    assert_within(centred, expected[2], centring)
+    assert_within(codec.mean, expected.mean, centring)
 
 
 def heavy_tailed(keys):
@@ -65,9 +64,9 @@ def two_valued(keys):
     return keys.sign() + keys
 
 
-def errors_by_width(keys, fitted, layout):
+def errors_by_width(keys, codec, layout):
     """Roots of fourth powers of the error, which compare as squares do: by width, by channel."""
-    error = fourth_power_error(keys, fitted, layout)
+    error = fourth_power_error(keys, codec, layout)
     widths = reference.channel_widths(layout)
     return torch.stack([error[widths == w].sum() for w in WIDTHS]).sqrt(), error.sqrt()
 
@@ -98,15 +97,15 @@ def test_clipped_ranges_are_as_good_as_a_fine_search(backend, shape, num_tokens)
 
 
 @pytest.mark.parametrize("num_tokens", [17, 64, 65])
-def test_every_token_weighs_alike(backend, num_tokens):
+def test_every_token_counts_alike(backend, num_tokens):
     """The order of the tokens makes no difference, whatever number of them a vector holds."""
     layout = PageLayout(64, ((0, 8, 4, 0),), "post")
     keys = make_keys(1, num_tokens, 64)
     mean, components, _ = reference.fit_basis(keys)
-    first = ops.fit_quantizer(keys, mean, components, layout)[1]
-    for turn in (1, 2, 5):
-        turned = keys.roll(turn, dims=1)
-        scale = ops.fit_quantizer(turned, mean, components, layout)[1]
+    first = ops.fit_quantizer(keys, mean, components, layout).scale
+    for shift in (1, 2, 5):
+        shifted = keys.roll(shift, dims=1)
+        scale = ops.fit_quantizer(shifted, mean, components, layout).scale
         assert_within(scale, first, 1e-4 * first)  # sums of another order differ in the last digits
 
 
@@ -135,10 +134,10 @@ def test_constant_keys(backend, clip, num_tokens):
     layout = make_layout(64, [8, 4, 2, 1], 1)
     keys = torch.randn(1, 1, 64).expand(1, num_tokens, 64).contiguous()
     mean, components, _ = ops.fit_basis(keys)
-    basis, scale, centred = ops.fit_quantizer(keys, mean, components, layout, clip=clip)
-    assert_within(centred, keys[:, 0], 1e-5)
-    assert (scale >= 0).all()
-    assert (scale < 1e-5).all()
+    codec = ops.fit_quantizer(keys, mean, components, layout, clip=clip)
+    assert_within(codec.mean, keys[:, 0], 1e-5)
+    assert (codec.scale >= 0).all()
+    assert (codec.scale < 1e-5).all()
 
 
 @pytest.mark.libraries
@@ -147,15 +146,16 @@ def test_heads_have_their_own_ranges(backend):
     keys = make_keys(3, 300, 64)
     mean, components, _ = ops.fit_basis(keys)
     layout = PageLayout(64, layout.bands, "post")
-    basis, scale, centred = ops.fit_quantizer(keys, mean, components, layout, clip=False)
+    codec = ops.fit_quantizer(keys, mean, components, layout, clip=False)
     for h, rows in ((0, slice(0, 16)), (2, slice(16, 44))):
         alone = PageLayout(64, (layout.bands[h],), "post")
         one = ops.fit_quantizer(
             keys[h : h + 1], mean[h : h + 1], components[h : h + 1], alone, clip=False
         )
-        for got, expected in zip((basis[rows], scale[rows], centred[h : h + 1]), one, strict=True):
-            assert_same(got, expected)
-    assert_same(centred[1], mean[1])
+        assert_same(codec.basis[rows], one.basis)
+        assert_same(codec.scale[rows], one.scale)
+        assert_same(codec.mean[h : h + 1], one.mean)
+    assert_same(codec.mean[1], mean[1])
 
 
 @pytest.mark.parametrize("clip", [True, False])
@@ -168,8 +168,8 @@ def test_results_do_not_depend_on_threads(num_threads, clip):
         num_threads(n)
         results.append(ops.fit_quantizer(keys, mean, components, layout, clip=clip))
     for other in results[1:]:
-        for got, expected in zip(other, results[0], strict=True):
-            assert_same(got, expected)
+        for name, expected in results[0].tensors().items():
+            assert_same(getattr(other, name), expected)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

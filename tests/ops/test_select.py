@@ -1,4 +1,4 @@
-"""select against the plain weights of every token, and what holds whatever the weights."""
+"""select against the plain masses of every token, and what holds whatever the masses."""
 
 from dataclasses import dataclass, field
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from refusals import check_refusal, spoiled, strided
-from select_bounds import log_weight_errors
+from select_bounds import log_mass_errors
 from support import make_cache, make_layout
 from svdq import ops, reference
-from svdq.store.outliers import NO_SLOT
+from svdq.layout import NO_SLOT
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ CASES = {
     "pre": Case(),
     "post": Case(rope="post"),
     "hybrid": Case(rope="hybrid"),
-    "hybrid-core-of-4": Case(rope="hybrid", pre_bands=((0, 4, 0, 0), (0, 0, 0, 0)), channels=12),
+    "hybrid-4-pre": Case(rope="hybrid", pre_bands=((0, 4, 0, 0), (0, 0, 0, 0)), channels=12),
     "rotated-mean": Case(rope="hybrid", pre_bands=((0, 0, 0, 0),) * 2),
     "head-dim-128": Case(head_dim=128, group=4),
     "head-dim-80": Case(head_dim=80, options={"rotary_dim": 32}),
@@ -79,56 +79,51 @@ def make(case):
 
 
 def arguments(case, cache, query, outliers):
-    c = cache
+    """Arguments of select and of its reference."""
+    own = cache.but(sink_tokens=case.sink_tokens, outlier_slots=outliers)
     return {
         "query": query,
-        "k_pages": c.k_pages,
-        "page_table": c.page_table,
-        "cache_seqlens": c.cache_seqlens,
-        "basis": c.basis,
-        "scale": c.scale,
-        "mean": c.mean,
-        "layout": c.layout,
+        "packed": own.packed,
         "budget": case.budget,
-        "sm_scale": c.sm_scale,
-        "inv_freq": c.inv_freq,
-        "first_position": c.first_position,
-        "sink_tokens": case.sink_tokens,
-        "post_mean": c.post_mean,
-        "outlier_slots": outliers,
+        "sm_scale": cache.sm_scale,
         "channels": case.channels,
     }
+
+
+def flat_arguments(case, cache, query, outliers):
+    """The same, named as in the flat schema."""
+    args = arguments(case, cache, query, outliers)
+    packed = args.pop("packed")
+    return {**packed.flat(), "layout": packed.layout, **args}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_best_tokens_are_selected(name, backend):
     case = CASES[name]
     cache, query, outliers = make(case)
-    slots, places = ops.select(**arguments(case, cache, query, outliers))
+    slots, indices = ops.select(**arguments(case, cache, query, outliers))
     room = 0 if outliers is None else outliers.shape[2]
     assert slots.shape == (len(case.seqlens), case.heads, case.budget + room)
     decided = []
     for b, tokens in enumerate(case.seqlens):
         codes = reference.unpack_codes(cache.k_pages, cache.layout, cache.page_table[b], 0, tokens)
         first = 0 if cache.first_position is None else int(cache.first_position[b])
-        post_mean = None if cache.post_mean is None else cache.post_mean[b]
-        coded = (codes, cache.basis[b], cache.scale[b], cache.mean[b], cache.layout)
-        scored = (cache.sm_scale, cache.inv_freq)
-        weights = reference.select_weights(
-            query[b], *coded, *scored, first, case.sink_tokens, post_mean, case.channels
+        scored = (query[b], codes, cache.codec.sequence(b), cache.layout, cache.sm_scale)
+        masses = reference.token_masses(
+            *scored, channels=case.channels, position=first, sink_tokens=case.sink_tokens
         ).log()
-        errors = log_weight_errors(query[b], *coded, *scored, post_mean, case.channels)
+        errors = log_mass_errors(*scored, channels=case.channels)
         for h in range(case.heads):
             own = [] if outliers is None else [x for x in outliers[b, h].tolist() if x < NO_SLOT]
             chosen = slots[b, h].tolist()
-            decided.append(check_one_head(chosen, weights[h], errors[h], case, tokens, own))
+            decided.append(check_one_head(chosen, masses[h], errors[h], case, tokens, own))
             if room:
                 expected = [chosen.index(x) for x in own] + [NO_SLOT] * (room - len(own))
-                assert places[b, h].tolist() == expected
+                assert indices[b, h].tolist() == expected
     assert max(decided) > 0.1  # the bounds say something
 
 
-def check_one_head(chosen, weights, errors, case, tokens, outliers):
+def check_one_head(chosen, masses, errors, case, tokens, outliers):
     """Checks one head's slots; returns the share of tokens that the bounds decide about."""
     candidates = sorted(set(range(min(case.sink_tokens, tokens), tokens)) - set(outliers))
     real = [slot for slot in chosen if slot < NO_SLOT]
@@ -141,7 +136,7 @@ def check_one_head(chosen, weights, errors, case, tokens, outliers):
     if not 0 < count < len(candidates):
         return 1.0
     at = torch.tensor(candidates)
-    low, high = weights[at] - errors[at], weights[at] + errors[at]
+    low, high = masses[at] - errors[at], masses[at] + errors[at]
     surely_in = low > high.sort(descending=True).values[count]
     surely_out = high < low.sort(descending=True).values[count - 1]
     assert selected >= set(at[surely_in].tolist())
@@ -149,12 +144,12 @@ def check_one_head(chosen, weights, errors, case, tokens, outliers):
     return float((surely_in | surely_out).double().mean())
 
 
-def test_the_reference_selects_by_its_weights():
+def test_the_reference_selects_by_its_masses():
     case = CASES["outliers"]
     cache, query, outliers = make(case)
-    slots, places = reference.select(**arguments(case, cache, query, outliers))
+    slots, indices = reference.select(**arguments(case, cache, query, outliers))
     assert slots.shape[2] == 43
-    assert places[0].tolist() == [
+    assert indices[0].tolist() == [
         [slots[0, 0].tolist().index(x) for x in (20, 100, 333)],
         [slots[0, 1].tolist().index(9), NO_SLOT, NO_SLOT],
     ]
@@ -204,7 +199,7 @@ REFUSED = {
 def test_wrong_numbers_are_refused(name):
     case = CASES["pre"]
     changes, *words = REFUSED[name]
-    check_refusal("select", arguments(case, *make(case)) | changes, *words)
+    check_refusal("select", flat_arguments(case, *make(case)) | changes, *words)
 
 
 @pytest.mark.parametrize(
@@ -223,5 +218,5 @@ def test_wrong_numbers_are_refused(name):
 )
 def test_wrong_tensors_are_refused(argument, spoil, word):
     case = Case(outliers=((20, 30), (40, 50)))
-    args = arguments(case, *make(case))
+    args = flat_arguments(case, *make(case))
     check_refusal("select", args | {argument: spoil(args[argument])}, word)

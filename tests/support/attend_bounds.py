@@ -39,8 +39,7 @@ from torch import Tensor
 from cuda_support import runs_on_cuda
 from support import FLOAT_ERROR, ROUNDING, Cache
 from svdq import _C, reference
-from svdq.layout import PAGE_TOKENS
-from svdq.store.outliers import NO_SLOT
+from svdq.layout import NO_SLOT, PAGE_TOKENS
 
 SIGMAS = 6
 EXP2_ERROR = 1e-6  # relative error of the backends' 2^x
@@ -257,35 +256,25 @@ def expect(cache: Cache, query: Tensor) -> Expected:
     q_len, group = query.shape[2], query.shape[1] // cache.layout.num_kv_heads
     for b in range(query.shape[0]):
         packed = max(int(cache.cache_seqlens[b]) - cache.sink_tokens, 0)
-        exact = int(cache.window_lens[b])
+        length = int(cache.window_lens[b])
         at = (cache.layout, cache.page_table[b], cache.sink_tokens, packed)
-        position = cache.sink_tokens
-        position += int(cache.first_position[b]) if cache.first_position is not None else 0
         codes = reference.unpack_codes(cache.k_pages, *at).double()
-        fitted = (cache.basis[b], cache.scale[b], cache.mean[b].double())
-        post_mean = None if cache.post_mean is None else cache.post_mean[b]
-        if cache.token_slots is None:
-            rope = (cache.inv_freq, position, post_mean)
-            keys = reference.unpack_keys(cache.k_pages, *fitted, *at, *rope)
-        else:
-            rope = (cache.inv_freq, position + cache.token_slots[b, :, :packed], post_mean)
-            keys = reference.gathered_keys(cache.k_pages, *fitted, *at, *rope)
+        keys = reference.packed_keys(cache.packed, b)
         is_outlier = torch.zeros(cache.layout.num_kv_heads, packed, dtype=torch.bool)
         if cache.outlier_slots is not None:
             tokens = cache.outlier_slots[b] - cache.sink_tokens
-            keys = reference.replace_keys(keys, tokens, cache.outlier_keys[b])
             for h, own in enumerate(tokens):
                 is_outlier[h, own[(own >= 0) & (own < packed)].long()] = True
         values = reference.unpack_values(cache.v_pages, *at)
-        every = reference.visible_tokens(q_len, packed, exact, cache.causal)
+        every = reference.visible_tokens(q_len, packed, length, cache.causal)
         for h in range(cache.layout.num_kv_heads):
             seen = every.clone()
             if cache.token_slots is not None:
                 seen[:, :packed] &= cache.token_slots[b, h, :packed] < NO_SLOT
             heads = slice(h * group, (h + 1) * group)
             q = query[b, heads].double()
-            k = torch.cat([keys[h], cache.window_keys[b, h, :exact].double()])
-            v = torch.cat([values[h], cache.window_values[b, h, :exact]]).double()
+            k = torch.cat([keys[h], cache.window_keys[b, h, :length].double()])
+            v = torch.cat([values[h], cache.window_values[b, h, :length]]).double()
             scores = (q @ k.T * cache.sm_scale).masked_fill(~seen, -torch.inf)
             o, total = out[b, heads], lse[b, heads]
             p = (scores - total[..., None]).exp().nan_to_num(nan=0.0)

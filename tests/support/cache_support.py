@@ -1,4 +1,4 @@
-"""Small random models, caches driven by hand, and what a cache stands for when all is decoded."""
+"""Small random models, caches driven by hand, and the decoded tokens of a cache."""
 
 from types import SimpleNamespace
 
@@ -112,8 +112,8 @@ class Driver:
 
 def decoded(layer: SVDqLayer, b: int = 0) -> tuple[Tensor, Tensor]:
     """Keys and values of sequence b as the cache stands for them, [H, n, D] float32 in order."""
-    rows, sinks = layer.tokens.rows, layer.settings.sink_tokens
-    exact = [x[b, :, : rows.count[b]].float() for x in (rows.keys, rows.values)]
+    window, sinks = layer.tokens.window, layer.settings.sink_tokens
+    exact = [x[b, :, : window.count[b]].float() for x in (window.keys, window.values)]
     parts = [exact]
     stores = [store for store in layer.tokens.stores if store.slots[b]]
     if stores:
@@ -121,18 +121,16 @@ def decoded(layer: SVDqLayer, b: int = 0) -> tuple[Tensor, Tensor]:
         parts = [[x[:, :sinks] for x in exact], [x[:, sinks:] for x in packed]]
         parts.append([x[:, sinks:] for x in exact])
     keys, values = (torch.cat(x, 1) for x in zip(*parts, strict=True))
-    if layer.tokens.weight is not None:
-        keys = keys / layer.tokens.weight[b].float()[:, None]
+    if layer.tokens.fit.gain is not None:
+        keys = keys / layer.tokens.fit.gain[b].float()[:, None]
     return keys, values
 
 
 def decoded_store(store: PackedStore, b: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of all slots of one store, weighted as they are."""
-    at = (store.layout, store.page_table[b], 0, store.slots[b])
-    coded = (store.basis[b], store.scale[b], store.mean[b])
-    turned = (store.inv_freq, store.position[b], store.tail_mean_of(b))
-    keys = ops.unpack_keys(store.k_pages, *coded, *at, *turned)
-    return keys, ops.unpack_values(store.v_pages, *at)
+    """Keys (times their gain) and values of all slots of one store."""
+    pool, count = store.pool, store.slots[b]
+    at = (store.layout, pool.page_table[b], 0, count)
+    return store.decoded_keys(b, 0, count), ops.unpack_values(pool.v_pages, *at)
 
 
 def plain_attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 import svdq.ops.registered
+from svdq.ops.fakes import HOST_TABLES
 
 
 def stored_bytes(tensor: Tensor) -> Tensor:
@@ -19,15 +20,17 @@ class OnCuda:
     has written is copied back.
     """
 
-    HOST_TABLES = ("pack_keys_", "pack_values_", "unpack_codes", "unpack_keys", "unpack_values")
-
     def __init__(self) -> None:
         self.operators = torch.ops.svdq
 
     def __getattr__(self, name: str):
         schema = getattr(self.operators, name).default._schema
 
-        def call(*args):
+        def stays(argument: str) -> bool:
+            return argument == "page_table" and name in HOST_TABLES
+
+        def call(*args, **kwargs):
+            given = dict(zip((x.name for x in schema.arguments), args, strict=False)) | kwargs
             memory: dict[int, tuple[Tensor, Tensor]] = {}
 
             def upload(x: Tensor) -> Tensor:
@@ -38,25 +41,19 @@ class OnCuda:
                 storage = memory[key][1].untyped_storage()
                 return there.set_(storage, x.storage_offset(), x.shape, x.stride())
 
-            moved = [
-                upload(x) if isinstance(x, Tensor) and not self._stays(name, argument.name) else x
-                for x, argument in zip(args, schema.arguments, strict=True)
-            ]
-            out = getattr(self.operators, name)(*moved)
-            for x, argument in zip(args, schema.arguments, strict=True):
-                if (
-                    x is not None
-                    and argument.alias_info is not None
-                    and argument.alias_info.is_write
-                ):
+            moved = {
+                argument: upload(x) if isinstance(x, Tensor) and not stays(argument) else x
+                for argument, x in given.items()
+            }
+            out = getattr(self.operators, name)(**moved)
+            for argument in schema.arguments:
+                x, alias = given.get(argument.name), argument.alias_info
+                if x is not None and alias is not None and alias.is_write:
                     here, there = memory[x.untyped_storage().data_ptr()]
                     here.copy_(there)
             return tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, out)
 
         return call
-
-    def _stays(self, name: str, argument: str) -> bool:
-        return argument == "page_table" and name in self.HOST_TABLES
 
 
 def runs_on_cuda() -> bool:

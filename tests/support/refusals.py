@@ -1,10 +1,14 @@
-"""Wrong arguments, and how an operator must refuse them."""
+"""Wrong arguments, which an operator must refuse."""
+
+import inspect
+from dataclasses import fields
 
 import pytest
 import torch
 
 from svdq import ops
 from svdq.layout import PageLayout
+from svdq.ops import KeyCodec, PackedKeys, Window
 
 
 class Bits(PageLayout):
@@ -41,6 +45,26 @@ def same_bytes(a, b):
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
+def noun(cls, args):
+    """A noun of :mod:`svdq.ops` from those of these arguments that are its fields."""
+    return cls(**{f.name: args[f.name] for f in fields(cls) if f.name in args})
+
+
+def call(op, args):
+    """Call an operator of :mod:`svdq.ops` with arguments named as in its flat schema."""
+    args = dict(args)
+    if "basis" in args:
+        args["codec"] = noun(KeyCodec, args)
+    if op in ("attend", "select", "gather"):
+        args.setdefault("codec", KeyCodec(None, None, None))  # gather decodes nothing
+        args.setdefault("cache_seqlens", None)
+        args["packed"] = noun(PackedKeys, args)
+    if op == "attend":
+        args["window"] = Window(*(args[f"window_{name}"] for name in ("keys", "values", "lens")))
+    taken = inspect.signature(getattr(ops, op)).parameters
+    return getattr(ops, op)(**{name: x for name, x in args.items() if name in taken})
+
+
 def check_refusal(op, args, *words):
     """The call fails with a message of all these words, and every tensor given is as it was."""
     tensors = {name: x for name, x in args.items() if isinstance(x, torch.Tensor)}
@@ -48,6 +72,6 @@ def check_refusal(op, args, *words):
     before = {name: tensors[name].clone() for name in dense}
     message = f"svdq::{op}" + "".join(f"(?=.*(?:{word}))" for word in words)
     with pytest.raises((ValueError, RuntimeError), match=f"(?s){message}"):
-        getattr(ops, op)(**args)
+        call(op, args)
     for name, x in before.items():
         assert same_bytes(tensors[name], x), f"{op} changed {name} before it failed"

@@ -1,12 +1,14 @@
 """Synthetic keys, packed caches and comparisons that say where they failed."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from svdq import reference
-from svdq.layout import PAGE_TOKENS, PageLayout
+from svdq.layout import PageLayout, pages_of
+from svdq.ops import KeyCodec, PackedKeys, Window
 
 FLOAT_ERROR = 2.0**-24  # relative rounding error of float32
 ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -68,8 +70,8 @@ def make_layout(
 ) -> PageLayout:
     """Layout of a schedule of equal groups, the same for all heads.
 
-    A hybrid one has 4 core channels of 8 and 4 of 4 bits beside them unless ``pre_bands`` says
-    otherwise.
+    A hybrid one has 4 pre-RoPE channels of 8 and 4 of 4 bits in addition, unless ``pre_bands``
+    says otherwise.
     """
     bands = reference.allocate_bits(torch.zeros(num_heads, head_dim), schedule)
     options.setdefault("v_group_size", 64 if head_dim % 64 == 0 else 16)
@@ -91,14 +93,9 @@ def make_v_pages(layout: PageLayout, num_pages: int, dtype: torch.dtype | None =
     return torch.full((num_pages, layout.v_page_bytes // dtype.itemsize), torch.nan, dtype=dtype)
 
 
-def page_count(num_tokens: int) -> int:
-    """Pages that hold this many slots."""
-    return -(-num_tokens // PAGE_TOKENS)
-
-
 @dataclass
 class Cache:
-    """Arguments of ``attend`` but for the query; what no sequence uses is random or NaN."""
+    """Arguments of ``attend`` except the query, flat; what no sequence uses is random or NaN."""
 
     k_pages: Tensor
     v_pages: Tensor
@@ -121,9 +118,43 @@ class Cache:
     outlier_keys: Tensor | None = None
     token_slots: Tensor | None = None
 
+    @property
+    def codec(self) -> KeyCodec:
+        return KeyCodec(self.basis, self.scale, self.mean, self.post_mean, self.inv_freq)
+
+    @property
+    def packed(self) -> PackedKeys:
+        return PackedKeys(
+            self.layout,
+            self.codec,
+            self.k_pages,
+            self.page_table,
+            self.cache_seqlens,
+            self.v_pages,
+            self.first_position,
+            self.sink_tokens,
+            self.outlier_slots,
+            self.outlier_keys,
+            self.token_slots,
+        )
+
+    @property
+    def window(self) -> Window:
+        return Window(self.window_keys, self.window_values, self.window_lens)
+
     def kwargs(self) -> dict:
         """Keyword arguments of ``svdq.ops.attend`` and ``svdq.reference.attend``."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        return {
+            "packed": self.packed,
+            "window": self.window,
+            "sm_scale": self.sm_scale,
+            "causal": self.causal,
+        }
+
+    def flat(self) -> dict[str, Any]:
+        """Arguments of ``torch.ops.svdq.attend`` by the names of its schema."""
+        scalars = {"sm_scale": self.sm_scale, "causal": self.causal}
+        return {**self.packed.flat(), **self.window.flat(), **scalars}
 
     def but(self, **changes) -> "Cache":
         """This cache with some fields replaced."""
@@ -144,7 +175,7 @@ def make_cache(
     """A cache packed by the reference, with the keys and values [H, T, D] of its sequences."""
     heads, dim, batch = layout.num_kv_heads, layout.head_dim, len(seqlens)
     inv_freq = make_inv_freq(rotary_dim or dim) if layout.rope != "post" else None
-    num_pages = [page_count(n) for n in seqlens]
+    num_pages = [pages_of(n) for n in seqlens]
     pool = sum(num_pages) + 2
     k_pages, v_pages = make_k_pages(layout, pool), make_v_pages(layout, pool, v_dtype)
     order = torch.randperm(pool, dtype=torch.int32)
@@ -167,13 +198,12 @@ def make_cache(
         values.append(every_value[:, :tokens])
         if tokens == 0:
             continue
-        rope = (inv_freq, position)
-        *fitted, own_tail_mean = reference.fit_keys(keys[b], layout, *rope)
-        basis[b], scale[b], mean[b] = fitted
+        codec = reference.fit_keys(keys[b], layout, inv_freq, position)
+        for name, batched in (("basis", basis), ("scale", scale), ("mean", mean)):
+            batched[b] = getattr(codec, name)
         if post_mean is not None:
-            post_mean[b] = own_tail_mean
-        where = (layout, table, 0, *rope)
-        reference.pack_keys_(k_pages, keys[b], *fitted, *where, own_tail_mean)
+            post_mean[b] = codec.post_mean
+        reference.pack_keys_(k_pages, keys[b], codec, layout, table, 0, position=position)
         reference.pack_values_(v_pages, values[b], layout, table, 0)
     cache = Cache(
         k_pages=k_pages,

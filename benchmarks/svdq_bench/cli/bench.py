@@ -45,6 +45,7 @@ app = typer.Typer(
 @app.command()
 @reports_errors
 def attend(
+    *,
     rope: Ropes = [Rope.post, Rope.pre],  # noqa: B006  (typer reads it, nothing mutates it)
     preset: KeyBits = "paper-1.25",
     v_bits: PackedValueBits = 4,
@@ -104,6 +105,7 @@ def attend(
 @app.command()
 @reports_errors
 def prefill(
+    *,
     tokens: Annotated[
         int, typer.Option(min=1, help="Tokens to prefill.", rich_help_panel=MODEL_PANEL)
     ] = 8192,

@@ -23,6 +23,7 @@ from svdq_bench.cli.progress import quiet_transformers, step_progress
 
 @reports_errors
 def calibrate(
+    *,
     out: Annotated[Path, typer.Argument(help="Profile to write, a safetensors file.")],
     rope: Annotated[
         Rope, typer.Option(help="Where keys are coded.", rich_help_panel=CACHE_PANEL)

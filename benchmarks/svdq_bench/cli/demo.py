@@ -38,6 +38,7 @@ CURVE_POINTS = 33
 
 @reports_errors
 def demo(
+    *,
     model: Model = None,
     gguf_file: GgufFile = None,
     prompt_file: Annotated[
@@ -160,7 +161,7 @@ def spectrum(full: Run, compressed: Run) -> tuple[Tensor, Tensor]:
             continue
         store = packed_layer.tokens.packed
         sinks = packed_layer.settings.sink_tokens
-        _, _, variance = ops.fit_basis(layer.keys[0, :, sinks:], store.inv_freq, sinks)
+        _, _, variance = ops.fit_basis(layer.keys[0, :, sinks:], store.codec.inv_freq, sinks)
         variances.append(variance)
         for head in store.layout.bands:
             widths = [w for n, w in zip(head, WIDTHS, strict=True) for _ in range(n)]

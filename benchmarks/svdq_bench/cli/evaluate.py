@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from svdq.store.sparsity import DEFAULT_CHANNELS
+from svdq.config.sparsity import DEFAULT_CHANNELS
 from svdq_bench.cli import harness, keys, retrieval, sparsity
 from svdq_bench.cli.errors import reports_errors
 from svdq_bench.cli.methods import make_methods, with_budgets
@@ -56,6 +56,7 @@ def group() -> None:
 @app.command()
 @reports_errors
 def perplexity(
+    *,
     preset: Presets = None,
     k_bits: Averages = None,
     price: Prices = None,

@@ -24,6 +24,7 @@ from svdq_bench.cli.table import report
 
 @reports_errors
 def fit(
+    *,
     model_shape: Annotated[
         str,
         typer.Option(

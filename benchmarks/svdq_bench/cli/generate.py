@@ -27,6 +27,7 @@ from svdq_bench.cli.table import report
 
 @reports_errors
 def generate(
+    *,
     tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of the prompt.", rich_help_panel=MODEL_PANEL)
     ] = 8128,

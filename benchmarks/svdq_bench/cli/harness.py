@@ -39,6 +39,7 @@ TASK_PANEL = "Tasks"
 
 @reports_errors
 def harness(
+    *,
     task: Annotated[
         list[str],
         typer.Option(

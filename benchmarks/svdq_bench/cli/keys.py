@@ -34,6 +34,7 @@ from svdq_bench.cli.table import PLAIN_WIDTH, layer_table, report
 
 @reports_errors
 def keys(
+    *,
     preset: Annotated[
         list[str] | None,
         typer.Option(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from svdq.store.sparsity import DEFAULT_CHANNELS
+from svdq.config.sparsity import DEFAULT_CHANNELS
 from svdq_bench.cli.errors import reports_errors
 from svdq_bench.cli.methods import make_methods, with_budgets
 from svdq_bench.cli.options import (
@@ -55,6 +55,7 @@ class Haystack(str, enum.Enum):
 
 @reports_errors
 def retrieval(
+    *,
     preset: Presets = None,
     k_bits: Averages = None,
     price: Prices = None,

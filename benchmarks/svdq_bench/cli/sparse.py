@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from svdq.store.sparsity import DEFAULT_CHANNELS, Sparsity
+from svdq.config.sparsity import DEFAULT_CHANNELS, Sparsity
 from svdq_bench.cli.errors import reports_errors
 from svdq_bench.cli.options import (
     SPARSE_PANEL,
@@ -32,6 +32,7 @@ from svdq_bench.cli.table import report
 
 @reports_errors
 def sparse(
+    *,
     budget: Annotated[
         list[str],
         typer.Option(

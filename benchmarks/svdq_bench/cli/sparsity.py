@@ -31,6 +31,7 @@ from svdq_bench.cli.table import report
 
 @reports_errors
 def sparsity(
+    *,
     budget: Annotated[
         list[str],
         typer.Option(

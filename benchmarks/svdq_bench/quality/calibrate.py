@@ -20,7 +20,7 @@ def measure_profile(
     model: PreTrainedModel,
     windows: Sequence[Tensor],
     rope: str = "pre",
-    core_channels: int = 8,
+    pre_channels: int = 8,
     query_weighted: bool = True,
     sink_tokens: int = 8,
     begin: Callable[[str], None] = lambda step: None,
@@ -30,7 +30,7 @@ def measure_profile(
     Parameters
     ----------
     windows : prompts, [1, T] int64 each, at least one, long enough to fit a basis.
-    rope, core_channels, query_weighted, sink_tokens : of the caches that will use the profile.
+    rope, pre_channels, query_weighted, sink_tokens : of the caches that will use the profile.
     begin : called with the name of each step as it begins.
 
     Raises
@@ -48,7 +48,7 @@ def measure_profile(
             model.config,
             k_bits=HIGH_BITS,
             rope=rope,
-            core_channels=core_channels,
+            pre_channels=pre_channels,
             query_weighted=query_weighted,
             sink_tokens=sink_tokens,
             residual_length=0,
@@ -59,7 +59,7 @@ def measure_profile(
         cache.prefill_from(prefix.cache, prefix.query_energy)
         if len(spectra) < len(cache.svdq_layers):
             raise ValueError(f"a prompt of {window.shape[1]} tokens is too short to fit a basis")
-        profiles.append(Profile(spectra, rope, core_channels, query_weighted, window.shape[1]))
+        profiles.append(Profile(spectra, rope, pre_channels, query_weighted, window.shape[1]))
     return mean_profile(profiles)
 
 

@@ -270,19 +270,9 @@ def _cache_errors(method: CacheSettings, prefix: Prefix) -> Iterator[LayerError]
         tokens, sinks = cache.layers[layer].tokens, method.sink_tokens
         packed = tokens.packed
         count = packed.slots[0] - sinks
-        decoded = ops.unpack_keys(
-            packed.k_pages,
-            *packed.coding_of(0),
-            packed.layout,
-            packed.page_table[0].cpu(),
-            sinks,
-            count,
-            packed.inv_freq,
-            packed.position[0] + sinks,
-            packed.tail_mean_of(0),
-        )
-        if tokens.weight is not None:
-            decoded = decoded / tokens.weight[0].float()[:, None]
+        decoded = packed.decoded_keys(0, sinks, count)
+        if tokens.fit.gain is not None:
+            decoded = decoded / tokens.fit.gain[0].float()[:, None]
         keys = prefix.cache.layers[layer].keys[0, :, sinks : sinks + count]
         errors = _errors(keys, decoded, prefix.query_energy[layer])
         dim = packed.layout.head_dim

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 from svdq.cache.cache import SVDqCache
 from svdq.cache.layer import SVDqLayer
 from svdq.layout import PAGE_TOKENS
-from svdq.store.packed import ROW_STEP
+from svdq.store.window import GRANULE
 
 
 def full_cache_bytes(cache: DynamicCache, num_tokens: int | None = None) -> int:
@@ -56,28 +56,28 @@ def _layer_bytes(layer, num_tokens: int | None) -> int:
 
 def _packed_layer_bytes(layer: SVDqLayer, num_tokens: int) -> int:
     tokens, packed = layer.tokens, layer.tokens.packed
-    _, heads, _, dim = tokens.rows.keys.shape
-    row_bytes = 2 * heads * dim * tokens.rows.keys.itemsize
+    _, heads, _, dim = tokens.window.keys.shape
+    row_bytes = 2 * heads * dim * tokens.window.keys.itemsize
     settings = tokens.settings
     slots = 0
     if packed is not None and num_tokens >= tokens.fit_tokens:
         slots = (num_tokens - settings.residual_length) // PAGE_TOKENS * PAGE_TOKENS
     rows = num_tokens - max(slots - settings.sink_tokens, 0)
-    rows = max(rows, tokens.steady_rows if slots else 0)
-    rows = -(-rows // ROW_STEP) * ROW_STEP
-    total = rows * row_bytes + tokens.rows.lens.nbytes
+    rows = max(rows, tokens.steady_tokens if slots else 0)
+    rows = -(-rows // GRANULE) * GRANULE
+    total = rows * row_bytes + tokens.window.lens.nbytes
     if packed is None:
         return total
     pages = slots // PAGE_TOKENS
-    v_page_bytes = packed.v_pages.shape[1] * packed.v_pages.itemsize
+    v_page_bytes = packed.pool.v_pages.shape[1] * packed.pool.v_pages.itemsize
     total += pages * (packed.layout.k_page_bytes + v_page_bytes)
-    total += pages * packed.page_table.itemsize
-    shared = (packed.basis, packed.scale, packed.mean, packed.cache_seqlens, packed.first_position)
-    shared = (*shared, packed.fit_error, packed.error)
-    if packed.post_mean is not None:
-        shared = (*shared, packed.post_mean)
+    total += pages * packed.pool.page_table.itemsize
+    shared = (*packed.codec.tensors().values(), packed.pool.cache_seqlens, packed.first_position)
+    shared = (*shared, packed.drift.fit_error, packed.drift.error)
     if packed.outliers is not None:
         # As many a token as this cache has.
-        total += round(sum(x.nbytes for x in packed.outliers.held) / max(packed.slots) * slots)
-        total += packed.outliers.least.nbytes
+        total += round(
+            (packed.outliers.slots.nbytes + packed.outliers.keys.nbytes) / max(packed.slots) * slots
+        )
+        total += packed.outliers.min_error.nbytes
     return total + sum(x.nbytes for x in shared)

@@ -13,8 +13,8 @@ from transformers.cache_utils import Cache
 
 from svdq.cache.cache import SVDqCache
 from svdq.config.presets import PRESETS, Schedule, resolve_keys
+from svdq.config.sparsity import DEFAULT_CHANNELS, Sparsity
 from svdq.layout import PAGE_TOKENS
-from svdq.store.sparsity import DEFAULT_CHANNELS, Sparsity
 from svdq_bench.quality.budgets import budget_text
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ class CacheSettings:
         code_read_ratio, read_ratio : codes alone and everything, see
             :class:`svdq.reads.ReadReport`; nothing where no step of one token was fed.
         """
-        if not self.one_by_one or all(layer.attended is None for layer in cache.svdq_layers):
+        if not self.one_by_one or all(x.tokens.attended is None for x in cache.svdq_layers):
             return {}
         report = cache.read_report()
         return {"code_read_ratio": report.code_ratio, "read_ratio": report.ratio}

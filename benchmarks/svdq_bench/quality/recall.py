@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from svdq.cache.layer import SVDqLayer
-from svdq.cache.reads import lead_bytes
-from svdq.layout import PAGE_TOKENS
+from svdq.config.sparsity import DEFAULT_CHANNELS, Sparsity
+from svdq.layout import NO_SLOT, PAGE_TOKENS
+from svdq.store.attend import select_tokens
 from svdq.store.landmarks import CHUNK_TOKENS
-from svdq.store.outliers import NO_SLOT
 from svdq.store.packed import PackedStore
-from svdq.store.sparsity import DEFAULT_CHANNELS, Sparsity, select
 from svdq_bench.quality.methods import CacheSettings
 from svdq_bench.quality.prefix import Prefix, read_prefix
 
@@ -99,7 +98,7 @@ class Scorer:
 
     @property
     def name(self) -> str:
-        """Which of :data:`svdq.sparsity.SCORERS`."""
+        """Which of :data:`svdq.config.sparsity.SCORERS`."""
         return self.settings.sparse_scorer
 
     @property
@@ -120,7 +119,7 @@ class Scorer:
         if self.name == "landmarks":
             slots = max(store.slots)
             return store.landmarks.scan_bytes(slots) / slots / heads
-        return lead_bytes(store.layout, self.channels) / heads
+        return store.layout.proxy_page_bytes(self.channels) / PAGE_TOKENS / heads
 
 
 def make_scorers(
@@ -192,13 +191,13 @@ def selected_slots(
     ``layer`` is of a cache that has packed the context.
     """
     sparsity = Sparsity(budget, scorer.name, scorer.channels)
-    queries = layer.tokens.weighted_query(queries[None])
+    queries = layer.tokens.fit.matching_query(queries[None])
     (store,) = layer.tokens.stores
     found = []
     for index, position in enumerate(task.positions):
         view = first_slots(store, position + 1 - task.residual_length)
         query = queries[:, :, index : index + 1].contiguous()
-        found.append(select(query, view, sparsity, budget, 1.0, task.sink_tokens)[0][0])
+        found.append(select_tokens(query, view, sparsity, budget, 1.0, task.sink_tokens)[0][0])
     return found
 
 
@@ -227,8 +226,9 @@ def groups_per_token(chosen: Sequence[Tensor]) -> float:
 def first_slots(store: PackedStore, count: int) -> PackedStore:
     """A store as it was with ``count`` tokens of its one sequence, sharing its pages."""
     view = copy.copy(store)
-    view.slots = [count]
-    view.cache_seqlens = torch.tensor(view.slots, dtype=torch.int32, device=store.device)
+    view.pool = copy.copy(store.pool)
+    view.pool.slots = [count]
+    view.pool.cache_seqlens = torch.tensor([count], dtype=torch.int32, device=store.device)
     return view
 
 

@@ -8,15 +8,16 @@ would.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from svdq import _C, ops
-from svdq.config.settings import default_group_size, scheduled_bands
+from svdq.config.bands import default_group_size, scheduled_bands
 from svdq.layout import PageLayout
+from svdq.ops import Window
 from svdq.store.packed import PackedStore
 from svdq_bench.speed import ggml, machine
 from svdq_bench.speed.timing import Timing, time_interleaved
@@ -128,38 +129,28 @@ def packed_case(
     dim = shape.head_dim
     inv_freq = None if rope == "post" else shape.inv_freq
     store = PackedStore(page_layout(shape, schedule, rope, v_bits), 1, dtype, keys.device)
-    store.inv_freq = inv_freq
-    store.fit(0, keys, 0, True)
+    store.set_frequencies(inv_freq)
+    store.fit(0, keys, 0, clip=True)
     store.pack(0, keys, values)
 
     exact_tokens = shape.sink_tokens + shape.residual_length
     window_lens = torch.tensor([exact_tokens], dtype=torch.int32)
     exact = torch.randn(2, 1, shape.num_kv_heads, exact_tokens, dim).to(dtype)
     query = torch.randn(1, shape.num_qo_heads, 1, dim).to(dtype)
-    tensors = (store.k_pages, store.v_pages, store.basis, store.scale, store.mean, *exact)
+    packed, codec = store.packed_keys(shape.sink_tokens), store.codec
+    tensors = (packed.k_pages, packed.v_pages, codec.basis, codec.scale, codec.mean, *exact)
     layers = copies_of(tensors, working_set_bytes)
 
     def call(index: int) -> Tensor:
         k_pages, v_pages, basis, scale, mean, window_keys, window_values = layers[
             index % len(layers)
         ]
+        own = replace(codec, basis=basis, scale=scale, mean=mean)
         out, _ = ops.attend(
             query,
-            k_pages,
-            v_pages,
-            store.page_table,
-            store.cache_seqlens,
-            basis,
-            scale,
-            mean,
-            store.layout,
-            window_keys,
-            window_values,
-            window_lens,
+            replace(packed, codec=own, k_pages=k_pages, v_pages=v_pages),
+            Window(window_keys, window_values, window_lens),
             dim**-0.5,
-            inv_freq,
-            sink_tokens=shape.sink_tokens,
-            post_mean=store.post_mean,
         )
         return out
 

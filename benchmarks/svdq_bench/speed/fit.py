@@ -14,7 +14,7 @@ from torch import Tensor
 
 from svdq import _C, ops
 from svdq.fit.bases import fit_bases
-from svdq.fit.pre_channels import Core
+from svdq.fit.pre_channels import PreChannels
 from svdq.layout import PAGE_TOKENS
 from svdq.store.packed import PackedStore
 from svdq_bench.speed.attend import Shape, page_layout, synthetic_keys
@@ -44,14 +44,14 @@ class Prompt:
         return self.keys.nbytes + self.values.nbytes
 
     @property
-    def core(self) -> Core | None:
+    def core(self) -> PreChannels | None:
         """What :func:`svdq.fitting.fit_bases` takes for a core."""
-        return Core.of(self.store.layout, self.store.inv_freq)
+        return PreChannels.of(self.store.layout, self.store.codec.inv_freq)
 
     def new_store(self) -> PackedStore:
         """An empty store like the prompt's own."""
         store = PackedStore(self.store.layout, 1, self.keys.dtype, self.keys.device)
-        store.inv_freq = self.store.inv_freq
+        store.set_frequencies(self.store.codec.inv_freq)
         return store
 
 
@@ -63,10 +63,10 @@ def make_prompt(
     shape = Shape(heads, heads, dim, tokens + 1, 0, 1)
     store = PackedStore(page_layout(shape, schedule, rope, v_bits), 1, keys.dtype, keys.device)
     if rope != "post":
-        store.inv_freq = shape.inv_freq
-    store.fit(0, keys, 0, True)
+        store.set_frequencies(shape.inv_freq)
+    store.fit(0, keys, 0, clip=True)
     pages = -(-tokens // PAGE_TOKENS)
-    store.reserve(pages)
+    store.pool.reserve(pages)
     table = torch.arange(pages, dtype=torch.int32)
     return Prompt(keys, values, store, table, torch.empty(keys.shape[:2]))
 
@@ -74,27 +74,25 @@ def make_prompt(
 def stage_calls(prompt: Prompt) -> dict[str, Callable[[int], object]]:
     """What fits and packs a prompt, stage by stage, then all as the cache does, and an append."""
     keys, values, store = prompt.keys, prompt.values, prompt.store
-    layout, inv_freq = store.layout, store.inv_freq
-    bases = fit_bases(keys, prompt.core, inv_freq)
+    layout, inv_freq = store.layout, store.codec.inv_freq
+    bases = fit_bases(keys, prompt.core, inv_freq=inv_freq)
     next_keys, next_values = keys[:, :PAGE_TOKENS], values[:, :PAGE_TOKENS]
     next_errors = torch.empty(next_keys.shape[:2])
 
     def pack(some: Tensor, errors: Tensor | None) -> None:
-        coding, post_mean = store.coding_of(0), store.tail_mean_of(0)
-        ops.pack_keys_(
-            store.k_pages, some, *coding, layout, prompt.table, 0, inv_freq, 0, post_mean, errors
-        )
+        codec = store.codec.sequence(0)
+        ops.pack_keys_(store.pool.k_pages, some, codec, layout, prompt.table, 0, errors=errors)
 
     def append(index: int) -> None:
         pack(next_keys, next_errors)
-        ops.pack_values_(store.v_pages, next_values, layout, prompt.table, 0)
+        ops.pack_values_(store.pool.v_pages, next_values, layout, prompt.table, 0)
 
     return {
-        "fit_basis": lambda index: fit_bases(keys, prompt.core, inv_freq),
-        "fit_quantizer": lambda index: store.fit(0, keys, 0, True, bases),
+        "fit_basis": lambda index: fit_bases(keys, prompt.core, inv_freq=inv_freq),
+        "fit_quantizer": lambda index: store.fit(0, keys, 0, clip=True, bases=bases),
         "pack_keys": lambda index: pack(keys, None),
         "pack_values": lambda index: ops.pack_values_(
-            store.v_pages, values, layout, prompt.table, 0
+            store.pool.v_pages, values, layout, prompt.table, 0
         ),
         "as the cache does": lambda index: compress(prompt),
         "append 64 tokens": append,
@@ -104,7 +102,7 @@ def stage_calls(prompt: Prompt) -> dict[str, Callable[[int], object]]:
 def compress(prompt: Prompt) -> PackedStore:
     """Fit and pack a prompt as the cache does: into pages of its own, with the errors of keys."""
     store = prompt.new_store()
-    store.fit(0, prompt.keys, 0, True)
+    store.fit(0, prompt.keys, 0, clip=True)
     store.pack(0, prompt.keys, prompt.values)
     return store
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from svdq import ops
-from svdq.config.settings import default_group_size
+from svdq.config.bands import default_group_size
 from svdq.hf.rope import inverse_frequencies
 from svdq.layout import PAGE_TOKENS, PageLayout
 from svdq_bench.quality.models import check_length
@@ -116,12 +116,12 @@ def _compress(
     with stage("fit_quantizer"):
         bands = tuple(map(tuple, ops.allocate_bits(variance, list(schedule)).tolist()))
         layout = PageLayout(dim, bands, rope, v_bits, default_group_size(dim))
-        basis, scale, mean = ops.fit_quantizer(keys, mean, components, layout, inv_freq, clip=clip)
+        codec = ops.fit_quantizer(keys, mean, components, layout, inv_freq=inv_freq, clip=clip)
     num_pages = -(-tokens // PAGE_TOKENS)
     page_table = torch.arange(num_pages, dtype=torch.int32)
     with stage("pack_keys"):
         k_pages = torch.empty(num_pages, layout.k_page_bytes, dtype=torch.uint8)
-        ops.pack_keys_(k_pages, keys, basis, scale, mean, layout, page_table, 0, inv_freq)
+        ops.pack_keys_(k_pages, keys, codec, layout, page_table, 0)
     with stage("pack_values"):
         v_pages = torch.empty(num_pages, layout.v_page_bytes, dtype=torch.uint8)
         ops.pack_values_(v_pages, values, layout, page_table, 0)

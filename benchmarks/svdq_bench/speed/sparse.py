@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from svdq.cache.reads import FULL_BYTES, ReadReport, add_store
+from svdq.config.sparsity import DEFAULT_CHANNELS, Sparsity
 from svdq.layout import PAGE_TOKENS
 from svdq.store.attend import attend_stores
-from svdq.store.packed import ExactRows, PackedStore
-from svdq.store.sparsity import DEFAULT_CHANNELS, Sparsity
+from svdq.store.packed import PackedStore
+from svdq.store.window import WindowStore
 from svdq_bench.quality.budgets import budget_text
 from svdq_bench.speed import machine
 from svdq_bench.speed.attend import (
@@ -56,26 +57,27 @@ def random_store(
     values = torch.randn(keys.shape, generator=torch.Generator().manual_seed(1))
     store = PackedStore(page_layout(shape, schedule, rope, v_bits), 1, DTYPE, keys.device)
     if rope != "post":
-        store.inv_freq = shape.inv_freq
-    store.fit(0, keys, 0, True)
+        store.set_frequencies(shape.inv_freq)
+    store.fit(0, keys, 0, clip=True)
     store.pack(0, keys, values)
     pages = -(-shape.packed_tokens // PAGE_TOKENS)
     generator = torch.Generator().manual_seed(2)
     size = (pages, store.layout.k_page_bytes)
-    store.k_pages = torch.randint(256, size, dtype=torch.uint8, generator=generator)
+    pool = store.pool
+    pool.k_pages = torch.randint(256, size, dtype=torch.uint8, generator=generator)
     # Neighbours of one 16-token group are neighbouring lanes of 4 bytes, whatever the width.
-    lanes = store.k_pages.view(-1, 16 // alike, alike, 4)
+    lanes = pool.k_pages.view(-1, 16 // alike, alike, 4)
     lanes[:, :, 1:] = lanes[:, :, :1]
-    store.v_pages = store.v_pages[torch.arange(pages) % len(store.pages[0])]
-    store.slots = [shape.packed_tokens]
-    store.set_pages([tuple(range(pages))])
+    pool.v_pages = pool.v_pages[torch.arange(pages) % len(pool.pages[0])]
+    pool.slots = [shape.packed_tokens]
+    pool.set_pages([tuple(range(pages))])
     return store
 
 
-def exact_rows(shape: Shape) -> ExactRows:
+def exact_rows(shape: Shape) -> WindowStore:
     """Random sinks and window."""
     count = shape.sink_tokens + shape.residual_length
-    rows = ExactRows(1, shape.num_kv_heads, shape.head_dim, DTYPE, torch.device("cpu"))
+    rows = WindowStore((1, shape.num_kv_heads, shape.head_dim), DTYPE, torch.device("cpu"))
     rows.reserve(count)
     rows.write(0, *torch.randn(2, shape.num_kv_heads, count, shape.head_dim, dtype=DTYPE), 0)
     rows.set_count([count])
@@ -85,7 +87,7 @@ def exact_rows(shape: Shape) -> ExactRows:
 def step_case(
     shape: Shape,
     stores: Sequence[PackedStore],
-    rows: ExactRows,
+    rows: WindowStore,
     query: Tensor,
     sparsity: Sparsity | None,
 ) -> Case:
@@ -94,7 +96,8 @@ def step_case(
     def call(index: int) -> Tensor:
         store = stores[index % len(stores)]
         scaling = shape.head_dim**-0.5
-        return attend_stores(query, [store], rows, scaling, shape.sink_tokens, True, sparsity)[0]
+        options = {"sink_tokens": shape.sink_tokens, "causal": True, "sparsity": sparsity}
+        return attend_stores(query, [store], rows, scaling, **options)[0]
 
     layout = stores[0].layout
     read = key_reads(shape, stores[0], rows, sparsity).total
@@ -102,7 +105,7 @@ def step_case(
 
 
 def key_reads(
-    shape: Shape, store: PackedStore, rows: ExactRows, sparsity: Sparsity | None
+    shape: Shape, store: PackedStore, rows: WindowStore, sparsity: Sparsity | None
 ) -> ReadReport:
     """What a step reads of the keys."""
     heads, dim, packed = shape.num_kv_heads, shape.head_dim, shape.packed_tokens
@@ -253,8 +256,9 @@ def _row(
 def _copies(store: PackedStore, working_set_bytes: int) -> list[PackedStore]:
     """The store and copies with pages of their own, as many as take so much together."""
     stores = []
-    for k_pages, v_pages in copies_of((store.k_pages, store.v_pages), working_set_bytes):
+    for k_pages, v_pages in copies_of((store.pool.k_pages, store.pool.v_pages), working_set_bytes):
         own = copy.copy(store)
-        own.k_pages, own.v_pages = k_pages, v_pages
+        own.pool = copy.copy(store.pool)
+        own.pool.k_pages, own.pool.v_pages = k_pages, v_pages
         stores.append(own)
     return stores

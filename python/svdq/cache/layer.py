@@ -1,4 +1,4 @@
-"""One full-attention layer of an :class:`svdq.SVDqCache`: its attention, its part in a model."""
+"""One full-attention layer of an :class:`svdq.SVDqCache`: its part in a model, and its checks."""
 
 from __future__ import annotations
 
@@ -6,27 +6,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from svdq import ops
 from svdq.config.settings import Settings
-from svdq.hf.exact import causal_attention_with_lse, ragged_attention
+from svdq.fit.layer_fit import Allocate
 from svdq.hf.new_tokens import NewTokens
 from svdq.hf.positions import read_positions
-from svdq.layout import PAGE_TOKENS
-from svdq.store.attend import attend_stores
-from svdq.store.layer_store import Allocate, TokenStore
+from svdq.store.layer_store import LayerStore
 
 DEVICES = ("cpu", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# On a CPU, longer chunks attend among themselves with PyTorch's kernel. On a GPU the attend stage
-# has tiles for them.
-FUSED_QUERIES = PAGE_TOKENS
 
 
 class SVDqLayer(CacheLayerMixin):
-    """Keys and values of one layer, packed but for the sinks and a sliding window.
+    """Keys and values of one layer, packed except for the sinks and a sliding window.
 
     ``update`` only checks the new tokens and hands them on; the ``"svdq"`` attention calls
     :meth:`attend`, which stores them.
@@ -37,7 +31,7 @@ class SVDqLayer(CacheLayerMixin):
     settings : how to compress.
     frequencies : maps the largest position in use to the inverse frequencies of the layer; None
         where its keys are packed as they come (``rope="post"``).
-    allocate : asks for the layer's bands, see :class:`svdq.tokens.TokenStore`; None where a
+    allocate : asks for the layer's bands, see :class:`svdq.fit.layer_fit.LayerFit`; None where a
         schedule says them.
     """
 
@@ -54,8 +48,7 @@ class SVDqLayer(CacheLayerMixin):
     ) -> None:
         super().__init__()
         self.index = index
-        self.settings = settings
-        self.sparsity = settings.sparsity(index)
+        self.settings, self.sparsity = settings, settings.sparsity(index)
         self.frequencies = frequencies
         self.allocate = allocate
         self.reset()
@@ -67,10 +60,7 @@ class SVDqLayer(CacheLayerMixin):
         self.pending = 0  # tokens handed out by `update` that the attention has not stored yet
         self.padding: list[int] = []
         self.knows_positions = False
-        self.tokens: TokenStore | None = None
-        self.attended: list[int] | None = (
-            None  # packed tokens of each store in the last step, if its state still stands
-        )
+        self.tokens: LayerStore | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         """Take shapes and dtype from the first keys, ``[B, H, T, D]``."""
@@ -86,13 +76,14 @@ class SVDqLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size, self.num_kv_heads, self.head_dim = batch, heads, dim
         self.padding = [0] * batch
-        self.tokens = TokenStore(
+        self.tokens = LayerStore(
             self.settings,
             (batch, heads, dim),
             self.dtype,
             self.device,
-            self.frequencies,
-            self.allocate,
+            frequencies=self.frequencies,
+            allocate=self.allocate,
+            sparsity=self.sparsity,
         )
         self.is_initialized = True
 
@@ -142,10 +133,10 @@ class SVDqLayer(CacheLayerMixin):
 
     def attend(
         self,
-        module: nn.Module,
         query: Tensor,
         new: NewTokens,
-        scaling: float | None = None,
+        sm_scale: float | None = None,
+        *,
         padding: list[int] | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor:
@@ -153,10 +144,9 @@ class SVDqLayer(CacheLayerMixin):
 
         Parameters
         ----------
-        module : the model's attention module.
         query : [B, Hq, L, D], rotated, in the dtype of the keys.
-        new : what :meth:`update` returned for the same L tokens.
-        scaling : softmax scale, ``D ** -0.5`` by default.
+        new : of :meth:`update` for the same L tokens.
+        sm_scale : softmax scale, ``D ** -0.5`` by default.
         padding : left padding of each sequence; None where the model has no mask.
         position_ids : [B or 1, L] positions of the new tokens; None where the model does not pass
             them on.
@@ -172,40 +162,30 @@ class SVDqLayer(CacheLayerMixin):
             positions with gaps; the cache stays as it was.
         """
         self.pending = 0
-        keys, values = new.keys, new.values
-        length = keys.shape[2]
+        length, is_first = new.keys.shape[2], self.seq_length == 0
         self._check_query(query, length)
-        scaling = self.head_dim**-0.5 if scaling is None else scaling
-        if self.seq_length == 0:
+        first_position = None
+        if is_first:
             padding = [0] * self.batch_size if padding is None else padding
-            out = self._prefill(module, query, keys, values, scaling, padding, position_ids)
+            first_position = self._first_position(position_ids, padding)
         else:
             self._check_goes_on(padding, position_ids)
-            on_cpu = self.device.type == "cpu"
-            if on_cpu and length > FUSED_QUERIES and self.tokens.any_packed:
-                out = self._extend_by_chunk(query, keys, values, scaling)
-            else:
-                out = self._extend(module, query, keys, values, scaling)
-        self.seq_length += length
-        return out
-
-    def _prefill(self, module, query, keys, values, scaling, padding, position_ids) -> Tensor:
-        """The first tokens attend exactly; then everything but sinks and window is packed."""
-        first_position = self._first_position(position_ids, padding)
-        spans = [(pad, keys.shape[2]) for pad in padding]
-        # PyTorch's kernel is slower by some per cent where rows lie apart. The copies are gone
-        # before anything is packed.
-        contiguous = keys.contiguous(), values.contiguous()
-        out = ragged_attention(module, query, *contiguous, scaling, spans)
-        del contiguous
         try:
-            self.tokens.note_queries(query, scaling, padding)
-            self.tokens.prefill(keys, values, padding, first_position)
+            out = self.tokens.attend(
+                query,
+                new.keys,
+                new.values,
+                self.head_dim**-0.5 if sm_scale is None else sm_scale,
+                padding=padding if is_first else None,
+                first_position=first_position,
+            )
         except BaseException:
-            self.reset()  # as empty as it was
+            if is_first:
+                self.reset()  # as empty as it was
             raise
-        self.padding = padding
-        self.knows_positions = position_ids is not None
+        if is_first:
+            self.padding, self.knows_positions = padding, position_ids is not None
+        self.seq_length += length
         return out
 
     def prefill_from(self, keys: Tensor, values: Tensor, energy: Tensor | None) -> None:
@@ -215,61 +195,18 @@ class SVDqLayer(CacheLayerMixin):
         """
         if energy is None and self.settings.needs_queries:
             raise ValueError(
-                f"layer {self.index}: to allocate bits or to weigh keys, query_energy is needed"
+                f"layer {self.index}: to allocate bits or to apply gain to keys, query_energy is "
+                "needed"
             )
         self.update(keys, values)
         self.pending = 0
-        none = [0] * self.batch_size
         try:
-            if self.settings.needs_queries:
-                self.tokens.energy.set(energy, keys.shape[2])
-            self.tokens.prefill(keys, values, none, none)
+            self.tokens.prefill(keys, values, energy)
         except BaseException:
             self.reset()
             raise
-        self.padding, self.knows_positions = none, True
+        self.padding, self.knows_positions = [0] * self.batch_size, True
         self.seq_length = keys.shape[2]
-
-    def _extend(self, module, query, keys, values, scaling) -> Tensor:
-        """A few more tokens join the exact rows first and are attended there."""
-        tokens = self.tokens
-        tokens.note_queries(query, scaling, [0] * self.batch_size)
-        tokens.append(keys, values)
-        query = tokens.weighted_query(query)
-        try:
-            if tokens.any_packed:
-                out = self._attend_packed(query, scaling, causal=True)[0].transpose(1, 2)
-            else:
-                rows, spans = tokens.rows, [(0, count) for count in tokens.rows.count]
-                out = ragged_attention(module, query, rows.keys, rows.values, scaling, spans)
-        except BaseException:
-            tokens.retract(keys.shape[2])
-            raise
-        tokens.pack_window()
-        return out
-
-    def _extend_by_chunk(self, query, keys, values, scaling) -> Tensor:
-        """Many more tokens attend among themselves and, apart from that, to all before them."""
-        self._check_finite(keys, values)
-        self.tokens.note_queries(query, scaling, [0] * self.batch_size)
-        before = self._attend_packed(self.tokens.weighted_query(query), scaling, causal=False)
-        among = causal_attention_with_lse(query, keys, values, scaling)
-        out, _ = ops.merge(*before, *among)
-        self.tokens.append_chunk(keys, values)
-        return out.transpose(1, 2)
-
-    def _attend_packed(self, query: Tensor, scaling: float, causal: bool) -> tuple[Tensor, Tensor]:
-        tokens = self.tokens
-        *result, self.attended = attend_stores(
-            query,
-            tokens.stores,
-            tokens.rows,
-            scaling,
-            self.settings.sink_tokens,
-            causal,
-            self.sparsity if query.shape[2] == 1 else None,
-        )
-        return tuple(result)
 
     # Checks
 
@@ -282,12 +219,6 @@ class SVDqLayer(CacheLayerMixin):
                 f"{self.num_kv_heads}, {length}, {self.head_dim}], got {query.dtype} "
                 f"{tuple(query.shape)}"
             )
-
-    def _check_finite(self, keys: Tensor, values: Tensor) -> None:
-        """A chunk is stored piece by piece, so all of it is checked before the first."""
-        for name, states in (("keys", keys), ("values", values)):
-            if not torch.stack(torch.aminmax(states)).isfinite().all():  # a NaN is an extreme, too
-                raise ValueError(f"layer {self.index}: {name} must be finite, got NaN or inf")
 
     def _first_position(self, position_ids: Tensor | None, padding: list[int]) -> list[int]:
         """Position of each sequence's first token; it only matters where keys are un-rotated."""
@@ -329,7 +260,7 @@ class SVDqLayer(CacheLayerMixin):
         rows = read_positions(position_ids, self.seq_length)
         return rows if len(rows) == self.batch_size else rows * self.batch_size
 
-    # The rest of what transformers asks of a layer
+    # Further methods of transformers' layers
 
     def get_seq_length(self) -> int:
         """Tokens per sequence, left padding included."""
@@ -358,7 +289,6 @@ class SVDqLayer(CacheLayerMixin):
         if length == self.seq_length:
             self.reset()
         elif length:
-            self.attended = None
             self.tokens.crop(length)
             self.seq_length -= length
             self.padding = [min(pad, self.seq_length) for pad in self.padding]
@@ -381,7 +311,6 @@ class SVDqLayer(CacheLayerMixin):
 
     def _select(self, indices: list[int]) -> None:
         if self.seq_length and indices != list(range(self.batch_size)):
-            self.attended = None
             self.tokens.select(indices)
             self.padding = [self.padding[i] for i in indices]
             self.batch_size = len(indices)

@@ -1,20 +1,19 @@
-"""What a cache's memory goes into."""
+"""Memory of a cache by part."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from svdq.cache.layer import SVDqLayer
+from svdq.cache.tensor_walk import nbytes, reachable_tensors
+from svdq.fit.allocation import Allocator
 from svdq.layout import PAGE_TOKENS
-from svdq.store.layer_store import TokenStore
+from svdq.store.layer_store import LayerStore
 from svdq.store.packed import PackedStore
-
-if TYPE_CHECKING:
-    from svdq.cache.cache import SVDqCache
 
 
 @dataclass
@@ -23,14 +22,14 @@ class MemoryReport:
 
     Attributes
     ----------
-    key_codes, key_scale, key_basis, key_mean : packed keys, and what decodes them.
-    key_weight : weights of keys, and the energies of queries that they come from.
-    outlier_keys : keys of packed tokens that are held exact too, and which they are.
-    landmarks : means of chunks, which choose what is attended.
-    sink_keys, window_keys : exact keys.
+    key_codes, key_scale, key_basis, key_mean : packed keys, and their codecs.
+    key_gain : gain of keys, and the energies of queries that it comes from.
+    outlier_keys : keys of packed tokens that are held exact too, and their slots.
+    landmarks : means of chunks, which choose the tokens that are attended.
+    sink_keys, window_keys : uncompressed keys.
     page_tables : of keys and values both, counted with the keys.
-    value_codes, value_scales, sink_values, window_values : the same for values; exact values in
-        pages are codes.
+    value_codes, value_scales, sink_values, window_values : the same for values; values of 16 and 32
+        bits in pages are codes.
     lengths : lengths and positions of the sequences, inverse frequencies.
     waiting : bases and spectra of sequences whose bits are not allocated yet.
     other_layers : layers that are not compressed (sliding windows).
@@ -38,14 +37,14 @@ class MemoryReport:
     tokens : tokens of all sequences, padding not counted.
     key_numbers : numbers that the keys of these tokens have in the compressed layers.
     packed_numbers : those of them that are packed.
-    full_bytes : of a cache that holds all of it in the model's dtype.
+    full_bytes : of a cache that holds all tokens in the model's dtype.
     """
 
     key_codes: int = 0
     key_scale: int = 0
     key_basis: int = 0
     key_mean: int = 0
-    key_weight: int = 0
+    key_gain: int = 0
     outlier_keys: int = 0
     landmarks: int = 0
     sink_keys: int = 0
@@ -77,7 +76,7 @@ class MemoryReport:
 
     @property
     def key_bytes(self) -> int:
-        """Everything that is there for the keys."""
+        """Everything allocated for the keys."""
         names = list(self.parts)
         return sum(self.parts[name] for name in names[: names.index("page_tables") + 1])
 
@@ -105,113 +104,81 @@ class MemoryReport:
         return "\n".join(lines)
 
 
-def memory_report(cache: SVDqCache) -> MemoryReport:
-    """Report of a cache, from shapes and layouts alone."""
-    report = MemoryReport(lengths=sum(_nbytes(x) for x in cache._frequencies))
-    report.waiting = sum(x.nbytes for x in _reachable_tensors(cache._allocator, set()))
-    for layer in cache.layers:
+def memory_report(
+    layers: Sequence[Any], frequencies: Sequence[Tensor], allocator: Allocator | None
+) -> MemoryReport:
+    """Report of a cache's layers and of what they share, from shapes and layouts alone."""
+    report = MemoryReport(lengths=sum(map(nbytes, frequencies)))
+    report.waiting = sum(map(nbytes, reachable_tensors(allocator)))
+    compressed = []
+    for layer in layers:
         if not isinstance(layer, SVDqLayer):
             _add_other(report, layer)
         elif layer.seq_length:
-            _add_layer(report, layer.tokens, layer.batch_size)
-    first = next((layer for layer in cache.svdq_layers if layer.seq_length), None)
-    if first is not None:
-        report.tokens = sum(first.tokens.count(b) for b in range(first.batch_size))
+            _add_layer(report, layer.tokens)
+            compressed.append(layer.tokens)
+    if compressed:
+        first = compressed[0]
+        report.tokens = sum(first.count(b) for b in range(first.shape[0]))
     return report
 
 
-def held_bytes(cache: SVDqCache) -> int:
-    """Bytes of the storages of all tensors that can be reached from a cache, each counted once."""
-    storages = {}
-    for tensor in _reachable_tensors(cache, set()):
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
-
-
-def _add_layer(report: MemoryReport, tokens: TokenStore, batch: int) -> None:
-    rows, sinks = tokens.rows, tokens.settings.sink_tokens
-    _, heads, capacity, dim = rows.keys.shape
-    row_bytes = heads * dim * rows.keys.itemsize
-    in_sinks = sum(min(count, sinks) for count in rows.count) * row_bytes
-    in_window = sum(rows.count) * row_bytes - in_sinks
+def _add_layer(report: MemoryReport, tokens: LayerStore) -> None:
+    window, sinks = tokens.window, tokens.settings.sink_tokens
+    batch, heads, capacity, dim = window.keys.shape
+    token_bytes = heads * dim * window.keys.itemsize
+    in_sinks = sum(min(count, sinks) for count in window.count) * token_bytes
+    in_window = sum(window.count) * token_bytes - in_sinks
     report.sink_keys += in_sinks
     report.sink_values += in_sinks
     report.window_keys += in_window
     report.window_values += in_window
-    report.slack += 2 * (batch * capacity - sum(rows.count)) * row_bytes
-    report.lengths += _nbytes(rows.lens)
+    report.slack += 2 * (batch * capacity - sum(window.count)) * token_bytes
+    report.lengths += nbytes(window.lens)
     count = sum(tokens.count(b) for b in range(batch))
     report.key_numbers += count * heads * dim
-    report.full_bytes += 2 * count * row_bytes
-    if tokens.energy is not None:
-        report.key_weight += _nbytes(tokens.energy.total) + _nbytes(tokens.energy.count)
-    if tokens.weight is not None:
-        report.key_weight += _nbytes(tokens.weight)
-    report.waiting += sum(x.nbytes for x in _reachable_tensors(tokens.waiting, set()))
+    report.full_bytes += 2 * count * token_bytes
+    if tokens.fit.energy is not None:
+        report.key_gain += nbytes(tokens.fit.energy.total) + nbytes(tokens.fit.energy.count)
+    report.key_gain += nbytes(tokens.fit.gain)
+    report.waiting += sum(map(nbytes, reachable_tensors(tokens.fit.waiting)))
     for store in tokens.stores:
         _add_packed(report, store)
 
 
 def _add_packed(report: MemoryReport, packed: PackedStore) -> None:
-    layout, used = packed.layout, len(packed.used_pages)
-    v_page_bytes = packed.v_pages.shape[1] * packed.v_pages.itemsize
-    window_values = layout.v_bits > 8
-    v_code_bytes = layout.num_kv_heads * PAGE_TOKENS * layout.head_dim * layout.v_bits // 8
+    layout, pool, codec, drift = packed.layout, packed.pool, packed.codec, packed.drift
+    used = len(pool.used_pages)
+    v_page_bytes = pool.v_pages.shape[1] * pool.v_pages.itemsize
     report.key_codes += used * layout.k_page_bytes
-    report.value_codes += used * v_code_bytes
-    report.value_scales += 0 if window_values else used * (v_page_bytes - v_code_bytes)
-    report.slack += (packed.k_pages.shape[0] - used) * (layout.k_page_bytes + v_page_bytes)
-    report.key_scale += _nbytes(packed.scale)
-    report.key_basis += _nbytes(packed.basis)
-    report.key_mean += _nbytes(packed.mean)
-    if packed.post_mean is not None:
-        report.key_mean += _nbytes(packed.post_mean)
-    report.page_tables += _nbytes(packed.page_table)
-    report.lengths += _nbytes(packed.cache_seqlens) + _nbytes(packed.first_position)
-    report.lengths += _nbytes(packed.fit_error) + _nbytes(packed.error)
+    report.value_codes += used * layout.v_code_bytes
+    report.value_scales += used * (v_page_bytes - layout.v_code_bytes)
+    report.slack += (pool.size - used) * (layout.k_page_bytes + v_page_bytes)
+    report.key_scale += nbytes(codec.scale)
+    report.key_basis += nbytes(codec.basis)
+    report.key_mean += nbytes(codec.mean) + nbytes(codec.post_mean)
+    report.page_tables += nbytes(pool.page_table)
+    report.lengths += nbytes(pool.cache_seqlens) + nbytes(packed.first_position)
+    report.lengths += nbytes(drift.fit_error) + nbytes(drift.error)
     if packed.outliers is not None:
-        held = (packed.outliers.slots, packed.outliers.keys, packed.outliers.least)
-        report.outlier_keys += sum(map(_nbytes, held))
+        held = [getattr(packed.outliers, name) for name in packed.outliers.NAMES]
+        report.outlier_keys += sum(map(nbytes, held))
     if packed.landmarks is not None:
         pools = [getattr(packed.landmarks, name) for name in packed.landmarks.NAMES]
-        held = sum(map(_nbytes, pools))
-        in_use = held * used // max(packed.k_pages.shape[0], 1)
+        held = sum(map(nbytes, pools))
+        in_use = held * used // max(pool.size, 1)
         report.landmarks += in_use
         report.slack += held - in_use
     report.packed_numbers += used * PAGE_TOKENS * layout.num_kv_heads * layout.head_dim
 
 
 def _add_other(report: MemoryReport, layer: Any) -> None:
-    """A layer of transformers: what its tensors show is used, the rest of their storages slack."""
+    """A layer of transformers: its tensors' numbers are used, the rest of their storages slack."""
     storages = {}
-    for tensor in _reachable_tensors(layer, set()):
+    for tensor in reachable_tensors(layer):
         storage = tensor.untyped_storage()
-        used = max(_nbytes(tensor), storages.get(storage.data_ptr(), (0, 0))[0])
+        used = max(nbytes(tensor), storages.get(storage.data_ptr(), (0, 0))[0])
         storages[storage.data_ptr()] = (used, storage.nbytes())
     report.other_layers += sum(used for used, _ in storages.values())
     report.full_bytes += sum(used for used, _ in storages.values())
     report.slack += sum(size - used for used, size in storages.values())
-
-
-def _nbytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.itemsize
-
-
-def _reachable_tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-        return
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, dict):
-        children = value.values()
-    elif isinstance(value, (list, tuple)):
-        children = value
-    elif type(value).__module__.split(".")[0] in ("svdq", "transformers"):
-        children = vars(value).values() if hasattr(value, "__dict__") else ()
-    else:
-        return
-    for child in children:
-        yield from _reachable_tensors(child, seen)

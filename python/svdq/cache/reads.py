@@ -1,21 +1,18 @@
-"""What a decoding step reads of the keys."""
+"""Bytes of keys that a decoding step reads."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from svdq.layout import PAGE_TOKENS, WIDTHS, PageLayout
+from svdq.cache.layer import SVDqLayer
+from svdq.cache.tensor_walk import nbytes
+from svdq.config.sparsity import Sparsity
+from svdq.layout import PAGE_TOKENS
+from svdq.store.layer_store import LayerStore
 from svdq.store.packed import PackedStore
-from svdq.store.sparsity import Sparsity
 
-if TYPE_CHECKING:
-    from svdq.cache.cache import SVDqCache
-    from svdq.cache.layer import SVDqLayer
-
-FULL_BYTES = 2  # of a key number in a full cache of 16 bits, what papers compare with
+FULL_BYTES = 2  # of a key number in a full cache of 16 bits, which papers compare with
 
 
 @dataclass
@@ -25,12 +22,12 @@ class ReadReport:
     Attributes
     ----------
     codes : codes of the packed tokens that were attended.
-    scan : leading channels or landmarks of all packed tokens, which chose those.
-    exact : sinks, window and outliers.
+    scan : proxy channels or landmarks of all packed tokens, which chose those.
+    exact : keys of sinks, window and outliers.
     coding : bases, scales and means.
     lists : slots of the chosen tokens, page tables.
     full : keys of all tokens in 16 bits.
-    attended, packed : packed tokens that a KV head attended to, and that there are; mean over
+    attended, packed : packed tokens that a KV head attended to, and all packed tokens; mean over
         layers, in the longest sequence.
     """
 
@@ -45,7 +42,7 @@ class ReadReport:
 
     @property
     def total(self) -> int:
-        """Everything that was read for keys."""
+        """All bytes read for keys."""
         return self.codes + self.scan + self.exact + self.coding + self.lists
 
     @property
@@ -67,51 +64,38 @@ class ReadReport:
         return "\n".join(lines)
 
 
-def read_report(cache: SVDqCache) -> ReadReport:
+def read_report(layers: Sequence[SVDqLayer]) -> ReadReport:
     """Report of the last step, from shapes and the number of tokens that were chosen."""
     report = ReadReport()
-    layers = [layer for layer in cache.svdq_layers if layer.attended is not None]
-    if not layers:
+    stores = [layer.tokens for layer in layers if layer.tokens is not None]
+    stores = [tokens for tokens in stores if tokens.attended is not None]
+    if not stores:
         raise RuntimeError("no step of one token has attended to packed tokens yet")
-    for layer in layers:
-        _add_layer(report, layer)
-    report.attended /= len(layers)
-    report.packed /= len(layers)
+    for tokens in stores:
+        _add_layer(report, tokens)
+    report.attended /= len(stores)
+    report.packed /= len(stores)
     return report
 
 
-def lead_bytes(layout: PageLayout, channels: int) -> int:
-    """Bytes a token of the lines with the leading channels of all heads."""
-    bits = 0
-    for h in range(layout.num_kv_heads):
-        left = channels
-        for bands in (layout.pre_bands, layout.bands):
-            for count, width in zip(bands[h] if bands else (), WIDTHS, strict=False):
-                used = min(count, left)
-                bits += (used if width > 1 else -(-used // 8) * 8) * width
-                left -= used
-    return bits // 8
-
-
-def _add_layer(report: ReadReport, layer: SVDqLayer) -> None:
-    tokens = layer.tokens
+def _add_layer(report: ReadReport, tokens: LayerStore) -> None:
     batch, heads, dim = tokens.shape
-    row_bytes = heads * dim * tokens.rows.keys.itemsize
+    token_bytes = heads * dim * tokens.window.keys.itemsize
     report.full += sum(tokens.count(b) for b in range(batch)) * heads * dim * FULL_BYTES
-    report.exact += sum(tokens.rows.count) * row_bytes
-    sinks = layer.settings.sink_tokens
+    report.exact += sum(tokens.window.count) * token_bytes
+    sinks = tokens.settings.sink_tokens
     # A store that the step itself has opened is empty and comes last.
-    for store, attended in zip(tokens.stores, layer.attended, strict=False):
+    for store, attended in zip(tokens.stores, tokens.attended, strict=False):
         report.attended += attended
         report.packed += store.tokens_after(sinks)
-        add_store(report, store, attended, sinks, layer.sparsity)
+        add_store(report, store, attended, sinks, tokens.sparsity)
         sinks = 0
 
 
 def add_store(
     report: ReadReport, store: PackedStore, attended: int, sinks: int, sparsity: Sparsity | None
 ) -> None:
-    """Add what a step read of a store when a KV head attended to so many of its tokens."""
+    """Add the reads of a step in a store, of whose tokens a KV head attended to so many."""
     layout = store.layout
     for slots in store.slots:
         chosen = min(attended, max(slots - sinks, 0))
@@ -120,15 +104,10 @@ def add_store(
             continue
         report.lists += 4 * chosen * layout.num_kv_heads
         if sparsity.scorer == "latent":
-            report.scan += slots * lead_bytes(layout, sparsity.channels)
+            report.scan += slots * layout.proxy_page_bytes(sparsity.channels) // PAGE_TOKENS
         else:
             report.scan += store.landmarks.scan_bytes(slots)
-    coding = [getattr(store, name) for name in store.coding]
-    report.coding += sum(map(_nbytes, coding))
-    report.lists += _nbytes(store.page_table)
+    report.coding += sum(map(nbytes, store.codec.tensors().values()))
+    report.lists += nbytes(store.pool.page_table)
     if store.outliers is not None:
-        report.exact += _nbytes(store.outliers.keys)
-
-
-def _nbytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.itemsize
+        report.exact += nbytes(store.outliers.keys)

@@ -5,34 +5,64 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from svdq.cache.layer import SVDqLayer
+from svdq.config.settings import Settings, renamed
 from svdq.layout import FORMAT_VERSION, PageLayout
+from svdq.ops import KeyCodec
 from svdq.store.packed import PackedStore
-from svdq.store.tensors import normal_tensors
-
-if TYPE_CHECKING:
-    from svdq.cache.cache import SVDqCache
 
 FORMAT = "svdq-cache"
 State = dict[str, Any]
-# Tensors of a store that are kept as they are.
-OUTLIERS = ("slots", "keys", "least")
-STORED = ("fit_error", "error", "k_pages", "v_pages")
+# Names in files, by the names of today where they differ: of earlier versions, and of outliers.
+OLD_TENSORS = {"weight": "gain", "tail_mean": "post_mean", "outlier_least": "outlier_min_error"}
 
 
-def save(cache: SVDqCache, path: str | os.PathLike) -> None:
+@dataclasses.dataclass
+class SavedCache:
+    """The contents of a file.
+
+    Parameters
+    ----------
+    path : the file, for messages.
+    settings : keywords of the cache.
+    states, tensors : lengths and tensors of every layer.
+    """
+
+    path: str | os.PathLike
+    settings: dict[str, Any]
+    states: list[State]
+    tensors: list[dict[str, Tensor]]
+
+    def restore(self, layers: Sequence[Any], kv_shape: tuple[int, int]) -> None:
+        """Put the saved tokens into the empty layers of a cache for this (KV heads, head_dim)."""
+        saved, expected = [s["kind"] for s in self.states], [type(x).__name__ for x in layers]
+        if saved != expected:
+            raise ValueError(f"{self.path} has layers {saved}, the model has {expected}")
+        for layer, state, named in zip(layers, self.states, self.tensors, strict=True):
+            if named and (named["keys"].shape[1], named["keys"].shape[3]) != kv_shape:
+                raise ValueError(
+                    f"{self.path} has keys {tuple(named['keys'].shape)}, the model (KV heads, "
+                    f"head_dim) {kv_shape}"
+                )
+            if isinstance(layer, SVDqLayer):
+                _load_svdq(layer, state, named)
+            else:
+                _load_sliding(layer, state, named)
+
+
+def save(layers: Sequence[Any], settings: Settings, path: str | os.PathLike) -> None:
     """Write a cache; see :meth:`svdq.SVDqCache.save`."""
     states, tensors = [], {}
-    for i, layer in enumerate(cache.layers):
+    for i, layer in enumerate(layers):
         state, named = _save_svdq(layer) if isinstance(layer, SVDqLayer) else _save_sliding(layer)
         states.append({"kind": type(layer).__name__, **state})
         tensors.update(
@@ -44,20 +74,14 @@ def save(cache: SVDqCache, path: str | os.PathLike) -> None:
     metadata = {
         "format": FORMAT,
         "version": str(FORMAT_VERSION),
-        "settings": json.dumps(dataclasses.asdict(cache.settings)),
+        "settings": json.dumps(dataclasses.asdict(settings)),
         "layers": json.dumps(states),
     }
     save_file(tensors, path, metadata)
 
 
-@normal_tensors
-def load(
-    cls: type[SVDqCache],
-    path: str | os.PathLike,
-    config: PretrainedConfig,
-    device: str | torch.device,
-) -> SVDqCache:
-    """Read a cache; see :meth:`svdq.SVDqCache.load`."""
+def read(path: str | os.PathLike, device: str | torch.device) -> SavedCache:
+    """Read the contents of a file; see :meth:`svdq.SVDqCache.load`."""
     with safe_open(path, "pt", device=str(device)) as file:
         metadata = file.metadata() or {}
         if metadata.get("format") != FORMAT:
@@ -66,37 +90,21 @@ def load(
             raise ValueError(
                 f"{path} has format version {metadata['version']}, this svdq reads {FORMAT_VERSION}"
             )
-        settings = json.loads(metadata["settings"])
+        settings = renamed(json.loads(metadata["settings"]))
         if all(settings[name] is None for name in ("schedule", "k_bits", "lambda_")):
             settings["preset"] = "exact"
-        cache = cls(config, **settings)
         states = json.loads(metadata["layers"])
-        saved, expected = [s["kind"] for s in states], [type(x).__name__ for x in cache.layers]
-        if saved != expected:
-            raise ValueError(f"{path} has layers {saved}, the model has {expected}")
         tensors: list[dict[str, Tensor]] = [{} for _ in states]
         for key in file.keys():  # noqa: SIM118 (the file is no mapping)
             index, name = key.split(".", 1)
-            tensors[int(index)][name] = file.get_tensor(key)
-    shape = _kv_shape(config)
-    for layer, state, named in zip(cache.layers, states, tensors, strict=True):
-        if named and (named["keys"].shape[1], named["keys"].shape[3]) != shape:
-            raise ValueError(
-                f"{path} has keys {tuple(named['keys'].shape)}, the model (KV heads, head_dim) "
-                f"{shape}"
-            )
-        if isinstance(layer, SVDqLayer):
-            _load_svdq(layer, state, named)
-        else:
-            _load_sliding(layer, state, named)
-    return cache
+            tensors[int(index)][_today(name)] = file.get_tensor(key)
+    return SavedCache(path, settings, states, tensors)
 
 
-def _kv_shape(config: PretrainedConfig) -> tuple[int, int]:
-    config = config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return heads, dim
+def _today(name: str) -> str:
+    """The name of a tensor of a layer, or of one of its stores, as it is written today."""
+    store, dot, own = name.rpartition(".")
+    return store + dot + OLD_TENSORS.get(own, own)
 
 
 def _save_svdq(layer: SVDqLayer) -> tuple[State, dict[str, Tensor]]:
@@ -106,44 +114,50 @@ def _save_svdq(layer: SVDqLayer) -> tuple[State, dict[str, Tensor]]:
         )
     if layer.seq_length == 0:
         return {"seq_length": 0}, {}
-    rows = layer.tokens.rows
-    used = max(rows.count)
+    tokens = layer.tokens
+    window, used = tokens.window, max(tokens.window.count)
     state = {
         "seq_length": layer.seq_length,
         "padding": layer.padding,
         "knows_positions": layer.knows_positions,
-        "count": rows.count,
-        "first_position": layer.tokens.position,
+        "count": window.count,
+        "first_position": tokens.position,
     }
-    tensors = {"keys": rows.keys[:, :, :used], "values": rows.values[:, :, :used]}
-    if layer.tokens.energy is not None:
-        tensors |= {"energy": layer.tokens.energy.total, "seen": layer.tokens.energy.count}
-    if layer.tokens.weight is not None:
-        tensors["weight"] = layer.tokens.weight
+    tensors = {"keys": window.keys[:, :, :used], "values": window.values[:, :, :used]}
+    if tokens.fit.energy is not None:
+        tensors |= {"energy": tokens.fit.energy.total, "seen": tokens.fit.energy.count}
+    if tokens.fit.gain is not None:
+        tensors["gain"] = tokens.fit.gain
     state["stores"] = []
-    for n, store in enumerate(layer.tokens.stores):
-        pages = sorted(store.used_pages)
-        renumbered = {page: i for i, page in enumerate(pages)}
-        state["stores"].append(
-            {
-                "layout": store.layout.ints,
-                "pages": [[renumbered[page] for page in own] for own in store.pages],
-                "slots": store.slots,
-                "fitted": store.fitted,
-                "position": store.position,
-            }
-        )
-        named = {name: getattr(store, name) for name in (*store.coding, *STORED)}
-        named |= {name: named[name][pages] for name in ("k_pages", "v_pages")}
-        if store.landmarks is not None:
-            landmarks = store.landmarks
-            named |= {f"landmark_{x}": getattr(landmarks, x)[pages] for x in landmarks.NAMES}
-        if store.outliers is not None:
-            named |= {f"outlier_{name}": getattr(store.outliers, name) for name in OUTLIERS}
-        if store.inv_freq is not None:
-            named["inv_freq"] = store.inv_freq
+    for n, store in enumerate(tokens.stores):
+        own, named = _save_store(store)
+        state["stores"].append(own)
         tensors |= {f"{n}.{name}": x for name, x in named.items()}
     return state, tensors
+
+
+def _save_store(store: PackedStore) -> tuple[State, dict[str, Tensor]]:
+    pool = store.pool
+    pages = sorted(pool.used_pages)
+    renumbered = {page: i for i, page in enumerate(pages)}
+    state = {
+        "layout": store.layout.ints,
+        "pages": [[renumbered[page] for page in own] for own in pool.pages],
+        "slots": pool.slots,
+        "fitted": store.fitted,
+        "position": store.position,
+    }
+    named = store.codec.tensors()
+    named |= {name: getattr(store.drift, name) for name in store.drift.NAMES}
+    named |= {"k_pages": pool.k_pages[pages], "v_pages": pool.v_pages[pages]}
+    if store.landmarks is not None:
+        landmarks = store.landmarks
+        named |= {f"landmark_{x}": getattr(landmarks, x)[pages] for x in landmarks.NAMES}
+    if store.outliers is not None:
+        named |= {f"outlier_{x}": getattr(store.outliers, x) for x in store.outliers.NAMES}
+    if store.codec.inv_freq is not None:
+        named["inv_freq"] = store.codec.inv_freq
+    return state, named
 
 
 def _load_svdq(layer: SVDqLayer, state: State, tensors: dict[str, Tensor]) -> None:
@@ -152,17 +166,17 @@ def _load_svdq(layer: SVDqLayer, state: State, tensors: dict[str, Tensor]) -> No
     layer.lazy_initialization(tensors["keys"])
     for name in ("seq_length", "padding", "knows_positions"):
         setattr(layer, name, state[name])
-    rows = layer.tokens.rows
-    rows.keys, rows.values = tensors["keys"], tensors["values"]
-    rows.set_count(state["count"])
-    layer.tokens.position = state["first_position"]
-    if layer.tokens.energy is not None:
-        layer.tokens.energy.total, layer.tokens.energy.count = tensors["energy"], tensors["seen"]
-    if "weight" in tensors:
-        layer.tokens.weight = tensors["weight"]
+    tokens = layer.tokens
+    tokens.window.keys, tokens.window.values = tensors["keys"], tensors["values"]
+    tokens.window.set_count(state["count"])
+    tokens.position = state["first_position"]
+    if tokens.fit.energy is not None:
+        tokens.fit.energy.total, tokens.fit.energy.count = tensors["energy"], tensors["seen"]
+    if "gain" in tensors:
+        tokens.fit.gain = tensors["gain"]
     stores = [_load_store(layer, n, own, tensors) for n, own in enumerate(state["stores"])]
     if stores:
-        *layer.tokens.past, layer.tokens.packed = stores
+        *tokens.past, tokens.packed = stores
 
 
 def _load_store(layer: SVDqLayer, n: int, state: State, tensors: dict[str, Tensor]) -> PackedStore:
@@ -172,30 +186,23 @@ def _load_store(layer: SVDqLayer, n: int, state: State, tensors: dict[str, Tenso
         raise ValueError(
             f"layer {layer.index}: pages have layout {layout.ints}, the model {own.ints}"
         )
-    settings = layer.settings
-    store = PackedStore(
-        layout,
-        layer.batch_size,
-        layer.dtype,
-        layer.device,
-        settings.outlier_fraction,
-        settings.needs_landmarks,
-    )
-    if store.landmarks is not None:
-        for name in store.landmarks.NAMES:
-            setattr(store.landmarks, name, tensors[f"{n}.landmark_{name}"])
-    if store.outliers is not None:
-        for name in OUTLIERS:
-            setattr(store.outliers, name, tensors[f"{n}.outlier_{name}"])
-    for name in (*store.coding, *STORED):
-        setattr(store, name, tensors[f"{n}.{name}"])
-    if f"{n}.inv_freq" in tensors:
-        store.inv_freq = _matching_frequencies(layer, tensors[f"{n}.inv_freq"])
-    for name in ("slots", "fitted"):
-        setattr(store, name, state[name])
-    store.marked = list(store.fitted)
+    named = {name.split(".")[1]: x for name, x in tensors.items() if name.startswith(f"{n}.")}
+    store = layer.tokens.new_store(layout)
+    for prefix, part in (("landmark_", store.landmarks), ("outlier_", store.outliers)):
+        for name in () if part is None else part.NAMES:
+            setattr(part, name, named[prefix + name])
+    for name in store.drift.NAMES:
+        setattr(store.drift, name, named[name])
+    inv_freq = None
+    if "inv_freq" in named:
+        inv_freq = _matching_frequencies(layer, named["inv_freq"])
+    coded = {name: named[name] for name in store.codec.tensors()}
+    store.codec = KeyCodec(**coded, inv_freq=inv_freq)
+    store.fitted, store.drift.known = state["fitted"], list(state["fitted"])
     store.set_first_position(state["position"])
-    store.set_pages([tuple(own) for own in state["pages"]])
+    store.pool.k_pages, store.pool.v_pages = named["k_pages"], named["v_pages"]
+    store.pool.slots = state["slots"]
+    store.pool.set_pages([tuple(own) for own in state["pages"]])
     return store
 
 

@@ -1,1 +1,1 @@
-"""How a cache compresses: settings and named bit schedules."""
+"""Settings of a cache and named bit schedules."""

@@ -18,7 +18,7 @@ PRESETS: dict[str, Schedule | None] = {
 }
 DEFAULT_PRESET = "paper-1.25"
 EXACT_BITS = 16
-MOST_BITS = max(WIDTHS)
+MAX_BITS = max(WIDTHS)
 
 
 def preset_bits(name: str) -> float:
@@ -33,7 +33,7 @@ def resolve_keys(
     k_bits: float | None = None,
     lambda_: float | None = None,
 ) -> tuple[Schedule | None, float | None]:
-    """The bit schedule that the arguments of a cache ask for, or the bits to allocate.
+    """Resolve the settings of a cache to a bit schedule, or to the bits to allocate.
 
     Both are None for exact keys, and with ``lambda_``.
 
@@ -62,9 +62,9 @@ def resolve_keys(
             raise ValueError(f"lambda_ must be above 0, got {lambda_!r}")
         return None, None
     if k_bits is not None and k_bits != EXACT_BITS:
-        if not 0 < k_bits <= MOST_BITS:
+        if not 0 < k_bits <= MAX_BITS:
             raise ValueError(
-                f"k_bits must be above 0 and at most {MOST_BITS}, or {EXACT_BITS}, got {k_bits!r}"
+                f"k_bits must be above 0 and at most {MAX_BITS}, or {EXACT_BITS}, got {k_bits!r}"
             )
         return None, float(k_bits)
     if k_bits is not None:

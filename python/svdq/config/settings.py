@@ -1,55 +1,203 @@
-"""How a layer of the cache compresses, and the pages that follow from it."""
+"""Settings of a cache, validated, and the pages that follow from them."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from svdq import ops
-from svdq.config.presets import Schedule
-from svdq.layout import WIDTHS, PageLayout
-from svdq.store.sparsity import DEFAULT_CHANNELS, Sparsity
+from svdq.config.bands import default_group_size, scheduled_bands
+from svdq.config.presets import resolve_keys
+from svdq.config.sparsity import DEFAULT_CHANNELS, Sparsity
+from svdq.layout import PAGE_TOKENS, ROPE_MODES, WIDTHS, Bands, PageLayout
 
-ROPE_MODES = ("pre", "post", "rotated-mean", "hybrid")
-CORE_BITS = 4  # of every core channel where the tail's bits are allocated
+# The mode of the pages by the name in the settings: a rotated mean is a hybrid without pre-RoPE
+# channels.
+PAGE_ROPES = {mode: mode for mode in ROPE_MODES} | {"rotated-mean": "hybrid"}
+SCOPES = ("model", "layer", "head")
+V_BITS = (2, 4, 16, 32, "exact")
+PRE_BITS = 4  # of every pre-RoPE channel of a hybrid where bits are allocated
+RENAMED = {"core_channels": "pre_channels"}  # settings of earlier versions
 
-Bands = tuple[int, int, int, int]  # channels at each width of one head
+
+def renamed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings under today's names."""
+    return {RENAMED.get(name, name): value for name, value in settings.items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a layer compresses; see :class:`svdq.SVDqCache`.
+    """How a cache compresses.
 
-    Widths come from a ``schedule``, or are allocated (``k_bits``, ``lambda_``); with neither, all
-    stays exact.
+    At most one of ``preset``, ``schedule``, ``k_bits`` and ``lambda_`` is given. Afterwards
+    ``preset`` is None, except that it says ``"exact"`` where nothing is packed; any other preset
+    has become its ``schedule``.
+
+    Parameters
+    ----------
+    preset : name of a bit schedule in :data:`svdq.presets.PRESETS`. By default that of
+        ``"paper-1.25"``, whose pages neither wait for other layers nor depend on other sequences.
+        ``"exact"`` packs nothing.
+    schedule : own bit schedule, widths of 8, 4, 2, 1, 0 per equal group of channels; instead of
+        ``preset``.
+    k_bits : code bits per key number on average, up to 8, allocated by water-filling; or 16 for
+        exact keys and values. Instead of ``preset``. Where the average is over the model, a prompt
+        stays exact until its last layer has been read.
+    lambda_ : price of a bit in squared units of attention score; instead of ``k_bits``. Layers are
+        packed as they are read.
+    allocate_across : scope of the average ``k_bits``: ``"model"``, each ``"layer"``, or each
+        ``"head"``, whose pages are then equally large.
+    query_weighted : fit bases in units of attention score, see svdq/fit/key_gain.py. True by
+        default, unless a ``preset`` or ``schedule`` is named: those are the paper's.
+    v_bits : 4 (default) or 2 bits per token and group, or exact: 16 or 32, whichever the model's
+        dtype has, or ``"exact"`` for either.
+    v_group_size : channels that share a value scale, a multiple of 16 that divides head_dim; about
+        64 by default.
+    rope : keys to code. ``"pre"``: un-rotated (the paper, most accurate); ``"post"``: as they come
+        (fastest); ``"hybrid"``: the first ``pre_channels`` channels of the un-rotated keys, then
+        what those leave of the keys as they come; ``"rotated-mean"``: the same with the mean of the
+        un-rotated keys alone.
+    pre_channels : un-rotated channels of ``rope="hybrid"``, a multiple of 8; 4 bits each where
+        bits are allocated, else the first of the schedule.
+    clip : choose every channel's range by least fourth-power error instead of min to max.
+    outlier_fraction : share of the packed tokens whose keys are held exact as well in each head:
+        those that their codes misjudge most. 0 by default, since clipping by fourth powers leaves
+        little to gain (docs/evaluation.md).
+    sink_tokens : leading tokens held exact, at most 64.
+    residual_length : recent tokens held exact; pages are packed whole, so up to 63 more are.
+    min_fit_tokens : tokens a sequence must have before a basis is fitted and anything packed; by
+        default four times head_dim.
+    refit_drift : once the error of a sequence's latest keys is this many times what it was when its
+        basis was fitted, later pages get a new basis, fitted on ``min_fit_tokens`` tokens that stay
+        exact until then; None never does. See :meth:`svdq.SVDqCache.drift`.
+    sparse_budget : packed tokens that a step of one token attends to in each KV head, in addition
+        to sinks, outliers and window: a number, or a share below 1 of what is packed. None (the
+        default) for all; or one of these for every layer of the model. Steps of more tokens
+        (prompts, chunks) attend to all.
+    sparse_scorer : how they are scored: ``"latent"``, by the first ``sparse_channels`` channels of
+        the codes (svdq.ops.select), or ``"landmarks"``, by mean keys of chunks as in ShadowKV
+        (arXiv 2410.21465), for comparison.
+    sparse_channels : channels of ``"latent"``, a multiple of 4 up to 32.
+
+    Raises
+    ------
+    ValueError
+        For settings out of range or that contradict each other.
     """
 
-    schedule: Schedule | None
-    k_bits: float | None
-    lambda_: float | None
-    allocate_across: str
-    query_weighted: bool
-    v_bits: int | str
-    v_group_size: int | None
-    rope: str
-    core_channels: int
-    clip: bool
-    outlier_fraction: float
-    sink_tokens: int
-    residual_length: int
-    min_fit_tokens: int | None
-    refit_drift: float | None
-    sparse_budget: int | float | None | tuple[int | float | None, ...] = None
+    preset: str | None = None
+    schedule: Sequence[int] | None = None
+    k_bits: float | None = None
+    lambda_: float | None = None
+    allocate_across: str = "model"
+    query_weighted: bool | None = None
+    v_bits: int | str | None = None
+    v_group_size: int | None = None
+    rope: str = "pre"
+    pre_channels: int = 8
+    clip: bool = True
+    outlier_fraction: float = 0.0
+    sink_tokens: int = 8
+    residual_length: int = 64
+    min_fit_tokens: int | None = None
+    refit_drift: float | None = None
+    sparse_budget: int | float | None | Sequence[int | float | None] = None
     sparse_scorer: str = "latent"
     sparse_channels: int = DEFAULT_CHANNELS
 
+    @classmethod
+    def of(cls, **options: Any) -> Settings:
+        """Settings from a user's keywords; names of earlier versions give a ``FutureWarning``."""
+        for old in RENAMED.keys() & options.keys():
+            new = RENAMED[old]
+            if new in options:
+                raise TypeError(f"give {new} or its old name {old}, not both")
+            warnings.warn(f"{old} is now {new}", FutureWarning, stacklevel=3)
+        return cls(**renamed(options))
+
+    def __post_init__(self) -> None:
+        named = self.preset is not None or self.schedule is not None
+        schedule, k_bits = resolve_keys(self.preset, self.schedule, self.k_bits, self.lambda_)
+        exact = schedule is None and k_bits is None and self.lambda_ is None
+        self._set("preset", "exact" if exact else None)
+        self._set("schedule", schedule)
+        self._set("k_bits", k_bits)
+        if self.query_weighted is None:
+            self._set("query_weighted", not named and not exact)
+        if self.v_bits is None:
+            self._set("v_bits", "exact" if exact else 4)
+        if isinstance(self.sparse_budget, Sequence):
+            self._set("sparse_budget", tuple(self.sparse_budget))
+        self._set("query_weighted", bool(self.query_weighted))
+        self._set("clip", bool(self.clip))
+        self._check()
+        self._check_packed()
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check(self) -> None:
+        """Refuse numbers and names out of range."""
+        if self.v_bits not in V_BITS:
+            raise ValueError(f"v_bits must be one of {V_BITS}, got {self.v_bits!r}")
+        if self.rope not in PAGE_ROPES:
+            raise ValueError(f"rope must be one of {tuple(PAGE_ROPES)}, got {self.rope!r}")
+        if self.pre_channels < 8 or self.pre_channels % 8:
+            raise ValueError(
+                f"pre_channels must be a positive multiple of 8, got {self.pre_channels}"
+            )
+        if not 0 <= self.sink_tokens <= PAGE_TOKENS:
+            raise ValueError(f"sink_tokens must be 0 .. {PAGE_TOKENS}, got {self.sink_tokens}")
+        if self.allocate_across not in SCOPES:
+            raise ValueError(
+                f"allocate_across must be one of {SCOPES}, got {self.allocate_across!r}"
+            )
+        if self.residual_length < 0:
+            raise ValueError(f"residual_length must be at least 0, got {self.residual_length}")
+        if not 0 <= self.outlier_fraction < 0.5:
+            raise ValueError(
+                f"outlier_fraction must be at least 0 and below 0.5, got {self.outlier_fraction}"
+            )
+        if self.refit_drift is not None and not self.refit_drift > 1:
+            raise ValueError(f"refit_drift must be above 1 or None, got {self.refit_drift}")
+        if self.min_fit_tokens is not None and self.min_fit_tokens < 1:
+            raise ValueError(f"min_fit_tokens must be at least 1, got {self.min_fit_tokens}")
+        budgets = self.sparse_budget if self._has_layer_budgets else (self.sparse_budget,)
+        for budget in budgets:
+            if budget is not None:
+                Sparsity(budget, self.sparse_scorer, self.sparse_channels)
+
+    def _check_packed(self) -> None:
+        """Refuse settings that need what others rule out."""
+        if not self.packs and self.v_bits in (2, 4):
+            raise ValueError(f"exact keys come with exact values, got v_bits={self.v_bits}")
+        if self.lambda_ is not None and self.allocate_across != "model":
+            raise ValueError(
+                f"lambda_ is one price for the model, got allocate_across={self.allocate_across!r}"
+            )
+        if self.query_weighted and not self.packs:
+            raise ValueError("query_weighted needs keys that are packed")
+        if self.sparse_budget is not None and not self.packs:
+            raise ValueError("sparse_budget needs keys that are packed")
+
+    def check_layers(self, num_layers: int) -> None:
+        """Refuse a list of budgets that does not have one for every layer."""
+        if self._has_layer_budgets and len(self.sparse_budget) != num_layers:
+            raise ValueError(
+                f"sparse_budget must be one number or {num_layers}, one a layer, got "
+                f"{len(self.sparse_budget)}"
+            )
+
+    @property
+    def _has_layer_budgets(self) -> bool:
+        return isinstance(self.sparse_budget, tuple)
+
     def sparsity(self, layer: int) -> Sparsity | None:
         """How layer ``layer`` chooses what it attends to; None where that is everything."""
-        budget = self.sparse_budget
-        if isinstance(budget, (tuple, list)):
-            budget = budget[layer]
+        budget = self.sparse_budget[layer] if self._has_layer_budgets else self.sparse_budget
         if budget is None:
             return None
         return Sparsity(budget, self.sparse_scorer, self.sparse_channels)
@@ -74,25 +222,19 @@ class Settings:
         """Whether the energy of the queries matters."""
         return self.allocates or self.query_weighted
 
-    @property
-    def layout_rope(self) -> str:
-        """The layout's RoPE mode: a rotated mean is a hybrid without core channels."""
-        return "hybrid" if self.rope == "rotated-mean" else self.rope
-
     def scheduled_bands(self, head_dim: int) -> tuple[Bands, Bands]:
-        """Core and tail bands of a head by the schedule: its first channels are the core."""
-        return scheduled_bands(
-            head_dim, self.schedule, self.core_channels if self.rope == "hybrid" else 0
-        )
+        """Pre-RoPE and post-RoPE bands of a head by the schedule."""
+        pre_channels = self.pre_channels if self.rope == "hybrid" else 0
+        return scheduled_bands(head_dim, self.schedule, pre_channels)
 
     def pre_bands(self) -> Bands:
-        """Core bands of a head where the tail's are allocated."""
-        core = self.core_channels if self.rope == "hybrid" else 0
-        return tuple(core if width == CORE_BITS else 0 for width in WIDTHS)
+        """Pre-RoPE bands of a head of a hybrid where those of post-RoPE channels are allocated."""
+        channels = self.pre_channels if self.rope == "hybrid" else 0
+        return tuple(channels if width == PRE_BITS else 0 for width in WIDTHS)
 
-    def core_bits(self, head_dim: int) -> float:
-        """Bits per key number that the core takes where the tail's bits are allocated."""
-        return sum(self.pre_bands()) * CORE_BITS / head_dim
+    def pre_bits(self, head_dim: int) -> float:
+        """Bits per key number that those take."""
+        return sum(self.pre_bands()) * PRE_BITS / head_dim
 
     def layout(
         self,
@@ -101,42 +243,21 @@ class Settings:
         dtype: torch.dtype,
         pre_bands: Sequence[Bands] = (),
     ) -> PageLayout:
-        """The pages of a layer whose heads have these bands, those of the tail for a hybrid."""
-        exact_bits = dtype.itemsize * 8
-        v_bits = exact_bits if self.v_bits == "exact" else self.v_bits
-        if v_bits not in (2, 4, exact_bits):
+        """The pages of a layer whose heads have these bands; a hybrid has ``pre_bands`` too."""
+        full_bits = dtype.itemsize * 8
+        v_bits = full_bits if self.v_bits == "exact" else self.v_bits
+        if v_bits not in (2, 4, full_bits):
             raise ValueError(
-                f"v_bits must be 2, 4, {exact_bits} or 'exact' for a model in {dtype}, got "
+                f"v_bits must be 2, 4, {full_bits} or 'exact' for a model in {dtype}, got "
                 f"{v_bits!r}"
             )
         group = default_group_size(head_dim) if self.v_group_size is None else self.v_group_size
+        rope = PAGE_ROPES[self.rope]
         return PageLayout(
             head_dim,
             tuple(bands),
-            self.layout_rope,
+            rope,
             int(v_bits),
             group,
-            pre_bands=tuple(pre_bands) if self.layout_rope == "hybrid" else (),
+            pre_bands=tuple(pre_bands) if rope == "hybrid" else (),
         )
-
-
-def scheduled_bands(
-    head_dim: int, schedule: Sequence[int], core_channels: int = 0
-) -> tuple[Bands, Bands]:
-    """Core and tail bands of a head by a schedule, whose first channels are the core."""
-    bands = ops.allocate_bits(torch.zeros(1, head_dim), list(schedule))[0].tolist()
-    core, left = [], core_channels
-    for count in bands:
-        core.append(min(count, left))
-        left -= core[-1]
-    return tuple(core), tuple(n - own for n, own in zip(bands, core, strict=True))
-
-
-def default_group_size(head_dim: int) -> int:
-    """Channels that share a value scale: 64 if that divides, else a small head, else near 64."""
-    if head_dim % 64 == 0:
-        return 64
-    if head_dim < 128:
-        return head_dim
-    sizes = [n for n in range(16, head_dim + 1, 16) if head_dim % n == 0] or [head_dim]
-    return min(sizes, key=lambda n: max(n / 64, 64 / n))

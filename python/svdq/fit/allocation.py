@@ -1,4 +1,4 @@
-"""Which latent channels get how many bits: water-filling in units of attention score.
+"""Bits of the latent channels: water-filling in units of attention score.
 
 A channel of variance v that is coded with b bits leaves an error of v * d(b). Measured in units of
 attention score, so that channels of all heads and layers compare, the widths that minimise the sum
@@ -7,8 +7,8 @@ of all errors for a given number of bits are those that minimise, channel by cha
     v * d(b) + lambda * (b + overhead)
 
 with one ``lambda`` for all of them, the price of a bit; ``overhead`` is what a coded channel costs
-beside its codes (its row of the basis and its scale), spread over the tokens. So a layer needs
-nothing of the others but the price.
+in addition to its codes (its row of the basis and its scale), spread over the tokens. So the price
+is all that a layer needs of the others.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ from svdq.layout import WIDTHS
 # fourth power of the error is least (see fit_quantizer). By integration.
 DISTORTION = {8: 1.39e-4, 4: 0.01552, 2: 0.1388, 1: 0.4042, 0: 1.0}
 GRANULE = 4  # channels that share a width; bands of one bit are pairs of granules
-SCOPES = ("model", "layer", "head")
 
 
 def overhead_bits(head_dim: int, num_tokens: int) -> float:
-    """Bits per token that a coded channel costs beside its codes: basis in bfloat16, scale."""
+    """Bits per token of a coded channel in addition to its codes: basis in bfloat16, scale."""
     return (16 * head_dim + 32) / max(num_tokens, 1)
 
 
@@ -40,7 +39,7 @@ def water_fill(spectrum: Tensor, lambda_: float, overhead: float = 0.0) -> Tenso
     ----------
     spectrum : [N, D] score variances of the channels of N heads, each row in descending order.
     lambda_ : price of a bit, in squared score units.
-    overhead : bits per token that any coded channel costs beside its code.
+    overhead : bits per token that any coded channel costs in addition to its code.
 
     Returns
     -------
@@ -112,7 +111,7 @@ def code_something(bands: Tensor, spectrum: Tensor) -> Tensor:
 
 
 def _granules(spectrum: Tensor) -> Tensor:
-    """Variance of each run of channels that share a width: [N, D / GRANULE] float64."""
+    """Variance of each granule of channels that share a width: [N, D / GRANULE] float64."""
     return spectrum.detach().cpu().double().unflatten(1, (-1, GRANULE)).sum(-1)
 
 
@@ -121,7 +120,7 @@ def _bits(bands: Tensor) -> int:
 
 
 def _pair_ones(counts: Tensor, granules: Tensor, price: float) -> None:
-    """Make the granules of one bit even: drop the last or add the next, what costs less."""
+    """Make the granules of one bit even: drop the last or add the next, whichever costs less."""
     one = WIDTHS.index(1)
     gain = 1 - DISTORTION[1]
     for row in (counts[:, one] % 2).nonzero().flatten().tolist():
@@ -132,7 +131,7 @@ def _pair_ones(counts: Tensor, granules: Tensor, price: float) -> None:
 
 
 def _fill(bands: list[int], granules: list[float], budget: int) -> list[int]:
-    """Spend what is left of a budget of bits, a multiple of 8, on what gains most for its bits."""
+    """Spend the rest of a budget of bits, a multiple of 8, by the largest gain for a bit."""
     counts = {width: n // GRANULE for width, n in zip(WIDTHS, bands, strict=True)}
     counts[0] = len(granules) - sum(counts.values())
     left = budget - sum(GRANULE * width * n for width, n in counts.items())
@@ -178,7 +177,7 @@ class Allocator:
     num_layers : layers that will ask.
     k_bits : code bits per key number on average, or None with a price.
     lambda_ : price of a bit in squared score units.
-    scope : ``"model"``, ``"layer"`` or ``"head"``: over what ``k_bits`` is the average.
+    scope : ``"model"``, ``"layer"`` or ``"head"``, over which ``k_bits`` is the average.
     known : bands by layer where a profile says them; then nothing is solved.
     """
 
@@ -195,7 +194,7 @@ class Allocator:
         self._waiting = {}
 
     def reset(self) -> None:
-        """Forget what was asked and solved."""
+        """Forget all that layers asked and the solution."""
         self.lambda_ = self._given
         self._waiting = {}
 
@@ -219,7 +218,7 @@ class Allocator:
         """
         if self.k_bits is not None and taken >= self.k_bits:
             raise ValueError(
-                f"k_bits={self.k_bits} must be more than the {taken} that core channels take"
+                f"k_bits={self.k_bits} must be more than the {taken} that pre-RoPE channels take"
             )
         if self.known is not None:
             answer(self.known[layer])

@@ -1,4 +1,4 @@
-"""What a model's keys are like, measured once: bit allocations for any prompt, known beforehand."""
+"""Spectra of a model's keys, measured once: bit allocations for any prompt, known beforehand."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from svdq.config.settings import renamed
 from svdq.fit.allocation import (
     code_something,
     equal_budgets,
@@ -19,7 +20,7 @@ from svdq.fit.allocation import (
     solve_lambda,
     water_fill,
 )
-from svdq.store.tensors import normal_tensors
+from svdq.ops.tensors import normal_tensors
 
 FORMAT, VERSION = "svdq-profile", "1"
 
@@ -35,22 +36,23 @@ class Profile:
     Parameters
     ----------
     spectra : layer index -> [H, D] float32, score variances in descending order.
-    rope, core_channels, query_weighted : of the caches that the spectra are for.
+    rope, pre_channels, query_weighted : of the caches that the spectra are for.
     num_tokens : tokens of a prompt that they were measured on.
     """
 
     spectra: dict[int, Tensor]
     rope: str
-    core_channels: int
+    pre_channels: int
     query_weighted: bool
     num_tokens: int
 
     def bands(
         self, k_bits: float | None, lambda_: float | None, scope: str = "model", taken: float = 0.0
     ) -> dict[int, Tensor]:
-        """Bands of every layer, [H, 4] int32; arguments as for :class:`svdq.allocation.Allocator`.
+        """Bands of every layer, [H, 4] int32; arguments as for
+        :class:`svdq.fit.allocation.Allocator`.
 
-        ``taken`` is what core channels take of ``k_bits``.
+        ``taken`` is the part of ``k_bits`` that pre-RoPE channels take.
         """
         layers = sorted(self.spectra)
         spectra = [self.spectra[i] for i in layers]
@@ -66,8 +68,8 @@ class Profile:
         pairs = zip(layers, spectra, found, strict=True)
         return {i: code_something(bands, x) for i, x, bands in pairs}
 
-    def check(self, layers: Sequence[int], rope: str, core_channels: int, weighted: bool) -> None:
-        """Refuse layers or settings that the spectra are not of."""
+    def check(self, layers: Sequence[int], rope: str, pre_channels: int, weighted: bool) -> None:
+        """Refuse layers or settings other than those of the spectra."""
         if sorted(self.spectra) != sorted(layers):
             raise ValueError(
                 f"the profile is of layers {sorted(self.spectra)}, the model compresses "
@@ -76,13 +78,13 @@ class Profile:
         own, asked = (
             (mode, n if mode == "hybrid" else None, bool(w))
             for mode, n, w in (
-                (self.rope, self.core_channels, self.query_weighted),
-                (rope, core_channels, weighted),
+                (self.rope, self.pre_channels, self.query_weighted),
+                (rope, pre_channels, weighted),
             )
         )
         if own != asked:
             raise ValueError(
-                f"the profile is for (rope, core_channels, query_weighted) {own}, the cache has "
+                f"the profile is for (rope, pre_channels, query_weighted) {own}, the cache has "
                 f"{asked}"
             )
 
@@ -94,7 +96,7 @@ class Profile:
             "settings": json.dumps(
                 {
                     "rope": self.rope,
-                    "core_channels": self.core_channels,
+                    "pre_channels": self.pre_channels,
                     "query_weighted": self.query_weighted,
                     "num_tokens": self.num_tokens,
                 }
@@ -106,7 +108,7 @@ class Profile:
     @classmethod
     @normal_tensors
     def load(cls, path: str | os.PathLike) -> Profile:
-        """Read what :meth:`save` wrote; ``ValueError`` if the file is something else."""
+        """Read a file of :meth:`save`; ``ValueError`` if it is something else."""
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
@@ -114,11 +116,11 @@ class Profile:
             settings = json.loads(metadata["settings"])
             names = list(file.keys())
             spectra = {int(name): file.get_tensor(name) for name in names}
-        return cls(spectra, **settings)
+        return cls(spectra, **renamed(settings))
 
 
 def mean_profile(profiles: Sequence[Profile]) -> Profile:
     """The mean of profiles of several prompts, which have the same settings."""
     first = profiles[0]
     spectra = {i: torch.stack([p.spectra[i] for p in profiles]).mean(0) for i in first.spectra}
-    return Profile(spectra, first.rope, first.core_channels, first.query_weighted, first.num_tokens)
+    return Profile(spectra, first.rope, first.pre_channels, first.query_weighted, first.num_tokens)

@@ -1,1 +1,1 @@
-"""What transformers asks for and says: attention and mask functions, rotary embeddings."""
+"""Adapters to transformers: attention and mask functions, arguments, rotary embeddings."""

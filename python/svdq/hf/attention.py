@@ -20,8 +20,8 @@ from svdq.hf.new_tokens import NewTokens
 
 NAME = "svdq"
 
-# What models pass to their attention function and the cache cannot do; each name with the value
-# that asks for nothing, None always does.
+# Arguments of a model's attention function that the cache does not support; each name with the
+# value that asks for nothing, as None always does.
 UNSUPPORTED = {
     "softcap": None,
     "s_aux": None,
@@ -36,13 +36,13 @@ UNSUPPORTED = {
 class CausalMask:
     """A causal mask with left padding, as two numbers a sequence instead of L x T.
 
-    Layers whose cache is not compressed get the dense mask of ``"sdpa"``, made when the first one
-    asks.
+    Layers whose cache is not compressed get the dense mask of ``"sdpa"``, made when the first of
+    them asks.
 
     Parameters
     ----------
     attention_mask : [B, T] bool, True for real tokens, or None without padding.
-    kv_length : keys that the mask is about, T.
+    kv_length : keys that the mask covers, T.
     plain : whether the model asks for nothing but causality and padding.
     dense : makes the mask of transformers' ``"sdpa"`` attention.
     """
@@ -69,7 +69,7 @@ class CausalMask:
         Raises
         ------
         ValueError
-            For masks that say anything else: a hole, right padding, a sequence of padding alone.
+            For any other mask: a hole, right padding, a sequence of padding alone.
         """
         if not self.plain:
             raise ValueError(
@@ -139,7 +139,7 @@ def svdq_attention(
     ----------
     module : the model's attention module.
     query : [B, Hq, L, D].
-    key, value : what ``past_key_values.update`` returned.
+    key, value : as the cache's ``update`` returned them.
     attention_mask : of :func:`svdq_mask`; or [B, T] bool for a direct call.
     dropout, scaling, kwargs : as transformers passes them; ``position_ids`` is read.
 
@@ -151,8 +151,8 @@ def svdq_attention(
     Raises
     ------
     NotImplementedError
-        For what a compressed cache cannot do: dropout, softcap, learned sinks, attention weights,
-        gradients.
+        For what a compressed cache does not support: dropout, softcap, learned sinks, attention
+        weights, gradients.
     """
     if not isinstance(key, NewTokens):
         if isinstance(attention_mask, CausalMask):
@@ -161,7 +161,7 @@ def svdq_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     layer, layer_pending = key.layer, key.layer.pending
-    layer.pending = 0  # whatever is wrong below, these tokens will not be stored
+    layer.pending = 0  # if a check below fails, these tokens will not be stored
     if value is not key or not layer_pending:
         raise RuntimeError(
             "key and value must come from the same call of SVDqCache.update, used once"
@@ -173,7 +173,8 @@ def svdq_attention(
         attention_mask = CausalMask(attention_mask, kv_length)
     if attention_mask is not None:
         padding = attention_mask.padding
-    out = layer.attend(module, query, key, scaling, padding, kwargs.get("position_ids"))
+    position_ids = kwargs.get("position_ids")
+    out = layer.attend(query, key, scaling, padding=padding, position_ids=position_ids)
     return out, None
 
 

@@ -1,13 +1,34 @@
-"""What a layer's ``update`` hands to the ``"svdq"`` attention instead of keys and values."""
+"""New tokens: a layer's ``update`` hands them to the ``"svdq"`` attention instead of tensors."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from svdq.cache.layer import SVDqLayer
+
+class AttendingLayer(Protocol):
+    """A layer of a cache that attends to its own tokens.
+
+    Attributes
+    ----------
+    pending : tokens handed out that are not stored yet.
+    seq_length : tokens stored.
+    """
+
+    pending: int
+    seq_length: int
+
+    def attend(
+        self,
+        query: Tensor,
+        new: NewTokens,
+        sm_scale: float | None = None,
+        *,
+        padding: list[int] | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Attend to stored and new tokens, and store the new: [B, L, Hq, D]."""
 
 
 class NewTokens:
@@ -15,7 +36,7 @@ class NewTokens:
 
     __slots__ = ("keys", "layer", "values")
 
-    def __init__(self, layer: SVDqLayer, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, layer: AttendingLayer, keys: Tensor, values: Tensor) -> None:
         self.layer, self.keys, self.values = layer, keys, values
 
     def _refuse(self, *_: Any) -> NoReturn:

@@ -2,8 +2,8 @@
 
 Keys reach a cache rotated. With ``rope="pre"`` they are stored un-rotated, which needs the
 frequencies that rotated them. The inverse rotation is orthogonal whatever the frequencies, so a
-cache stays correct even where a model scales its cosines (YaRN); frequencies that are not the
-model's would cost accuracy alone.
+cache stays correct even where a model scales its cosines (YaRN); other frequencies than
+the model's would cost accuracy alone.
 """
 
 from __future__ import annotations
@@ -41,9 +41,8 @@ def inverse_frequencies(
         interleaved rotary embeddings, or a model without any. ``rope="post"`` works for all of
         them.
     """
-    rotates = getattr(
-        config, "no_rope_layers", None
-    )  # one number per layer: 1 where it does rotate
+    # One number per layer: 1 where it does rotate.
+    rotates = getattr(config, "no_rope_layers", None)
     if rotates and not rotates[layer_idx]:
         return None
     layer_type = _layer_type(config, layer_idx)
@@ -97,7 +96,7 @@ def _default_frequencies(config: PretrainedConfig, parameters: dict) -> Tensor:
 
 
 def _check_pairs_are_halves(config: PretrainedConfig) -> None:
-    """Ask the model's ``rotate_half`` whether channel ``i`` pairs with ``i + rotary_dim / 2``."""
+    """Refuse a model whose ``rotate_half`` pairs other channels than ``i`` and ``i + half``."""
     for cls in type(config).__mro__:
         name = cls.__module__.replace(".configuration_", ".modeling_")
         if name != cls.__module__:

@@ -1,7 +1,47 @@
-"""The operators as torch knows them; tests put in their place what runs them elsewhere."""
+"""The operators as torch knows them, called by the argument names of their schemas."""
+
+from __future__ import annotations
+
+from typing import Any
 
 import torch
 
 from svdq import _C  # noqa: F401  (registers the operators)
+from svdq.ops.nouns import KeyCodec, PackedKeys, Window
 
-OPERATORS = torch.ops.svdq
+NAMES = (
+    "fit_basis",
+    "allocate_bits",
+    "fit_quantizer",
+    "pack_keys_",
+    "residual_keys",
+    "pack_values_",
+    "append_window_",
+    "unpack_codes",
+    "unpack_keys",
+    "unpack_values",
+    "select",
+    "gather",
+    "attend",
+    "merge",
+)
+# Argument names of every operator, in the order of its schema.
+ARGUMENTS: dict[str, tuple[str, ...]] = {
+    name: tuple(x.name for x in getattr(torch.ops.svdq, name).default._schema.arguments)
+    for name in NAMES
+}
+OPERATORS: Any = torch.ops.svdq  # tests replace it to run operators on a device
+
+
+def call(name: str, *nouns: KeyCodec | PackedKeys | Window, **arguments: Any) -> Any:
+    """Call an operator with the fields of nouns and with further arguments.
+
+    This is the one place that flattens nouns. The order of a schema is known to C++ alone; a field
+    that the operator does not take is left out.
+    """
+    given = {}
+    for noun in nouns:
+        for field, value in noun.flat().items():
+            if field in ARGUMENTS[name]:
+                given[field] = value
+    return getattr(OPERATORS, name)(**given, **arguments)

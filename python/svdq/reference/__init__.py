@@ -2,15 +2,17 @@
 
 Signatures, shapes and dtypes are those of :mod:`svdq.ops`. Arithmetic is float64 and follows the
 formulas of SVDq (arXiv 2502.15304) and kernels/format.h alone. Given float64 queries, keys or
-means, results stay float64 too. Arguments are taken as valid: only the operators check them.
+means, results stay float64 too. Only the operators check their arguments.
 """
 
 from svdq.reference.attention import (
+    append_window_,
     attend,
     attend_keys,
-    gathered_keys,
+    exact_codec,
     merge,
     pack_keys_,
+    packed_keys,
     replace_keys,
     unpack_keys,
     visible_tokens,
@@ -18,6 +20,7 @@ from svdq.reference.attention import (
 from svdq.reference.keys import (
     allocate_bits,
     channel_widths,
+    code_keys,
     decode_keys,
     fit_basis,
     fit_keys,
@@ -29,46 +32,50 @@ from svdq.reference.keys import (
     rotate,
 )
 from svdq.reference.pages import (
-    key_places,
+    key_code_addresses,
     pack_values_,
     quantize_values,
     unpack_codes,
     unpack_values,
+    value_code_addresses,
     value_parts,
-    value_places,
     write_codes_,
 )
-from svdq.reference.selection import gather, select, select_weights
+from svdq.reference.selection import gather, proxy_slices, select, token_masses
 
 __all__ = [
     "allocate_bits",
+    "append_window_",
     "attend",
     "attend_keys",
     "channel_widths",
+    "code_keys",
     "decode_keys",
+    "exact_codec",
     "fit_basis",
     "fit_keys",
     "fit_quantizer",
     "gather",
-    "gathered_keys",
-    "key_places",
+    "packed_keys",
+    "key_code_addresses",
     "latents",
     "merge",
     "pack_keys_",
     "pack_values_",
     "part_slices",
+    "proxy_slices",
     "quantize",
     "quantize_values",
     "replace_keys",
     "residual_keys",
     "rotate",
     "select",
-    "select_weights",
+    "token_masses",
     "unpack_codes",
     "unpack_keys",
     "unpack_values",
     "value_parts",
-    "value_places",
+    "value_code_addresses",
     "visible_tokens",
     "write_codes_",
 ]

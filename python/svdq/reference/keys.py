@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from svdq import _C
-from svdq.fit.pre_channels import SPARED_VARIANCE
+from svdq.fit.pre_channels import DROPPED_VARIANCE
 from svdq.layout import WIDTHS, PageLayout
-from svdq.reference.pages import QUAD, band_counts
+from svdq.ops import KeyCodec
+from svdq.reference.pages import QUAD
 
 SAMPLE_TOKENS = 4096  # tokens that the search for a clipped range looks at
 
 
 def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor | None, inverse: bool = False) -> Tensor:
-    """Turn (or turn back) pairs ``(i, i + rotary_dim / 2)`` of x [..., T, D] to positions [T]."""
+    """Rotate (or unrotate) pairs ``(i, i + rotary_dim / 2)`` of x [..., T, D] by positions [T]."""
     x = x.double()
     if inv_freq is None:
         return x
@@ -60,17 +62,16 @@ def fit_basis(
     return _stored(mean, keys), _stored(components, keys), _stored(variance, keys)
 
 
-def core_components(
-    keys: Tensor, layout: PageLayout, inv_freq: Tensor, position: int = 0
-) -> Tensor:
-    """Components [H, D, D] without the pairs that each head's core spares; see svdq/core.py."""
+def pre_components(keys: Tensor, layout: PageLayout, inv_freq: Tensor, position: int = 0) -> Tensor:
+    """Components [H, D, D] without the pairs that each head's pre-RoPE channels drop; see
+    svdq/fit/pre_channels.py."""
     mean, components, variance = fit_basis(keys.double(), inv_freq, position)
     centred = _unrotated(keys, inv_freq, position) - mean[:, None]
     half, found = inv_freq.numel(), torch.zeros_like(components)
     for h, bands in enumerate(layout.pre_bands):
         rank = sum(bands)
         held = variance[h, :rank] @ components[h, :rank].square()
-        pairs, left = held[:half] + held[half : 2 * half], SPARED_VARIANCE * held.sum()
+        pairs, left = held[:half] + held[half : 2 * half], DROPPED_VARIANCE * held.sum()
         kept = torch.ones(layout.head_dim, dtype=torch.bool)
         for pair in pairs.argsort().tolist():
             if inv_freq[pair] > _C.ABSORBED_FASTEST and left >= pairs[pair]:
@@ -98,21 +99,21 @@ def allocate_bits(variance: Tensor, schedule: list[int]) -> Tensor:
 
 def channel_widths(layout: PageLayout) -> Tensor:
     """Bits of every coded channel, [R], in the order of the basis."""
-    counts = band_counts(layout)
-    bits = [w for bands in counts for w, n in zip(WIDTHS, bands, strict=True) for _ in range(n)]
+    parts = [bands for head in layout.head_bands for bands in head]
+    bits = [w for bands in parts for w, n in zip(WIDTHS, bands, strict=True) for _ in range(n)]
     return torch.tensor(bits, dtype=torch.int64)
 
 
 def part_slices(layout: PageLayout) -> tuple[list[slice], list[slice]]:
-    """Every head's core channels and tail channels among the rows of the basis."""
-    counts = [sum(bands) for bands in band_counts(layout)]
+    """Every head's pre-RoPE channels and post-RoPE channels among the rows of the basis."""
+    counts = [sum(bands) for head in layout.head_bands for bands in head]
     slices = [slice(end - n, end) for end, n in zip(accumulate(counts), counts, strict=True)]
     return slices[::2], slices[1::2]
 
 
 def head_slices(layout: PageLayout) -> list[slice]:
     """Every head's channels among the rows of the basis."""
-    return [slice(core.start, tail.stop) for core, tail in zip(*part_slices(layout), strict=True)]
+    return [slice(pre.start, post.stop) for pre, post in zip(*part_slices(layout), strict=True)]
 
 
 def latents(rows: Tensor, basis: Tensor, mean: Tensor, layout: PageLayout) -> Tensor:
@@ -127,7 +128,7 @@ def project(rows: Tensor, basis: Tensor, mean: Tensor, slices: list[slice]) -> l
 
 
 def decode(codes: Tensor, basis: Tensor, scale: Tensor, widths: Tensor, slices: list[slice]):
-    """What the codes [T, R] of the channels ``slices[h]`` stand for: [H, T, D] float64."""
+    """Decode the codes [T, R] of the channels ``slices[h]``: [H, T, D] float64."""
     latent = (codes.double() - (2.0**widths - 1) / 2) * scale.double()
     return torch.stack([latent[:, at] @ basis[at].double() for at in slices])
 
@@ -158,11 +159,12 @@ def fit_quantizer(
     mean: Tensor,
     components: Tensor,
     layout: PageLayout,
+    *,
     inv_freq: Tensor | None = None,
     position: int = 0,
     clip: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Basis rows, scales and the centring mean; see :func:`svdq.ops.fit_quantizer`."""
+) -> KeyCodec:
+    """Basis vectors, scales and the centring mean; see :func:`svdq.ops.fit_quantizer`."""
     widths = channel_widths(layout)
     basis = torch.cat([components[h, : sum(n)] for h, n in enumerate(layout.bands)]).bfloat16()
     latent = latents(_unrotated(keys, inv_freq, position), basis, mean, layout)
@@ -170,74 +172,59 @@ def fit_quantizer(
     multiples = [k / 10 for k in range(4, 81)] if clip else []
     scale, centre = _best_range(latent[::every], widths, multiples)
     shifts = [centre[at] @ basis[at].double() for at in head_slices(layout)]
-    return basis, _stored(scale, mean), _stored(mean.double() + torch.stack(shifts), mean)
+    centred_mean = _stored(mean.double() + torch.stack(shifts), mean)
+    return KeyCodec(basis, _stored(scale, mean), centred_mean, inv_freq=inv_freq)
 
 
-def code_keys(
-    keys: Tensor,
-    basis: Tensor,
-    scale: Tensor,
-    mean: Tensor,
-    layout: PageLayout,
-    inv_freq: Tensor | None = None,
-    position: int = 0,
-    post_mean: Tensor | None = None,
-) -> Tensor:
+def code_keys(keys: Tensor, codec: KeyCodec, layout: PageLayout, position: int = 0) -> Tensor:
     """Codes [T, R] of rotated keys [H, T, D]."""
-    core, tail = part_slices(layout)
+    pre, post = part_slices(layout)
     latent = torch.zeros(keys.shape[1], layout.rank, dtype=torch.float64)
     widths = channel_widths(layout)
 
     def fill(rows: Tensor, mean: Tensor, slices: list[slice]) -> Tensor:
-        for at, part in zip(slices, project(rows, basis, mean, slices), strict=True):
+        for at, part in zip(slices, project(rows, codec.basis, mean, slices), strict=True):
             latent[:, at] = part
-        return quantize(latent, scale, widths)
+        return quantize(latent, codec.scale, widths)
 
     if layout.rope == "post":
-        return fill(keys, mean, tail)
-    codes = fill(_unrotated(keys, inv_freq, position), mean, core)
+        return fill(keys, codec.mean, post)
+    codes = fill(_unrotated(keys, codec.inv_freq, position), codec.mean, pre)
     if layout.rope == "pre":
         return codes
-    rows = decode(codes, basis, scale, widths, core) + mean.double()[:, None]
-    residual = keys.double() - _rotated(rows, inv_freq, position)
-    return fill(residual, post_mean, tail)
+    return fill(keys.double() - _decoded_pre(codes, codec, layout, position), codec.post_mean, post)
+
+
+def _decoded_pre(
+    codes: Tensor, codec: KeyCodec, layout: PageLayout, position: int | Tensor
+) -> Tensor:
+    """The rotated keys [H, T, D] that pre-RoPE channels and their mean stand for."""
+    pre, _ = part_slices(layout)
+    rows = decode(codes, codec.basis, codec.scale, channel_widths(layout), pre)
+    return _rotated(rows + codec.mean.double()[:, None], codec.inv_freq, position)
 
 
 def decode_keys(
-    codes: Tensor,
-    basis: Tensor,
-    scale: Tensor,
-    mean: Tensor,
-    layout: PageLayout,
-    inv_freq: Tensor | None = None,
-    position: int | Tensor = 0,
-    post_mean: Tensor | None = None,
+    codes: Tensor, codec: KeyCodec, layout: PageLayout, position: int | Tensor = 0
 ) -> Tensor:
     """Rotated keys [H, T, D] that codes [T, R] stand for; ``position`` of the first, or of each."""
-    slices, widths = part_slices(layout), channel_widths(layout)
-    core, tail = (decode(codes, basis, scale, widths, at) for at in slices)
+    _, post = part_slices(layout)
+    decoded_post = decode(codes, codec.basis, codec.scale, channel_widths(layout), post)
     if layout.rope == "post":
-        return _stored(tail + mean.double()[:, None], mean)
-    keys = _rotated(core + mean.double()[:, None], inv_freq, position)
+        return _stored(decoded_post + codec.mean.double()[:, None], codec.mean)
+    keys = _decoded_pre(codes, codec, layout, position)
     if layout.rope == "hybrid":
-        keys = keys + tail + post_mean.double()[:, None]
-    return _stored(keys, mean)
+        keys = keys + decoded_post + codec.post_mean.double()[:, None]
+    return _stored(keys, codec.mean)
 
 
 def residual_keys(
-    keys: Tensor,
-    basis: Tensor,
-    scale: Tensor,
-    mean: Tensor,
-    layout: PageLayout,
-    inv_freq: Tensor | None = None,
-    position: int = 0,
+    keys: Tensor, codec: KeyCodec, layout: PageLayout, *, position: int = 0
 ) -> Tensor:
-    """Keys less their decoded core; see :func:`svdq.ops.residual_keys`."""
-    widths, (core, _) = channel_widths(layout), part_slices(layout)
-    codes = code_keys(keys, basis, scale, mean, layout, inv_freq, position, torch.zeros_like(mean))
-    rows = decode(codes, basis, scale, widths, core) + mean.double()[:, None]
-    return (keys.double() - _rotated(rows, inv_freq, position)).to(keys.dtype)
+    """Keys less their decoded pre-RoPE channels; see :func:`svdq.ops.residual_keys`."""
+    own = replace(codec, post_mean=torch.zeros_like(codec.mean))
+    codes = code_keys(keys, own, layout, position)
+    return (keys.double() - _decoded_pre(codes, own, layout, position)).to(keys.dtype)
 
 
 def fit_keys(
@@ -246,27 +233,29 @@ def fit_keys(
     inv_freq: Tensor | None = None,
     position: int = 0,
     clip: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Basis, scale, mean and tail mean of any layout; see :func:`svdq.fitting.fit_keys`."""
+) -> KeyCodec:
+    """The codec of keys for any layout; see :func:`svdq.fit.bases.fit_keys`."""
     mean, components, _ = fit_basis(keys, inv_freq, position)
+    options = {"inv_freq": inv_freq, "position": position, "clip": clip}
     if layout.rope != "hybrid":
-        return *fit_quantizer(keys, mean, components, layout, inv_freq, position, clip), None
+        return fit_quantizer(keys, mean, components, layout, **options)
     basis = torch.zeros(layout.rank, layout.head_dim, dtype=torch.bfloat16)
-    scale = mean.new_zeros(layout.rank)
+    codec = KeyCodec(basis, mean.new_zeros(layout.rank), mean, torch.zeros_like(mean), inv_freq)
 
-    def place(fitted: tuple[Tensor, ...], part: PageLayout, slices: list[slice]) -> Tensor:
+    def place(fitted: KeyCodec, part: PageLayout, slices: list[slice]) -> Tensor:
         for at, own in zip(slices, head_slices(part), strict=True):
-            basis[at], scale[at] = fitted[0][own], fitted[1][own]
-        return fitted[2]
+            codec.basis[at], codec.scale[at] = fitted.basis[own], fitted.scale[own]
+        return fitted.mean
 
-    core_slices, tail_slices = part_slices(layout)
-    if layout.core is not None:
-        components = core_components(keys, layout, inv_freq, position)
-        fitted = fit_quantizer(keys, mean, components, layout.core, inv_freq, position, clip)
-        mean = place(fitted, layout.core, core_slices)
-    residual = residual_keys(keys, basis, scale, mean, layout, inv_freq, position)
+    pre_slices, post_slices = part_slices(layout)
+    pre, post = layout.pre_part, layout.post_part
+    if pre is not None:
+        components = pre_components(keys, layout, inv_freq, position)
+        fitted = fit_quantizer(keys, mean, components, pre, **options)
+        codec = replace(codec, mean=place(fitted, pre, pre_slices))
+    residual = residual_keys(keys, codec, layout, position=position)
     post_mean, components, _ = fit_basis(residual)
-    if layout.tail is not None:
-        fitted = fit_quantizer(residual, post_mean, components, layout.tail, clip=clip)
-        post_mean = place(fitted, layout.tail, tail_slices)
-    return basis, scale, mean, post_mean
+    if post is not None:
+        fitted = fit_quantizer(residual, post_mean, components, post, clip=clip)
+        post_mean = place(fitted, post, post_slices)
+    return replace(codec, post_mean=post_mean)

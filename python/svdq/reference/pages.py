@@ -1,4 +1,4 @@
-"""Where codes and values lie in pages, and the quantized values themselves."""
+"""Addresses of codes and values in pages, and the quantized values themselves."""
 
 from __future__ import annotations
 
@@ -7,65 +7,57 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from svdq import _C
 from svdq.layout import PAGE_TOKENS, WIDTHS, PageLayout
 
 LANES, QUAD = 16, 4  # a line of codes is 16 lanes of 4 bytes
 
-# Codes in pages. A unit is 64 codes of one width, 4 in each of 16 lanes; a line, 8 / width units.
+# Codes in pages. A tile is 64 codes of one width, 4 in each of 16 lanes; a line, 8 / width tiles.
 
 
-def _places(unit: Tensor, lane: Tensor, element: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def _addresses(tile: Tensor, lane: Tensor, element: Tensor, width: int) -> tuple[Tensor, Tensor]:
     per_line = 8 // width
-    byte = unit // per_line * LANES * QUAD + lane * QUAD + element
-    return byte, (unit % per_line * width).expand_as(byte)
+    byte = tile // per_line * LANES * QUAD + lane * QUAD + element
+    return byte, (tile % per_line * width).expand_as(byte)
 
 
-def key_places(width: int, num_channels: int) -> tuple[Tensor, Tensor]:
+def key_code_addresses(width: int, num_channels: int) -> tuple[Tensor, Tensor]:
     """Byte and shift of the codes of one band, [64, num_channels] by slot and channel."""
     token, channel = torch.arange(PAGE_TOKENS)[:, None], torch.arange(num_channels)
-    unit = channel // QUAD * (PAGE_TOKENS // LANES) + token // LANES
-    return _places(unit, token % LANES, channel % QUAD, width)
+    tile = channel // QUAD * (PAGE_TOKENS // LANES) + token // LANES
+    return _addresses(tile, token % LANES, channel % QUAD, width)
 
 
-def value_places(width: int, head_dim: int) -> tuple[Tensor, Tensor]:
+def value_code_addresses(width: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """Byte and shift of the codes of one head's values, [64, head_dim] by slot and channel."""
     token, channel = torch.arange(PAGE_TOKENS)[:, None], torch.arange(head_dim)
-    unit = channel // LANES * (PAGE_TOKENS // QUAD) + token // QUAD
-    return _places(unit, channel % LANES, token % QUAD, width)
+    tile = channel // LANES * (PAGE_TOKENS // QUAD) + token // QUAD
+    return _addresses(tile, channel % LANES, token % QUAD, width)
 
 
-def read_codes(pages: Tensor, places: tuple[Tensor, Tensor], width: int) -> Tensor:
+def read_codes(pages: Tensor, addresses: tuple[Tensor, Tensor], width: int) -> Tensor:
     """Codes [..., 64, n] of the bytes [..., size] of a band."""
-    byte, shift = places
+    byte, shift = addresses
     return (pages.long()[..., byte] >> shift) & (2**width - 1)
 
 
-def join_codes(codes: Tensor, places: tuple[Tensor, Tensor]) -> Tensor:
+def join_codes(codes: Tensor, addresses: tuple[Tensor, Tensor]) -> Tensor:
     """Inverse of :func:`read_codes`: every byte is the sum of its shifted codes."""
-    byte, shift = (x.flatten() for x in places)
+    byte, shift = (x.flatten() for x in addresses)
     shifted = codes.flatten(-2) << shift
     pages = shifted.new_zeros(*shifted.shape[:-1], int(byte.max()) + 1)
     return pages.index_add_(-1, byte, shifted).byte()
 
 
-def band_counts(layout: PageLayout) -> list[tuple[int, ...]]:
-    """Channels at each width of every head's core, then tail, in the order of basis and page."""
-    none = [(0,) * len(WIDTHS)] * layout.num_kv_heads
-    core = layout.bands if layout.rope == "pre" else layout.pre_bands or none
-    tail = none if layout.rope == "pre" else layout.bands
-    return [bands for head in zip(core, tail, strict=True) for bands in head]
-
-
 def _bands(layout: PageLayout) -> Iterator[tuple]:
-    """Of every band of every head: columns of the codes, bytes of a page, places and width."""
+    """Of every band of every head: columns of the codes, bytes of a page, addresses and width."""
     channel, byte = 0, 0
-    for count, width in (
-        (n, w) for bands in band_counts(layout) for n, w in zip(bands, WIDTHS, strict=True)
-    ):
-        size = count * width * PAGE_TOKENS // 8
+    parts = [bands for head in layout.head_bands for bands in head]
+    for count, width in ((n, w) for bands in parts for n, w in zip(bands, WIDTHS, strict=True)):
+        size = _C.format.band_bytes(width, count)
         if count:
             span = slice(channel, channel + count), slice(byte, byte + size)
-            yield *span, key_places(width, count), width
+            yield *span, key_code_addresses(width, count), width
         channel, byte = channel + count, byte + size
 
 
@@ -81,10 +73,10 @@ def write_codes_(
 ) -> None:
     """Store codes [T, R]: the inverse of :func:`unpack_codes`; other slots keep theirs."""
     rows, slots = _rows(page_table, slot, codes.shape[0])
-    for columns, span, places, width in _bands(layout):
-        band = read_codes(k_pages[rows, span], places, width).flatten(0, 1)
+    for columns, span, addresses, width in _bands(layout):
+        band = read_codes(k_pages[rows, span], addresses, width).flatten(0, 1)
         band[slots] = codes[:, columns].long()
-        k_pages[rows, span] = join_codes(band.unflatten(0, (-1, PAGE_TOKENS)), places)
+        k_pages[rows, span] = join_codes(band.unflatten(0, (-1, PAGE_TOKENS)), addresses)
 
 
 def unpack_codes(
@@ -93,8 +85,8 @@ def unpack_codes(
     """Read codes; see :func:`svdq.ops.unpack_codes`."""
     rows, slots = _rows(page_table, slot, num_tokens)
     codes = torch.empty(num_tokens, layout.rank, dtype=torch.uint8)
-    for columns, span, places, width in _bands(layout):
-        codes[:, columns] = read_codes(k_pages[rows, span], places, width).flatten(0, 1)[slots]
+    for columns, span, addresses, width in _bands(layout):
+        codes[:, columns] = read_codes(k_pages[rows, span], addresses, width).flatten(0, 1)[slots]
     return codes
 
 
@@ -112,21 +104,21 @@ def _by_page(slots: Tensor) -> Tensor:
 
 
 def _value_parts(v_pages: Tensor, rows: Tensor, layout: PageLayout) -> list[Tensor]:
-    """Scales and zero points [H, slots, groups] half and codes [H, slots, D], or exact values."""
+    """Scales and zero points [H, slots, groups] half and codes [H, slots, D], or full values."""
     pages = v_pages[rows].unflatten(1, (layout.num_kv_heads, -1))
     if layout.v_bits > 8:
         return [_by_slot(pages.unflatten(2, (PAGE_TOKENS, -1)))]
     size = layout.head_dim // layout.v_group_size * PAGE_TOKENS * 2
     *halves, codes = pages.split([size, size, pages.shape[2] - 2 * size], dim=2)
     halves = [x.contiguous().view(torch.half).unflatten(2, (-1, PAGE_TOKENS)).mT for x in halves]
-    places = value_places(layout.v_bits, layout.head_dim)
-    return [_by_slot(x) for x in (*halves, read_codes(codes, places, layout.v_bits))]
+    addresses = value_code_addresses(layout.v_bits, layout.head_dim)
+    return [_by_slot(x) for x in (*halves, read_codes(codes, addresses, layout.v_bits))]
 
 
 def value_parts(
     v_pages: Tensor, layout: PageLayout, page_table: Tensor, slot: int, num_tokens: int
 ) -> list[Tensor]:
-    """What is stored of these slots: scales, zero points and codes, or exact values."""
+    """Stored parts of these slots: scales, zero points and codes, or values of 16 or 32 bits."""
     rows, slots = _rows(page_table, slot, num_tokens)
     return [part[:, slots] for part in _value_parts(v_pages, rows, layout)]
 
@@ -166,7 +158,7 @@ def write_value_parts_(
         return
     scale, zero, codes = stored
     halves = [_by_page(x).mT.flatten(2).view(torch.uint8) for x in (scale, zero)]
-    codes = join_codes(_by_page(codes), value_places(layout.v_bits, layout.head_dim))
+    codes = join_codes(_by_page(codes), value_code_addresses(layout.v_bits, layout.head_dim))
     v_pages[rows] = torch.cat([*halves, codes], dim=2).flatten(1)
 
 

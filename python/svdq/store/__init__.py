@@ -1,1 +1,1 @@
-"""What a layer of the cache holds: packed pages, window, outliers."""
+"""Storage of a layer's tokens: the window, packed pages, outliers, landmarks, drift."""

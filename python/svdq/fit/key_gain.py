@@ -1,11 +1,11 @@
-"""Keys in units of attention score: what queries make of each channel.
+"""Gain of keys by the energy of queries, which puts keys in units of attention score.
 
-An error e of a key moves a score by q . e. Averaged over queries, and over the turns that RoPE puts
-between a query and a key, channel d counts with the energy of the queries there, the same for both
-channels of a RoPE pair. Keys that are multiplied with the root of that energy, and queries that are
-divided by it, give the same scores, and their latent variances are variances of scores. Rounded to
-powers of two the weights lose nothing in any float format, and they commute with RoPE, so pages and
-kernels know nothing of them.
+An error e of a key moves a score by q . e. Averaged over queries, and over the rotations that RoPE
+puts between a query and a key, channel d counts with the energy of the queries there, the same for
+both channels of a RoPE pair. Keys that are multiplied by the root of that energy, and queries that
+are divided by it, give the same scores, and their latent variances are variances of scores. Rounded
+to powers of two the gain loses nothing in any float format, and it commutes with RoPE, so pages and
+kernels know nothing of it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svdq.store.tensors import normal_tensors
+from svdq.ops.tensors import normal_tensors
 
-LARGEST_EXPONENT = 4  # keeps weighted keys within the range of a half
+MAX_EXPONENT = 4  # keeps keys times their gain within the range of a half
+PIECE_TOKENS = 1024  # queries are squared this many at a time
 
 
 class QueryEnergy:
@@ -32,23 +33,23 @@ class QueryEnergy:
         self.total = torch.zeros((batch, heads, dim), device=device)
         self.count = torch.zeros(batch, device=device)
 
-    def add(self, query: Tensor, scaling: float, padding: list[int]) -> None:
-        """Add queries [B, Hq, L, D], rotated or not, but for left padding."""
-        batch, heads, dim = self.total.shape
+    def add(self, query: Tensor, sm_scale: float, padding: list[int]) -> None:
+        """Add queries [B, Hq, L, D], rotated or not, without their left padding."""
+        _, heads, dim = self.total.shape
         for b, pad in enumerate(padding):
-            # A piece at a time, so that a long prompt's squares take little memory.
-            for piece in query[b, :, pad:].split(1024, dim=1):
-                squares = piece.float().square().sum(dim=1) * scaling**2
+            # Piece by piece, so that a long prompt's squares take little memory.
+            for piece in query[b, :, pad:].split(PIECE_TOKENS, dim=1):
+                squares = piece.float().square().sum(dim=1) * sm_scale**2
                 self.total[b] += squares.view(heads, -1, dim).mean(dim=1)
             self.count[b] += query.shape[2] - pad
 
     def set(self, energy: Tensor, count: int) -> None:
-        """Say what was measured elsewhere: mean energy [H, D] of ``count`` tokens."""
+        """Take a mean energy [H, D] of ``count`` tokens that was measured elsewhere."""
         self.total.copy_(energy.to(self.total.device) * count)
         self.count.fill_(count)
 
     def mean(self, b: int, half: int) -> Tensor:
-        """Energy per channel of sequence b, [H, D], alike in the pairs ``i`` and ``i + half``."""
+        """Energy per channel of sequence b, [H, D], equal in the pairs ``i`` and ``i + half``."""
         energy = self.total[b] / self.count[b].clamp(min=1)
         if half:
             pairs = (energy[:, :half] + energy[:, half : 2 * half]) / 2
@@ -61,11 +62,16 @@ class QueryEnergy:
         self.total, self.count = self.total[indices], self.count[indices]
 
 
-def key_weights(energy: Tensor) -> Tensor:
+def key_gain(energy: Tensor) -> Tensor:
     """Powers of two near the root of the energy [H, D] relative to its head's mean: [H, D]."""
     relative = energy / energy.mean(dim=1, keepdim=True).clamp(min=1e-30)
     exponent = (relative.clamp(min=1e-30).log2() / 2).round()
-    return exponent.clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT).exp2()
+    return exponent.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp2()
+
+
+def amplified(keys: Tensor, gain: Tensor | None) -> Tensor:
+    """Keys [H, T, D] times a gain [H, 1, D]; the keys themselves without one."""
+    return keys if gain is None else keys * gain
 
 
 def score_spectrum(components: Tensor, variance: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,9 +79,9 @@ def score_spectrum(components: Tensor, variance: Tensor, energy: Tensor) -> tupl
 
     Parameters
     ----------
-    components : [H, D, D], rows are the basis of (weighted) keys.
+    components : [H, D, D], rows are the basis of keys times their gain.
     variance : [H, D] of the latent channels.
-    energy : [H, D] of the queries of such keys: divided by the squares of the weights.
+    energy : [H, D] of the queries of such keys: divided by the squares of the gain.
 
     Returns
     -------

@@ -1,10 +1,10 @@
-"""Outlier tokens: keys held exact beside their codes, and the errors that they are chosen by."""
+"""Outliers: keys held exact in addition to their codes, and the errors that choose them."""
 
 import pytest
 import torch
 
 from attend_bounds import expect
-from refusals import check_refusal, strided
+from refusals import call, check_refusal, strided
 from support import (
     FLOAT_ERROR,
     assert_same,
@@ -14,33 +14,31 @@ from support import (
     make_k_pages,
     make_keys,
     make_layout,
-    page_count,
 )
 from svdq import ops, reference
-from svdq.layout import PageLayout
+from svdq.layout import NO_SLOT, PageLayout, pages_of
 
-NONE = torch.iinfo(torch.int32).max
 MIXED = [8, 4, 2, 1, 1, 0, 0, 0]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROPES = ["pre", "post", "hybrid"]
-# Their packing takes the decoded core off the keys by PyTorch's own kernels.
+# Their packing takes decoded pre-RoPE channels off the keys by PyTorch's own kernels.
 HYBRIDS = [
     pytest.param(name, marks=pytest.mark.libraries)
-    for name in ("hybrid", "rotated-mean", "core-alone")
+    for name in ("hybrid", "rotated-mean", "pre-alone")
 ]
 
 
-def with_outliers(cache, count, dtype=torch.float32, spare=2):
+def with_outliers(cache, count, dtype=torch.float32, unused=2):
     """The cache with random outlier keys at random slots, sinks' and those past the end too."""
     batch, heads = len(cache.cache_seqlens), cache.layout.num_kv_heads
-    slots = torch.full((batch, heads, count + spare), NONE, dtype=torch.int32)
+    slots = torch.full((batch, heads, count + unused), NO_SLOT, dtype=torch.int32)
     for b in range(batch):
         reach = int(cache.cache_seqlens[b]) + 9
         for h in range(heads):
             own = torch.randperm(reach)[: count - h].sort().values
             slots[b, h, : len(own)] = own
     keys = torch.randn(*slots.shape, cache.layout.head_dim).to(dtype)
-    keys[slots == NONE] = torch.nan  # nothing may read them
+    keys[slots == NO_SLOT] = torch.nan  # nothing may read them
     return cache.but(outlier_slots=slots, outlier_keys=keys)
 
 
@@ -60,7 +58,7 @@ def test_scores_are_those_of_the_exact_keys(backend, rope, q_len):
     cache, _, _ = make_cache(layout, [130, 0, 64], [20, 17, 30], **options)
     query = torch.randn(3, 4, q_len, 64)
     out = check(with_outliers(cache, 7), query)
-    # What the check is worth: the packed keys alone give something else.
+    # The check says something: the packed keys alone give another result.
     assert not torch.allclose(out, ops.attend(query, **cache.kwargs())[0], atol=1e-2)
 
 
@@ -95,7 +93,7 @@ def test_over_many_splits(backend):
 def test_lists_without_outliers(backend, count):
     cache, _, _ = make_cache(make_layout(64, [4, 2], 2), [150], [20])
     none = {
-        "outlier_slots": torch.full((1, 2, count), NONE, dtype=torch.int32),
+        "outlier_slots": torch.full((1, 2, count), NO_SLOT, dtype=torch.int32),
         "outlier_keys": torch.full((1, 2, count, 64), torch.nan),
     }
     query = torch.randn(1, 4, 1, 64)
@@ -122,7 +120,7 @@ def test_outliers_alone_make_attention_exact(backend):
 def test_wrong_outliers():
     cache, _, _ = make_cache(make_layout(64, [4, 2], 2), [130, 70], [5, 9])
     cache = with_outliers(cache, 5)
-    args = {"query": torch.randn(2, 4, 2, 64), **cache.kwargs()}
+    args = {"query": torch.randn(2, 4, 2, 64), **cache.flat(), "layout": cache.layout}
     slots, keys = cache.outlier_slots, cache.outlier_keys
 
     def spoiled(at, value):
@@ -157,27 +155,29 @@ def test_errors_of_decoded_keys(backend, rope, slot, num_tokens):
     none = (0, 0, 0, 0)
     layout = {
         "rotated-mean": make_layout(64, [4, 2, 1, 0], 2, "hybrid", pre_bands=(none, none)),
-        "core-alone": PageLayout(64, (none, none), "hybrid", pre_bands=((4, 8, 4, 8),) * 2),
+        "pre-alone": PageLayout(64, (none, none), "hybrid", pre_bands=((4, 8, 4, 8),) * 2),
         "different": PageLayout(64, (none, (0, 4, 0, 8)), "post"),
     }.get(rope) or make_layout(64, MIXED, 2, rope)
     inv_freq = None if layout.rope == "post" else make_inv_freq(48)
     every = make_keys(2, num_tokens + 300, 64, inv_freq=inv_freq, position=9 - 300)
     keys = every[:, 300:]
-    *fitted, post_mean = reference.fit_keys(every[:, :300], layout, inv_freq, 9 - 300)
-    table = torch.randperm(page_count(slot + num_tokens) + 1, dtype=torch.int32)
+    codec = reference.fit_keys(every[:, :300], layout, inv_freq, 9 - 300)
+    table = torch.randperm(pages_of(slot + num_tokens) + 1, dtype=torch.int32)
     where = (layout, table, slot)
     k_pages, plain = (make_k_pages(layout, len(table)) for _ in range(2))
     plain.copy_(k_pages)
     errors = torch.full((2, num_tokens), torch.nan)
-    ops.pack_keys_(k_pages, keys, *fitted, *where, inv_freq, 9, post_mean, errors)
-    ops.pack_keys_(plain, keys, *fitted, *where, inv_freq, 9, post_mean)
+    ops.pack_keys_(k_pages, keys, codec, *where, position=9, errors=errors)
+    ops.pack_keys_(plain, keys, codec, *where, position=9)
     assert_same(k_pages, plain)
-    exact = (*fitted[:2], fitted[2].double())
-    decoded = reference.unpack_keys(k_pages, *exact, *where, num_tokens, inv_freq, 9, post_mean)
+    exact = reference.exact_codec(codec)
+    decoded = reference.unpack_keys(k_pages, exact, *where, num_tokens, position=9)
     difference = (keys.double() - decoded).norm(dim=-1)
-    # A key's turn (7 roundings), its mean, and a chain of multiply-adds on top, in its length.
+    # A key's rotation (7 roundings), its mean, and a chain of multiply-adds on top, in its length.
     reach = (
-        keys.double().norm(dim=-1) + decoded.norm(dim=-1) + fitted[2].double().norm(dim=-1)[:, None]
+        keys.double().norm(dim=-1)
+        + decoded.norm(dim=-1)
+        + codec.mean.double().norm(dim=-1)[:, None]
     )
     off = (layout.rank + 30) * FLOAT_ERROR * reach
     allowed = 2 * off * difference + off.square() + 70 * FLOAT_ERROR * difference.square()
@@ -187,12 +187,11 @@ def test_errors_of_decoded_keys(backend, rope, slot, num_tokens):
 def test_wrong_errors():
     layout = make_layout(64, [4, 2], 2)
     keys = make_keys(2, 70, 64)
-    *fitted, _ = reference.fit_keys(keys, layout)
-    args = dict(zip(("basis", "scale", "mean"), fitted, strict=True))
+    args = reference.fit_keys(keys, layout).flat()
     args |= {"k_pages": make_k_pages(layout, 2), "keys": keys, "layout": layout, "slot": 3}
     args |= {"page_table": torch.tensor([1, 0], dtype=torch.int32)}
     right = torch.zeros(2, 70)
-    ops.pack_keys_(**args, errors=right)
+    call("pack_keys_", {**args, "errors": right})
     for wrong, message in (
         (right[:, 1:].contiguous(), r"\["),
         (right.double(), "Double"),
@@ -209,12 +208,9 @@ def test_operators_as_torch_sees_them(rope):
         window_keys=cache.window_keys.nan_to_num(), window_values=cache.window_values.nan_to_num()
     )
     c = c.but(outlier_keys=c.outlier_keys.nan_to_num())
-    packed = (c.k_pages, c.v_pages, c.page_table, c.cache_seqlens, c.basis, c.scale, c.mean)
-    exact = (c.window_keys, c.window_values, c.window_lens, 1, c.sm_scale, True)
-    outliers = (c.post_mean, c.outlier_slots, c.outlier_keys)
-    args = (torch.randn(2, 4, 2, 64), *packed, layout.ints, c.inv_freq, None, *exact, *outliers)
-    torch.library.opcheck(torch.ops.svdq.attend.default, args)
-    post_mean = None if c.post_mean is None else c.post_mean[0]
-    fitted = (c.basis[0], c.scale[0], c.mean[0], layout.ints, c.page_table[0], 1, post_mean)
-    args = (c.k_pages, keys[0], c.inv_freq, 0, *fitted, torch.zeros(2, 70))
-    torch.library.opcheck(torch.ops.svdq.pack_keys_.default, args)
+    given = {"query": torch.randn(2, 4, 2, 64), **c.but(first_position=None, sink_tokens=1).flat()}
+    torch.library.opcheck(torch.ops.svdq.attend.default, (), given)
+    given = {**c.codec.sequence(0).flat(), "k_pages": c.k_pages, "keys": keys[0], "position": 0}
+    given |= {"layout": layout.ints, "page_table": c.page_table[0], "slot": 1}
+    given |= {"errors": torch.zeros(2, 70)}
+    torch.library.opcheck(torch.ops.svdq.pack_keys_.default, (), given)

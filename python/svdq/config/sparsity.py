@@ -1,14 +1,11 @@
-"""Key sparsity: a decoding step attends to the packed tokens that matter to it, and no others."""
+"""Settings of key sparsity: a step of one token attends to a part of the packed tokens."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
 
-from torch import Tensor
-
-from svdq import _C, ops
-from svdq.store.packed import PackedStore
+from svdq import _C
 
 SCORERS = ("latent", "landmarks")
 MAX_CHANNELS: int = _C.MAX_SELECT_CHANNELS
@@ -17,19 +14,19 @@ DEFAULT_CHANNELS = 16  # needles need more than the mean attention mass (docs/sp
 
 @dataclass(frozen=True)
 class Sparsity:
-    """How a layer chooses what it attends to.
+    """How a layer chooses the packed tokens that it attends to.
 
     Parameters
     ----------
     budget : packed tokens of each KV head, of all stores together, or their share if below 1.
-    scorer : ``"latent"``, the leading channels of the codes; ``"landmarks"``, the mean keys of
+    scorer : ``"latent"``, the proxy channels of the codes; ``"landmarks"``, the mean keys of
         chunks.
-    channels : leading channels of ``"latent"``.
+    channels : proxy channels of ``"latent"``.
     """
 
     budget: int | float
-    scorer: str
-    channels: int
+    scorer: str = SCORERS[0]
+    channels: int = DEFAULT_CHANNELS
 
     def __post_init__(self) -> None:
         if not (0 < self.budget < 1 or (self.budget >= 1 and self.budget == int(self.budget))):
@@ -54,42 +51,3 @@ class Sparsity:
         if self.budget < 1 or packed == total:
             return self
         return replace(self, budget=max(int(self.budget) * packed // max(total, 1), 1))
-
-
-def select(
-    query: Tensor, store: PackedStore, sparsity: Sparsity, budget: int, scaling: float, sinks: int
-) -> tuple[Tensor, Tensor]:
-    """Slots [B, H, M] that a step attends to, and the places of outliers among them.
-
-    Parameters
-    ----------
-    query : [B, Hq, 1, D].
-    store : packed tokens.
-    sparsity, budget : how to choose, and how many tokens of a KV head.
-    scaling : softmax scale.
-    sinks : leading slots that are exact rows.
-
-    Returns
-    -------
-    slots, outlier_indices : see :func:`svdq.ops.select`.
-    """
-    if sparsity.scorer == "landmarks":
-        return store.landmarks.select(query, store, budget, scaling, sinks)
-    return ops.select(
-        query,
-        store.k_pages,
-        store.page_table,
-        store.cache_seqlens,
-        store.basis,
-        store.scale,
-        store.mean,
-        store.layout,
-        budget,
-        scaling,
-        store.inv_freq,
-        store.first_position,
-        sinks,
-        store.post_mean,
-        None if store.outliers is None else store.outliers.slots,
-        sparsity.channels,
-    )

@@ -1,11 +1,11 @@
-"""pack_values_ and unpack_values: per-token groups of 2 and 4 bits, and exact values."""
+"""pack_values_ and unpack_values: per-token groups of 2 and 4 bits, and values of 16 and 32."""
 
 import pytest
 import torch
 
-from support import assert_same, assert_within, make_layout, make_v_pages, page_count
+from support import assert_same, assert_within, make_layout, make_v_pages
 from svdq import ops, reference
-from svdq.layout import PAGE_TOKENS
+from svdq.layout import PAGE_TOKENS, pages_of
 
 # Codes are computed in float32: the difference, the reciprocal of the scale and the product are
 # rounded, each by at most 2^-24 of the top code, or of it and the zero point in steps.
@@ -56,7 +56,7 @@ def test_packed_values(backend, v_bits, head_dim, group, num_tokens, slot, dtype
         num_tokens = 100
     layout = make_layout(head_dim, [1], 2, v_bits=v_bits, v_group_size=group)
     values = make_values(2, num_tokens, head_dim, dtype)
-    table = torch.randperm(page_count(slot + num_tokens) + 1, dtype=torch.int32)
+    table = torch.randperm(pages_of(slot + num_tokens) + 1, dtype=torch.int32)
     before = make_v_pages(layout, len(table))
     after = before.clone()
     ops.pack_values_(after, values, layout, table, slot)
@@ -122,10 +122,10 @@ def test_extreme_values(backend, values, v_bits):
     ("v_bits", "dtype"), [(16, torch.bfloat16), (16, torch.float16), (32, torch.float32)]
 )
 @pytest.mark.parametrize(("num_tokens", "slot"), [(4097, 0), (1, 63), (130, 63), (0, 5)])
-def test_exact_values(backend, v_bits, dtype, num_tokens, slot):
+def test_full_values(backend, v_bits, dtype, num_tokens, slot):
     layout = make_layout(80, [1], 2, v_bits=v_bits)
     values = make_values(2, num_tokens, 80, dtype)
-    table = torch.randperm(page_count(slot + num_tokens), dtype=torch.int32)
+    table = torch.randperm(pages_of(slot + num_tokens), dtype=torch.int32)
     v_pages = torch.full_like(make_v_pages(layout, len(table), dtype), 7.0)
     ops.pack_values_(v_pages, values, layout, table, slot)
     every = ops.unpack_values(v_pages, layout, table, 0, len(table) * PAGE_TOKENS)
@@ -161,7 +161,7 @@ def test_results_do_not_depend_on_threads(num_threads):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_append_exact(dtype):
+def test_append_window(dtype):
     keys, values = make_values(2, 5, 64, dtype), make_values(2, 5, 64, dtype)
     rows = torch.full((2, 2, 9, 64), 7.0, dtype=dtype)
     expected = rows.clone()

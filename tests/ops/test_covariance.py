@@ -8,7 +8,7 @@ from svdq import ops, reference
 
 pytestmark = pytest.mark.libraries
 
-# A covariance is summed from float32 products, in runs of 64 * 64 tokens: rounding errors of
+# A covariance is summed from float32 products, in chunks of 64 * 64 tokens: rounding errors of
 # relative size FLOAT_ERROR that add up like a random walk, taken at four deviations. Eigenvalues
 # are off by no more than the norm of the error (Weyl).
 VARIANCE_ERROR = 4 * 64 * FLOAT_ERROR  # times the trace
@@ -26,9 +26,9 @@ def covariance(keys, inv_freq=None, position=0):
 
 
 def check_basis(keys, inv_freq=None, position=0, unrotation_error=0.0):
-    """Everything that a basis of these keys must fulfil; returns it.
+    """Check everything that a basis of these keys must fulfil; returns it.
 
-    Turning keys back costs up to 8 roundings a component, relative to the key with its mean.
+    Unrotating keys costs up to 8 roundings a component, relative to the key with its mean.
     """
     mean, components, variance = ops.fit_basis(keys, inv_freq, position)
     expected_mean, expected = covariance(keys, inv_freq, position)
@@ -83,11 +83,11 @@ def test_pre_mode_equals_post_mode_on_unrotated_keys(backend):
     raw = make_keys(2, 500, 64)
     keys = reference.rotate(raw, position + torch.arange(500), inv_freq).float()
     pre, post = ops.fit_basis(keys, inv_freq, position), ops.fit_basis(raw)
-    # Rotated and turned back, keys carry some ten roundings.
+    # Rotated and unrotated, keys carry some ten roundings.
     assert_within(pre[0], post[0], 10 * FLOAT_ERROR * float(raw.abs().amax()))
     trace = post[2].sum(1, keepdim=True)
     assert_within(pre[2], post[2], 2 * VARIANCE_ERROR * trace)
-    # The leading components are well apart, so they are the same vectors up to their sign.
+    # The first components are well apart, so they are the same vectors up to their sign.
     overlap = (pre[1][:, :8] * post[1][:, :8]).sum(2).abs()
     assert_within(overlap, torch.ones(2, 8), 1e-3)
 

@@ -1,10 +1,10 @@
-"""Weights of keys and the energies of queries that they come from."""
+"""Gain of keys and the energies of queries that it comes from."""
 
 import pytest
 import torch
 
 from support import assert_same, make_inv_freq, make_keys, make_layout
-from svdq.fit.weighting import LARGEST_EXPONENT, QueryEnergy, key_weights, score_spectrum
+from svdq.fit.key_gain import MAX_EXPONENT, QueryEnergy, key_gain, score_spectrum
 from svdq.store import packed as storage
 
 
@@ -28,15 +28,15 @@ def test_energy_is_the_mean_of_squares_and_queries_stay_as_they_are(dtype):
         torch.testing.assert_close(paired, expected, rtol=1500 * 2**-24, atol=0)
 
 
-def test_weights_are_powers_of_two_near_the_root():
+def test_gains_are_powers_of_two_near_the_root():
     energy = torch.rand(4, 64).exp2() * torch.logspace(-3, 3, 4)[:, None]
     energy[0, 0], energy[1, 1] = 1e9, 0
-    weights = key_weights(energy)
-    exponents = weights.log2()
+    gain = key_gain(energy)
+    exponents = gain.log2()
     assert torch.equal(exponents, exponents.round())
-    assert exponents.abs().max() == LARGEST_EXPONENT
+    assert exponents.abs().max() == MAX_EXPONENT
     relative = energy[2:] / energy[2:].mean(dim=1, keepdim=True)
-    assert ((weights[2:].square() / relative).log2().abs() <= 1 + 1e-5).all()
+    assert ((gain[2:].square() / relative).log2().abs() <= 1 + 1e-5).all()
 
 
 def test_components_are_ordered_by_what_queries_see():
@@ -55,28 +55,31 @@ def test_components_are_ordered_by_what_queries_see():
 
 
 @pytest.mark.parametrize("landmarks", [False, True])
-def test_a_store_weighs_keys_piece_by_piece(monkeypatch, landmarks):
-    """What it packs, and the errors it knows, are those of keys that were weighted before."""
-    layout, torch_factor = make_layout(64, [4, 2, 0, 0], 2, "pre"), torch.tensor([0.5, 1, 4, 2])
-    factor = torch_factor.repeat(8).repeat(2, 1, 2)
+def test_a_store_applies_gain_piece_by_piece(monkeypatch, landmarks):
+    """Pages and errors are those of keys that were multiplied by their gain before."""
+    layout = make_layout(64, [4, 2, 0, 0], 2, "pre")
+    gain = torch.tensor([0.5, 1, 4, 2]).repeat(2, 1, 16).bfloat16()
     keys = make_keys(2, 700, 64, inv_freq=make_inv_freq(64)).bfloat16()
     values = torch.randn(2, 700, 64).bfloat16()
     monkeypatch.setattr(storage, "PIECE_TOKENS", 192)
     stores = []
-    for given, weight in ((keys, factor.bfloat16()), (keys * factor.bfloat16(), None)):
+    for given, factor in ((keys, gain), (keys * gain, None)):
         store = storage.PackedStore(
             layout, 1, torch.bfloat16, keys.device, outlier_fraction=0.02, landmarks=landmarks
         )
-        store.inv_freq = make_inv_freq(64)
-        store.fit(0, given, 0, True, factor=weight)
-        store.pack(0, given, values, 8, weight)
+        store.set_frequencies(make_inv_freq(64))
+        store.fit(0, given, 0, clip=True, gain=factor)
+        store.pack(0, given, values, skip=8, gain=factor)
         stores.append(store)
     pieces, whole = stores
-    names = ("k_pages", "v_pages", "scale", "mean", "basis", "fit_error", "error", "cache_seqlens")
     used = slice(0, 10)  # pages of 640 tokens are full
-    for name in names:
-        got, want = getattr(pieces, name), getattr(whole, name)
-        assert_same(got[used], want[used]) if "pages" in name else assert_same(got, want)
+    assert_same(pieces.pool.k_pages[used], whole.pool.k_pages[used])
+    assert_same(pieces.pool.v_pages[used], whole.pool.v_pages[used])
+    assert_same(pieces.pool.cache_seqlens, whole.pool.cache_seqlens)
+    for name in ("basis", "scale", "mean"):
+        assert_same(getattr(pieces.codec, name), getattr(whole.codec, name))
+    for name in ("fit_error", "error"):
+        assert_same(getattr(pieces.drift, name), getattr(whole.drift, name))
     assert_same(pieces.outliers.slots, whole.outliers.slots)
     assert_same(pieces.outliers.keys, whole.outliers.keys)
     if landmarks:
