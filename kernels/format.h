@@ -75,7 +75,7 @@ static_assert(4 * kPageTokens * 2 / 8 == kLineBytes, "four 2-bit channels fill o
 // Where the keys of a layer are coded. The numbers are part of the format.
 enum class RopeMode : int {
   kPre = 0,   // un-rotated keys: pre-RoPE channels, rotated back while attending (the paper)
-  kPost = 1,  // rotated keys: post-RoPE channels, absorbed into the query
+  kPost = 1,  // rotated keys: post-RoPE channels, folded into the query
   // pre-RoPE channels, then what they leave of the rotated key as post-RoPE channels; each may be none.
   // Without pre-RoPE channels the un-rotated mean alone is rotated: "rotated mean".
   kHybrid = 2,

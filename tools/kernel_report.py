@@ -61,7 +61,7 @@ def short(name: str) -> str:
     name = re.sub(r"\(.*\)$", "", name).removeprefix("void ")
     name = re.sub(r"svdq::(device::)?|_kernel", "", name).replace(" >", ">")
     name = re.sub(r"((Reconstructed|Hybrid)\w+<[^<>]*), false>", r"\1>", name)
-    return re.sub(r"((Reconstructed|Hybrid)\w+<[^<>]*), true>", r"\1, own slots>", name)
+    return re.sub(r"((Reconstructed|Hybrid)\w+<[^<>]*), true>", r"\1, gathered>", name)
 
 
 def read_build() -> dict:

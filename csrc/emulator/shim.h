@@ -236,3 +236,5 @@ inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
 }
 
 }  // namespace svdq::device
+
+#include "csrc/emulator/mma.h"

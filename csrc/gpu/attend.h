@@ -13,13 +13,13 @@
 
 namespace svdq::gpu {
 
-// How a call is cut. The answer does not depend on it, but for rounding.
+// How a call is cut. The answer does not depend on it, except for rounding.
 struct AttendTiling {
   int split_pages;   // pages of a block, or of a warp of attend_decode, at least 1
-  int split_window;  // exact rows of a block, a multiple of 64
+  int split_window;  // the window of a block, a multiple of 64
   int stages;        // pages in flight or in use, 2 to 4
   // 8-row tiles of a block: 1, or an even number up to kMaxTiles. More than 1 asks for values,
-  // exact rows alike, that tiles_pages or tiles_window takes.
+  // the window alike, that tiles_pages or tiles_window takes.
   int page_tiles = 1;
   int window_tiles = 1;
 };
@@ -57,7 +57,7 @@ inline bool tiles_pages(const AttendParams& p) {
   return p.keys.layout.value.packed() || p.v_dtype != DataType::kFloat32;
 }
 
-// Exact rows must be read in vectors, and queries rounded to the keys' dtype would not do.
+// The window must be read in vectors, and queries rounded to the keys' dtype would not do.
 inline bool tiles_window(const AttendParams& p) {
   const auto aligned = [](const void* data, int64_t to) {
     return reinterpret_cast<uintptr_t>(data) % to == 0;
@@ -104,20 +104,20 @@ struct Scorers {
   static constexpr int kDim = PlainScores::kDim;
 };
 template <int kDim>
-using AbsorbedScorers = Scorers<device::AbsorbedDecode<kDim>, device::AbsorbedScores<kDim>,
-                                device::AbsorbedTiles<kDim>>;
-// kOwnSlots: for gathered pages. post-RoPE channels alone do not ask where a token came from.
-template <int kDim, bool kOwnSlots>  // see fits_warp
-using ReconstructedScorers =
-    Scorers<std::conditional_t<kDim <= 256, device::ReconstructedDecode<kDim, 4, kOwnSlots>, void>,
-            device::ReconstructedScores<kDim, kOwnSlots>,
-            device::ReconstructedTiles<kDim, kDim == 128 ? 4 : 2, kOwnSlots>>;
-template <int kDim, bool kOwnSlots>
+using FoldedScorers =
+    Scorers<device::FoldedDecode<kDim>, device::FoldedScores<kDim>, device::FoldedTiles<kDim>>;
+// kGatheredPages: for gathered pages. post-RoPE channels alone do not ask where a token came from.
+template <int kDim, bool kGatheredPages>  // see fits_warp
+using ReconstructedScorers = Scorers<
+    std::conditional_t<kDim <= 256, device::ReconstructedDecode<kDim, 4, kGatheredPages>, void>,
+    device::ReconstructedScores<kDim, kGatheredPages>,
+    device::ReconstructedTiles<kDim, kDim == 128 ? 4 : 2, kGatheredPages>>;
+template <int kDim, bool kGatheredPages>
 using HybridScorers =
-    Scorers<std::conditional_t<kDim <= 256, device::HybridDecode<kDim, kOwnSlots>, void>,
-            device::HybridScores<kDim, kOwnSlots>, device::HybridTiles<kDim, kOwnSlots>>;
+    Scorers<std::conditional_t<kDim <= 256, device::HybridDecode<kDim, kGatheredPages>, void>,
+            device::HybridScores<kDim, kGatheredPages>, device::HybridTiles<kDim, kGatheredPages>>;
 
-// Shared memory of a block of the kernel over pages, but for its stages, and what each page in
+// Shared memory of a block of the kernel over pages, except for its stages, and what each page in
 // flight takes there.
 struct SharedBytes {
   int fixed, stage;
@@ -150,7 +150,7 @@ AttendTiling plan_tiling(const AttendParams& p, const DeviceLimits& limits) {
   constexpr int kDim = Scorers::kDim;
   constexpr int kBlocksPerSm = 4;       // enough to hide each other's barriers
   constexpr int kDecodeWarpsPerSm = 8;  // two to a scheduler, with their copies in flight
-  constexpr int kLeastPages = 4;        // fewer do not pay for a partial result
+  constexpr int kMinPages = 4;          // fewer do not pay for a partial result
   constexpr int kLeastExact = 128;      // likewise
   const int64_t rows = device::query_rows(p);
   const auto share = [&](int64_t length, int64_t least, int tiles, int per_sm) {
@@ -167,11 +167,11 @@ AttendTiling plan_tiling(const AttendParams& p, const DeviceLimits& limits) {
     const SharedBytes bytes = shared_bytes<Scorers>(p, tiles);
     return std::min(4, (limits.max_shared_bytes - bytes.fixed) / bytes.stage);
   };
-  const int least_tiles = page_tiles_for(p, 1);
-  while (tiling.page_tiles > least_tiles && stages(tiling.page_tiles) < 2)
-    tiling.page_tiles = std::max(least_tiles, tiling.page_tiles - 2);
+  const int min_tiles = page_tiles_for(p, 1);
+  while (tiling.page_tiles > min_tiles && stages(tiling.page_tiles) < 2)
+    tiling.page_tiles = std::max(min_tiles, tiling.page_tiles - 2);
   tiling.stages = stages(tiling.page_tiles);
-  const SharedBytes least = shared_bytes<Scorers>(p, least_tiles);
+  const SharedBytes least = shared_bytes<Scorers>(p, min_tiles);
   SVDQ_CHECK(tiling.stages >= 2, "attend needs ", least.fixed + 2 * least.stage,
              " bytes of shared memory a block for head_dim ", p.keys.layout.head_dim,
              " and pages of ", least.stage, " bytes a head; this device gives ",
@@ -184,7 +184,7 @@ AttendTiling plan_tiling(const AttendParams& p, const DeviceLimits& limits) {
     while (tiling.stages > 2 && page_warps(least, tiling.stages, quarter) < device::kDecodeWarps)
       --tiling.stages;
   }
-  tiling.split_pages = static_cast<int>(share(p.keys.table_stride, kLeastPages, tiling.page_tiles,
+  tiling.split_pages = static_cast<int>(share(p.keys.table_stride, kMinPages, tiling.page_tiles,
                                               decode ? kDecodeWarpsPerSm : kBlocksPerSm));
   const int64_t exact = share(p.window.rows, kLeastExact, tiling.window_tiles, kBlocksPerSm);
   tiling.split_window = static_cast<int>(ceil_div(exact, kPageTokens) * kPageTokens);
@@ -221,7 +221,7 @@ device::AttendWorkspace plan_workspace(const AttendParams& p, const AttendTiling
                            stream.template allocate<float>(all * device::kRowTile),
                            stream.template allocate<float>(all * device::kRowTile)};
   };
-  workspace.absorbed = weights(layout.rope != RopeMode::kPre, workspace.row_tiles);
+  workspace.folded = weights(layout.rope != RopeMode::kPre, workspace.row_tiles);
   workspace.columns = weights(layout.rope != RopeMode::kPost, layout.head_dim / device::kRowTile);
   const int64_t slots = heads * workspace.row_tiles * device::kRowTile * workspace.splits();
   workspace.partial_out = stream.template allocate<float>(slots * layout.head_dim);
@@ -250,9 +250,9 @@ void attend_page_tiles(const AttendParams& p, const device::AttendWorkspace& wor
   } else if (p.keys.layout.value.bits == 2) {
     run.template operator()<Scores, device::PackedTileValues<kDim, 2>>();
   } else if (p.v_dtype == DataType::kBFloat16) {
-    run.template operator()<Lean, device::ExactTileValues<kDim, DataType::kBFloat16>>();
+    run.template operator()<Lean, device::WindowTileValues<kDim, DataType::kBFloat16>>();
   } else {
-    run.template operator()<Lean, device::ExactTileValues<kDim, DataType::kFloat16>>();
+    run.template operator()<Lean, device::WindowTileValues<kDim, DataType::kFloat16>>();
   }
 }
 
@@ -296,14 +296,14 @@ void attend_window(const AttendParams& p, const device::AttendWorkspace& workspa
 template <int kDim, typename Stream>
 void prepare_pre(const AttendParams& p, device::AttendWorkspace& workspace, Stream& stream) {
   if (p.token_slots && p.keys.codec.rope.rotary_pairs > 0) {
-    workspace.pair_turns = stream.template allocate<uint64_t>(p.keys.codec.rope.rotary_pairs);
-    stream.launch("pair_turns", device::pair_turns_launch(p.keys.codec.rope),
-                  device::pair_turns_kernel, p.keys.codec.rope, workspace.pair_turns);
+    workspace.pair_frequencies = stream.template allocate<uint64_t>(p.keys.codec.rope.rotary_pairs);
+    stream.launch("pair_frequencies", device::pair_frequencies_launch(p.keys.codec.rope),
+                  device::pair_frequencies_kernel, p.keys.codec.rope, workspace.pair_frequencies);
   } else {
-    const auto turns = rotations(p.keys.codec.rope, 0, p.keys.first_position, p.keys.batch,
-                                 workspace.max_pages, stream);
-    workspace.offset_rotation = turns.slots;
-    workspace.page_rotation = turns.pages;
+    const auto rotates = rotations(p.keys.codec.rope, 0, p.keys.first_position, p.keys.batch,
+                                   workspace.max_pages, stream);
+    workspace.offset_rotation = rotates.slots;
+    workspace.page_rotation = rotates.pages;
   }
   stream.launch("columns", device::columns_launch<kDim>(p, workspace), device::columns_kernel<kDim>,
                 p, workspace, head_table(p.keys.layout));
@@ -317,8 +317,8 @@ void prepare_post(const AttendParams& p, const device::AttendWorkspace& workspac
   device::HeadTable heads = head_table(p.keys.layout);
   for (int h = 0; h < p.keys.layout.num_heads; ++h)
     heads.of[h].first_channel = p.keys.layout.heads[h].first_post_channel();
-  stream.launch("absorb", device::absorb_launch<kDim>(p, workspace), device::absorb_kernel<kDim>,
-                post, workspace, heads);
+  stream.launch("absorb", device::fold_query_launch<kDim>(p, workspace),
+                device::fold_query_kernel<kDim>, post, workspace, heads);
 }
 
 // `cut` null: planned.
@@ -340,15 +340,15 @@ template <int kDim, typename Stream>
 void attend_class(const AttendParams& p, const AttendTiling* tiling, Stream& stream) {
   SVDQ_CHECK(!p.token_slots || p.keys.sink_tokens == 0,
              "attend over gathered pages takes no sink_tokens, got ", p.keys.sink_tokens);
-  const auto attend = [&]<bool kOwnSlots>() {
+  const auto attend = [&]<bool kGatheredPages>() {
     if (p.keys.layout.rope == RopeMode::kPre) {
-      attend_keys<kDim, ReconstructedScorers<kDim, kOwnSlots>>(p, tiling, stream);
+      attend_keys<kDim, ReconstructedScorers<kDim, kGatheredPages>>(p, tiling, stream);
     } else {
-      attend_keys<kDim, HybridScorers<kDim, kOwnSlots>>(p, tiling, stream);
+      attend_keys<kDim, HybridScorers<kDim, kGatheredPages>>(p, tiling, stream);
     }
   };
   if (p.keys.layout.rope == RopeMode::kPost) {
-    attend_keys<kDim, AbsorbedScorers<kDim>>(p, tiling, stream);
+    attend_keys<kDim, FoldedScorers<kDim>>(p, tiling, stream);
   } else if (p.token_slots) {
     attend.template operator()<true>();
   } else {

@@ -20,26 +20,26 @@ template <typename Stream>
 void covariance(const CovarianceParams& p, Stream& stream, int64_t scratch) {
   constexpr int64_t kMostTokens = 4096;  // longer products gain nothing
   const int64_t row = int64_t{p.num_heads} * p.head_dim, matrices = row * p.head_dim;
-  const int64_t num_runs = ceil_div(p.keys.num_tokens, kPageTokens);
-  const int64_t chunk_runs =
-      std::clamp<int64_t>(std::min(scratch / row, kMostTokens) / kPageTokens, 1, num_runs);
+  const int64_t num_chunks = ceil_div(p.keys.num_tokens, kPageTokens);
+  const int64_t chunks_at_once =
+      std::clamp<int64_t>(std::min(scratch / row, kMostTokens) / kPageTokens, 1, num_chunks);
 
   device::CovarianceWorkspace w{};
-  w.keys = token_rows(p.keys, p.rope, p.position, num_runs, stream);
+  w.keys = token_rows(p.keys, p.rope, p.position, num_chunks, stream);
   w.num_heads = p.num_heads;
   w.head_dim = p.head_dim;
-  w.num_slots = static_cast<int>(chunk_runs);
+  w.num_slots = static_cast<int>(chunks_at_once);
   w.shift = stream.template allocate<float>(row);
   w.delta = stream.template allocate<float>(row);
-  w.sums = stream.template allocate<float>(chunk_runs * row);
-  w.rows =
-      stream.template allocate<float>(std::min(chunk_runs * kPageTokens, p.keys.num_tokens) * row);
+  w.sums = stream.template allocate<float>(chunks_at_once * row);
+  w.rows = stream.template allocate<float>(
+      std::min(chunks_at_once * kPageTokens, p.keys.num_tokens) * row);
   w.gram = stream.template allocate<float>(matrices);
   stream.launch("shift", device::shift_launch(w), device::shift_kernel, w);
-  for (w.first_run = 0; w.first_run < num_runs; w.first_run += chunk_runs) {
-    const int64_t runs = std::min(chunk_runs, num_runs - w.first_run);
-    w.first = w.first_run == 0;
-    w.chunk_tokens = std::min(runs * kPageTokens, p.keys.num_tokens - w.first_run * kPageTokens);
+  for (w.first_chunk = 0; w.first_chunk < num_chunks; w.first_chunk += chunks_at_once) {
+    const int64_t runs = std::min(chunks_at_once, num_chunks - w.first_chunk);
+    w.first = w.first_chunk == 0;
+    w.chunk_tokens = std::min(runs * kPageTokens, p.keys.num_tokens - w.first_chunk * kPageTokens);
     stream.launch("rows", device::rows_launch(w, static_cast<int>(runs)), device::rows_kernel, w);
     stream.add_gram(w.rows, p.num_heads, w.chunk_tokens, p.head_dim, w.gram);
   }

@@ -36,11 +36,11 @@ void pack_keys_class(const PackKeysParams& p, Stream& stream) {
   const int64_t pages = device::spanned_pages(p.slot, p.keys.num_tokens);
   const int64_t first_position = p.position - p.slot % kPageTokens;
   const auto rows = token_rows(p.keys, p.codec.rope, first_position, pages, stream);
-  for_each_page_run(p.page_table, p.slot, p.keys.num_tokens,
-                    [&](const device::PageIds& ids, int64_t first, int count) {
-                      stream.launch("pack_keys", device::pack_keys_launch<kDim>(p, count),
-                                    device::pack_keys_kernel<kDim>, p, rows, heads, ids, first);
-                    });
+  for_each_page_chunk(p.page_table, p.slot, p.keys.num_tokens,
+                      [&](const device::PageIds& ids, int64_t first, int count) {
+                        stream.launch("pack_keys", device::pack_keys_launch<kDim>(p, count),
+                                      device::pack_keys_kernel<kDim>, p, rows, heads, ids, first);
+                      });
 }
 
 template <typename Stream>
@@ -58,15 +58,15 @@ void pack_values_class(const PackValuesParams& p, Stream& stream) {
   const auto copy = value.bits == 16 ? device::copy_values_kernel<uint16_t>
                                      : device::copy_values_kernel<uint32_t>;
   const bool aligned = device::aligned_rows(p.values);
-  for_each_page_run(p.page_table, p.slot, p.values.num_tokens,
-                    [&](const device::PageIds& ids, int64_t first, int count) {
-                      const auto shape = device::pack_values_launch<kDim>(p, count);
-                      if (value.packed()) {
-                        stream.launch("pack_values", shape, pack, p, aligned, ids, first);
-                      } else {
-                        stream.launch("copy_values", shape, copy, p, ids, first);
-                      }
-                    });
+  for_each_page_chunk(p.page_table, p.slot, p.values.num_tokens,
+                      [&](const device::PageIds& ids, int64_t first, int count) {
+                        const auto shape = device::pack_values_launch<kDim>(p, count);
+                        if (value.packed()) {
+                          stream.launch("pack_values", shape, pack, p, aligned, ids, first);
+                        } else {
+                          stream.launch("copy_values", shape, copy, p, ids, first);
+                        }
+                      });
 }
 
 template <typename Stream>

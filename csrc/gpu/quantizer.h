@@ -7,7 +7,7 @@
 namespace svdq::gpu {
 
 // Widest head of heads first .. last - 1.
-inline int most_channels(const LayoutView& layout, int first, int last) {
+inline int max_channels(const LayoutView& layout, int first, int last) {
   int most = 0;
   for (int h = first; h < last; ++h) most = std::max(most, layout.heads[h].rank());
   return most;
@@ -19,15 +19,15 @@ void search_ranges(const QuantizerParams& p, device::QuantizerWorkspace w,
                    const device::HeadTable& heads, int64_t scratch, Stream& stream) {
   const LayoutView& layout = p.layout;
   const int64_t capacity = int64_t{w.shares} * kPageTokens;
-  const int64_t most_rank =
-      std::max<int64_t>(scratch / capacity, most_channels(layout, 0, layout.num_heads));
+  const int64_t max_rank =
+      std::max<int64_t>(scratch / capacity, max_channels(layout, 0, layout.num_heads));
   // A sample of fewer runs than there are leaves out the last one, which may be short.
   const int count = static_cast<int>(std::min(p.keys.num_tokens, capacity));
-  w.latents = stream.template allocate<float>(std::min<int64_t>(most_rank, layout.rank) * capacity);
+  w.latents = stream.template allocate<float>(std::min<int64_t>(max_rank, layout.rank) * capacity);
   for (int first = 0, last; first < layout.num_heads; first = last) {
     int rank = 0;
     for (last = first; last < layout.num_heads; ++last) {
-      if (rank + layout.heads[last].rank() > most_rank) break;
+      if (rank + layout.heads[last].rank() > max_rank) break;
       rank += layout.heads[last].rank();
     }
     if (rank == 0) continue;
@@ -38,7 +38,7 @@ void search_ranges(const QuantizerParams& p, device::QuantizerWorkspace w,
                    static_cast<int>(sizeof(device::LatentPlan<kDim>))},
                   device::latents_kernel<kDim, true>, p, w, heads);
     stream.launch("search_range",
-                  {most_channels(layout, first, last), last - first, 1, device::kRangeThreads,
+                  {max_channels(layout, first, last), last - first, 1, device::kRangeThreads,
                    static_cast<int>(sizeof(device::RangePlan))},
                   device::search_range_kernel, p, w, heads, count);
   }
@@ -56,7 +56,7 @@ void full_ranges(const QuantizerParams& p, device::QuantizerWorkspace w,
                 device::latents_kernel<kDim, false>, p, w, heads);
   constexpr int kChannels = device::kFitThreads / device::kWarpSize;
   const int blocks =
-      static_cast<int>(ceil_div(most_channels(layout, 0, layout.num_heads), kChannels));
+      static_cast<int>(ceil_div(max_channels(layout, 0, layout.num_heads), kChannels));
   stream.launch("full_range", {blocks, layout.num_heads, 1, device::kFitThreads, 0},
                 device::full_range_kernel, p, w, heads);
 }
@@ -69,12 +69,12 @@ void fit_quantizer_class(const QuantizerParams& p, int64_t scratch, Stream& stre
   const int dim = layout.head_dim, heads = layout.num_heads;
   const device::HeadTable table = head_table(layout);
   device::QuantizerWorkspace w{};
-  w.num_runs = ceil_div(p.keys.num_tokens, kPageTokens);
-  w.shares = static_cast<int>(std::min<int64_t>(w.num_runs, device::kFitShares));
+  w.num_chunks = ceil_div(p.keys.num_tokens, kPageTokens);
+  w.shares = static_cast<int>(std::min<int64_t>(w.num_chunks, device::kFitShares));
   w.centre = stream.template allocate<float>(layout.rank);
   if (layout.rank > 0) {
-    w.keys = token_rows(p.keys, p.rope, p.position, w.num_runs, stream);
-    const int64_t eights = int64_t{most_channels(layout, 0, heads)} * dim / 8;
+    w.keys = token_rows(p.keys, p.rope, p.position, w.num_chunks, stream);
+    const int64_t eights = int64_t{max_channels(layout, 0, heads)} * dim / 8;
     stream.launch(
         "basis",
         {static_cast<int>(ceil_div(eights, device::kFitThreads)), heads, 1, device::kFitThreads, 0},

@@ -38,17 +38,17 @@ device::SelectWorkspace plan_select(const SelectParams& p, const std::vector<Hea
     workspace.code_bytes = std::max(workspace.code_bytes, device::proxy_bytes(head));
   }
   workspace.output_tiles = static_cast<int>(ceil_div((channels + 1) * workspace.tile_rows, 8));
-  workspace.turn_steps = static_cast<int>(ceil_div(device::select_half(p), 8));
+  workspace.rotation_steps = static_cast<int>(ceil_div(device::select_half(p), 8));
   workspace.max_pages = static_cast<int>(p.keys.table_stride);
 
   const int64_t heads = int64_t{p.keys.batch} * p.keys.layout.num_heads,
                 tiles = heads * workspace.row_tiles;
   const int64_t outputs = tiles * workspace.output_tiles;
-  workspace.fragments =
-      stream.template allocate<device::Words2>(outputs * workspace.turn_steps * device::kWarpSize);
+  workspace.fragments = stream.template allocate<device::Words2>(
+      outputs * workspace.rotation_steps * device::kWarpSize);
   workspace.step = stream.template allocate<float>(outputs * 8);
   workspace.constant = stream.template allocate<float>(outputs * 8);
-  const int64_t samples = tiles * device::kSampleRuns * workspace.tile_rows;
+  const int64_t samples = tiles * device::kSampleChunks * workspace.tile_rows;
   workspace.sample_max = stream.template allocate<float>(samples);
   workspace.sample_sum = stream.template allocate<float>(samples);
   workspace.weights = stream.template allocate<float>(heads * workspace.max_pages * kPageTokens);

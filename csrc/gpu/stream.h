@@ -8,7 +8,7 @@
 //   machine()
 //
 // Stages are templates over it, so one text plans the work for both. Memory that parameters point
-// to lies on the device, but for `layout.heads` and the page tables of the pack and unpack stages,
+// to lies on the device, except for `layout.heads` and the page tables of the pack and unpack stages,
 // which lie on the host and travel as arguments.
 #pragma once
 
@@ -62,7 +62,8 @@ inline device::HeadTable head_table(const LayoutView& layout) {
 // Calls fn(ids, first, count) for runs of pages that a launch can take: pages first .. first +
 // count - 1 of those that `num_tokens` tokens from `slot` on lie in.
 template <typename Fn>
-void for_each_page_run(const int32_t* page_table, int64_t slot, int64_t num_tokens, const Fn& fn) {
+void for_each_page_chunk(const int32_t* page_table, int64_t slot, int64_t num_tokens,
+                         const Fn& fn) {
   const int64_t pages = device::spanned_pages(slot, num_tokens);
   for (int64_t first = 0; first < pages; first += device::kMaxLaunchPages) {
     const int count = static_cast<int>(std::min<int64_t>(device::kMaxLaunchPages, pages - first));

@@ -10,29 +10,29 @@ template <typename Stream>
 void unpack_codes(const UnpackCodesParams& params, Stream& stream) {
   const UnpackParams& p = params.packed;
   const device::HeadTable heads = head_table(p.layout);
-  for_each_page_run(p.page_table, p.slot, p.num_tokens,
-                    [&](const device::PageIds& ids, int64_t first, int count) {
-                      stream.launch("unpack_codes", device::inspect_launch(p, count),
-                                    device::unpack_codes_kernel, p, heads, ids, first,
-                                    params.codes);
-                    });
+  for_each_page_chunk(p.page_table, p.slot, p.num_tokens,
+                      [&](const device::PageIds& ids, int64_t first, int count) {
+                        stream.launch("unpack_codes", device::unpack_launch(p, count),
+                                      device::unpack_codes_kernel, p, heads, ids, first,
+                                      params.codes);
+                      });
 }
 
 template <int kDim, typename Stream>
 void unpack_keys_class(const UnpackParams& p, device::DecodeParams d, int64_t position,
                        Stream& stream) {
   const device::HeadTable heads = head_table(p.layout);
-  const auto turns = rotations(d.rope, position - p.slot % kPageTokens, nullptr, 1,
-                               device::spanned_pages(p.slot, p.num_tokens), stream);
-  d.offset_rotation = turns.slots;
-  d.page_rotation = turns.pages;
-  for_each_page_run(p.page_table, p.slot, p.num_tokens,
-                    [&](const device::PageIds& ids, int64_t first, int count) {
-                      stream.launch(
-                          "unpack_keys",
-                          device::inspect_launch(p, count, sizeof(device::InspectPlan<kDim>)),
-                          device::unpack_keys_kernel<kDim>, p, heads, ids, first, d);
-                    });
+  const auto rotates = rotations(d.rope, position - p.slot % kPageTokens, nullptr, 1,
+                                 device::spanned_pages(p.slot, p.num_tokens), stream);
+  d.offset_rotation = rotates.slots;
+  d.page_rotation = rotates.pages;
+  for_each_page_chunk(p.page_table, p.slot, p.num_tokens,
+                      [&](const device::PageIds& ids, int64_t first, int count) {
+                        stream.launch(
+                            "unpack_keys",
+                            device::unpack_launch(p, count, sizeof(device::UnpackPlan<kDim>)),
+                            device::unpack_keys_kernel<kDim>, p, heads, ids, first, d);
+                      });
 }
 
 template <typename Stream>
@@ -48,20 +48,20 @@ template <typename Stream>
 void unpack_values(const UnpackValuesParams& params, Stream& stream) {
   const UnpackParams& p = params.packed;
   float* values = params.values;
-  for_each_page_run(p.page_table, p.slot, p.num_tokens,
-                    [&](const device::PageIds& ids, int64_t first, int count) {
-                      const device::LaunchShape shape = device::inspect_launch(p, count);
-                      if (p.layout.value.bits == 4) {
-                        stream.launch("unpack_values", shape, device::unpack_values_kernel<4>, p,
-                                      ids, first, values);
-                      } else if (p.layout.value.bits == 2) {
-                        stream.launch("unpack_values", shape, device::unpack_values_kernel<2>, p,
-                                      ids, first, values);
-                      } else {
-                        stream.launch("widen_values", shape, device::widen_values_kernel, p, ids,
-                                      first, params.dtype, values);
-                      }
-                    });
+  for_each_page_chunk(p.page_table, p.slot, p.num_tokens,
+                      [&](const device::PageIds& ids, int64_t first, int count) {
+                        const device::LaunchShape shape = device::unpack_launch(p, count);
+                        if (p.layout.value.bits == 4) {
+                          stream.launch("unpack_values", shape, device::unpack_values_kernel<4>, p,
+                                        ids, first, values);
+                        } else if (p.layout.value.bits == 2) {
+                          stream.launch("unpack_values", shape, device::unpack_values_kernel<2>, p,
+                                        ids, first, values);
+                        } else {
+                          stream.launch("widen_values", shape, device::widen_values_kernel, p, ids,
+                                        first, params.dtype, values);
+                        }
+                      });
 }
 
 }  // namespace svdq::gpu

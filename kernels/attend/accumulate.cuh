@@ -2,6 +2,7 @@
 // arithmetic.
 #pragma once
 
+#include "kernels/pages/page_stream.cuh"
 #include "kernels/attend/plan.cuh"
 
 namespace svdq::device {
@@ -12,15 +13,9 @@ struct Probabilities {
   alignas(16) float of[kGroups][kLanes * kRowTile + 8];
 };
 
-// The tokens begin .. end - 1 of a page count.
-struct TokenRange {
-  int begin, end;
-  SVDQ_DEVICE bool has(int token) const { return token >= begin && token < end; }
-};
-
 // Exact values in rows [tokens, head_dim]; a thread owns channels thread, thread + 128, ...
 template <int kDim>
-class ExactValues {
+class WindowValues {
  public:
   static constexpr int kChannels = (kDim + kAttendThreads - 1) / kAttendThreads;
 

@@ -2,7 +2,7 @@
 // are packed, attend_decode.cuh does it, and for more query rows attend_tiles.cuh.
 //
 // A block serves 8 query rows of a KV head and a run of pages, one page at a time. Warp w gets the
-// scores of the 16 tokens of group w: after RoPE codes [16 tokens, channels] times absorbed queries
+// scores of the 16 tokens of group w: after RoPE codes [16 tokens, channels] times folded queries
 // [channels, 8 rows] on tensor cores, before RoPE from reconstructed keys (scores.cuh). The four
 // warps agree on each row's maximum, leave their probabilities in shared memory, and multiply them
 // with the values in plain arithmetic, a quarter of the channels each. Keys arrive by cp.async
@@ -13,6 +13,7 @@
 #include "kernels/attend/accumulate.cuh"
 #include "kernels/attend/outliers.cuh"
 #include "kernels/attend/scores.cuh"
+#include "kernels/pages/page_stream.cuh"
 
 namespace svdq::device {
 
@@ -29,18 +30,6 @@ struct PagesPlan {
 template <typename Scores>
 inline constexpr int kPagesPlanBytes = static_cast<int>(sizeof(PagesPlan<Scores>)) - 16;
 
-// Waits until at most `pending` groups of copies, 0 to 2, are in flight.
-SVDQ_DEVICE void wait_copies_but(int pending) {
-  SVDQ_DEVICE_CHECK(pending >= 0 && pending <= 2);
-  if (pending == 0) {
-    wait_copies<0>();
-  } else if (pending == 1) {
-    wait_copies<1>();
-  } else {
-    wait_copies<2>();
-  }
-}
-
 // Starts to copy the key lines of a page of one head.
 template <typename Parts>
 SVDQ_DEVICE void copy_keys(uint8_t* to, const uint8_t* keys, const HeadPlan& head, int threads) {
@@ -50,31 +39,6 @@ SVDQ_DEVICE void copy_keys(uint8_t* to, const uint8_t* keys, const HeadPlan& hea
     to += bytes;
     keys += bytes;
   });
-}
-
-// Pages of a split that hold a token that counts; none of a length that the table cannot hold.
-struct PageRun {
-  int first, last;  // pages first .. last - 1
-  int length;       // tokens of the sequence
-  bool valid;
-};
-
-SVDQ_DEVICE PageRun page_run(const AttendParams& p, const AttendWorkspace& workspace,
-                             const BlockRows& rows, int split) {
-  const int length = load(&p.keys.cache_seqlens[rows.sequence]);
-  const bool valid = length >= 0 && length <= workspace.max_pages * kPageTokens;
-  int first = split * workspace.split_pages, last = first + workspace.split_pages;
-  if (first < p.keys.sink_tokens / kPageTokens) first = p.keys.sink_tokens / kPageTokens;
-  if (last > (length + kPageTokens - 1) / kPageTokens)
-    last = (length + kPageTokens - 1) / kPageTokens;
-  if (p.keys.sink_tokens >= length || !valid) last = 0;
-  return {first, last, length, valid};
-}
-
-SVDQ_DEVICE TokenRange tokens_of_page(const AttendParams& p, const PageRun& run, int page) {
-  const int first = page * kPageTokens;
-  return {p.keys.sink_tokens > first ? p.keys.sink_tokens - first : 0,
-          run.length - first < kPageTokens ? run.length - first : kPageTokens};
 }
 
 // Softmax of the scores of a page, spread over the threads as scorers leave them. Leaves
@@ -142,41 +106,33 @@ attend_pages_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads) 
   const BlockRows rows = block_rows(p, workspace);
   const HeadPlan head = head_plan(heads, rows.head);
   const int dim = p.keys.layout.head_dim, split = block_y();
-  const PageRun run = page_run(p, workspace, rows, split);
-  const int last = run.last;
-  int page = run.first;
   const TokenSlots slots(p, rows);
-  bool valid = run.valid && slots.valid();
 
-  const int32_t* page_table = p.keys.page_table + int64_t{rows.sequence} * p.keys.table_stride;
-  const int64_t value_offset = int64_t{rows.head} * p.keys.layout.value.page_bytes();
-  const auto stage = [&](int n) { return s.stages + n % workspace.stages * workspace.stage_bytes; };
-  const auto known = [&](int64_t id) { return id >= 0 && id < p.keys.num_pages; };
-  const auto fetch = [&](int n) {
-    const int64_t id = n < last ? load(&page_table[n]) : -1;
-    if (known(id)) {
-      copy_keys<typename Scores::Parts>(
-          stage(n), p.keys.pages + id * p.keys.layout.k_page_bytes + head.k_offset, head,
-          kAttendThreads);
-    }
-    valid = valid && (known(id) || n >= last);
-    commit_copies();
+  // Start to copy the keys of the first pages.
+  const auto copy = [&](uint8_t* to, int64_t id, TokenRange) {
+    copy_keys<typename Scores::Parts>(
+        to, p.keys.pages + id * p.keys.layout.k_page_bytes + head.k_offset, head, kAttendThreads);
   };
-  for (int i = 0; i < workspace.stages - 1; ++i) fetch(page + i);
+  PageStream stream(
+      p.keys, rows.sequence,
+      page_range(p.keys, rows.sequence, split, workspace.split_pages, workspace.max_pages),
+      {s.stages, workspace.stages, workspace.stage_bytes}, copy);
+  stream.require(slots.valid());
 
   Scores scores(s.scores, p, workspace, rows, head);  // barriers before its use follow
-  Outliers outliers(p, rows, page);
+  Outliers outliers(p, rows, stream.page());
   RowState state[2] = {empty_row(), empty_row()};
-  ExactValues<Scores::kDim> values;
+  WindowValues<Scores::kDim> values;
   values.reset();
-  for (; page < last && valid; ++page) {
-    wait_copies_but(workspace.stages - 2);
-    sync_threads();
-    fetch(page + workspace.stages - 1);
+  for (; stream.has_page(); stream.advance()) {
+    stream.receive([] { sync_threads(); });
+    const int page = stream.page();
 
-    const TokenRange tokens = tokens_of_page(p, run, page);
+    // Score the page by its codes.
     float score[4];
-    scores.score(stage(page), page, score);
+    scores.score(stream.bytes(), page, score);
+
+    // Patch the scores of outliers.
     outliers.for_each(page, [&](int token, int index) {
       if (token / kLanes != warp_index()) return;
       const Floats2 exact = outliers.score_pair(index);
@@ -187,18 +143,25 @@ attend_pages_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads) 
         score[2 * half + 1] = exact.y;
       }
     });
+
+    // Mask tokens that are not valid.
+    const TokenRange tokens = stream.tokens();
     SVDQ_UNROLL
     for (int e = 0; e < 4; ++e) {
       const int token = warp_index() * kLanes + lane_index() / 4 + e / 2 * 8;
       if (!tokens.has(token) || (slots.given() && !slots.has(page, token))) score[e] = no_score();
     }
+
+    // Turn scores into probabilities.
     float factor[2];
     softmax_page(s, score, state, factor);
-    const uint8_t* from =
-        p.v_pages + load(&page_table[page]) * p.keys.layout.v_page_bytes + value_offset;
+
+    // Accumulate the values.
+    const uint8_t* from = p.v_pages + stream.page_id() * p.keys.layout.v_page_bytes +
+                          rows.head * p.keys.layout.value.page_bytes();
     values.add(from, p.v_dtype, 0, dim, s.p, tokens, s.factor);
   }
-  wait_copies<0>();  // of pages behind one that cannot be read
+  const bool valid = stream.finish();
 
   sync_threads();
   const int64_t stride = int64_t{workspace.splits()} * dim;

@@ -2,7 +2,7 @@
 //
 // A warp serves 8 query rows of a KV head and a run of pages, one page at a time and without regard
 // to other warps: it copies its pages by cp.async `stages` - 1 ahead, scores them (decode_scores.cuh),
-// turns scores into halves relative to the page's own maximum, so that none is lost that counts, and
+// rotates scores into halves relative to the page's own maximum, so that none is lost that is valid, and
 // multiplies them with the values (decode_values.cuh). No barrier in the loop; the warps of a block
 // share the queries' weights alone.
 //
@@ -23,8 +23,9 @@ inline constexpr int kDecodeThreads = kDecodeWarps * kWarpSize;
 template <typename Scores>
 struct DecodePlan {
   typename Scores::Shared scores;
-  alignas(16) uint32_t turn[kDecodeWarps][2 * kGroups][kWarpSize];  // score tiles to transpose
-  alignas(16) uint8_t stages[16];                                   // more follow
+  alignas(16) uint32_t
+      transposed[kDecodeWarps][2 * kGroups][kWarpSize];  // score tiles to transpose
+  alignas(16) uint8_t stages[16];                        // more follow
 };
 
 template <typename Scores>
@@ -65,19 +66,19 @@ SVDQ_DEVICE void softmax_decode(float (&score)[kGroups][4], RowState (&state)[2]
 }
 
 // Probabilities of a page as operands: rounded to halves and transposed through shared memory.
-SVDQ_DEVICE void turn_probabilities(uint32_t (&turn)[2 * kGroups][kWarpSize],
-                                    const float (&p)[kGroups][4], PageProbabilities& to) {
+SVDQ_DEVICE void transpose_probabilities(uint32_t (&tiles)[2 * kGroups][kWarpSize],
+                                         const float (&p)[kGroups][4], PageProbabilities& to) {
   SVDQ_UNROLL
   for (int s = 0; s < kGroups; ++s) {
     SVDQ_UNROLL
     for (int h = 0; h < 2; ++h)
-      store(&turn[2 * s + h][lane_index()], pack_half2(p[s][2 * h], p[s][2 * h + 1]));
+      store(&tiles[2 * s + h][lane_index()], pack_half2(p[s][2 * h], p[s][2 * h + 1]));
   }
   sync_warp();
   SVDQ_UNROLL
   for (int i = 0; i < 2; ++i) {
     uint32_t loaded[4];
-    LoadMatrix<4, true>::run(loaded, &turn[4 * i + lane_index() / 8][lane_index() % 8 * 4]);
+    LoadMatrix<4, true>::run(loaded, &tiles[4 * i + lane_index() / 8][lane_index() % 8 * 4]);
     SVDQ_UNROLL
     for (int m = 0; m < 4; ++m) to[2 * i + m / 2][m % 2] = loaded[m];
   }
@@ -98,39 +99,36 @@ attend_decode_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads)
   const int split = block_y() * workspace.page_warps + warp_index();
   if (split >= workspace.page_splits) return;
 
-  const PageRun run = page_run(p, workspace, rows, split);
+  // Start to copy the warp's first pages.
   const TokenSlots slots(p, rows);
-  bool valid = run.valid && slots.valid();
-  const int last = run.last, key_bytes = Parts::bytes(head);
-  const int32_t* page_table = p.keys.page_table + int64_t{rows.sequence} * p.keys.table_stride;
+  const int key_bytes = Parts::bytes(head);
   const int64_t value_offset = int64_t{rows.head} * value.page_bytes();
-  uint8_t* stages = s.stages + warp_index() * workspace.stages * workspace.stage_bytes;
-  const auto stage = [&](int n) { return stages + n % workspace.stages * workspace.stage_bytes; };
-  const auto known = [&](int64_t id) { return id >= 0 && id < p.keys.num_pages; };
-  const auto fetch = [&](int n) {
-    const int64_t id = n < last ? load(&page_table[n]) : -1;
-    if (known(id)) {
-      uint8_t* values = copy_decode_keys<Parts>(
-          stage(n), p.keys.pages + id * p.keys.layout.k_page_bytes + head.k_offset, head);
-      Values::copy(values, p.v_pages + id * p.keys.layout.v_page_bytes + value_offset, value);
-    }
-    valid = valid && (known(id) || n >= last);
-    commit_copies();
+  const auto copy = [&](uint8_t* to, int64_t id, TokenRange) {
+    uint8_t* values = copy_decode_keys<Parts>(
+        to, p.keys.pages + id * p.keys.layout.k_page_bytes + head.k_offset, head);
+    Values::copy(values, p.v_pages + id * p.keys.layout.v_page_bytes + value_offset, value);
   };
-  int page = run.first;
-  for (int i = 0; i < workspace.stages - 1; ++i) fetch(page + i);
+  PageStream stream(
+      p.keys, rows.sequence,
+      page_range(p.keys, rows.sequence, split, workspace.split_pages, workspace.max_pages),
+      {s.stages + warp_index() * workspace.stages * workspace.stage_bytes, workspace.stages,
+       workspace.stage_bytes},
+      copy);
+  stream.require(slots.valid());
 
-  Outliers outliers(p, rows, page);
+  Outliers outliers(p, rows, stream.page());
   RowState state[2] = {empty_row(), empty_row()};
   Values values;
   values.reset();
-  for (; page < last && valid; ++page) {
-    wait_copies_but(workspace.stages - 2);
-    sync_warp();  // all lanes' copies are here, and all are done with the page before
-    fetch(page + workspace.stages - 1);
+  for (; stream.has_page(); stream.advance()) {
+    stream.receive([] { sync_warp(); });
+    const int page = stream.page();
 
+    // Score the page by its codes.
     float score[kGroups][4];
-    scores.score(stage(page), page, score);
+    scores.score(stream.bytes(), page, score);
+
+    // Patch the scores of outliers.
     outliers.for_each(page, [&](int token, int index) {
       const Floats2 exact = outliers.score_pair(index);
       SVDQ_UNROLL
@@ -140,13 +138,15 @@ attend_decode_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads)
         score[i / 2][i % 2 * 2 + 1] = exact.y;
       }
     });
-    const TokenRange tokens = tokens_of_page(p, run, page);
+
+    // Mask tokens that are not valid, and clear their scales, which may be anything.
+    const TokenRange tokens = stream.tokens();
     if (tokens.begin > 0 || tokens.end < kPageTokens) {
       SVDQ_UNROLL
       for (int i = 0; i < 4 * kGroups; ++i) {
         if (!tokens.has(decode_token(i / 4) + i % 4 / 2)) score[i / 4][i % 4] = no_score();
       }
-      Values::clear(stage(page) + key_bytes, value, tokens);
+      Values::clear(stream.bytes() + key_bytes, value, tokens);
     }
     if (slots.given()) {
       SVDQ_UNROLL
@@ -155,13 +155,17 @@ attend_decode_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads)
         score[i / 2][i % 2 * 2] = score[i / 2][i % 2 * 2 + 1] = no_score();
       }
     }
+
+    // Turn scores into probabilities.
     float factor[2], weight[2];
     softmax_decode(score, state, factor, weight);
     PageProbabilities probabilities;
-    turn_probabilities(s.turn[warp_index()], score, probabilities);
-    values.add(stage(page) + key_bytes, value, probabilities, factor, weight);
+    transpose_probabilities(s.transposed[warp_index()], score, probabilities);
+
+    // Accumulate the values.
+    values.add(stream.bytes() + key_bytes, value, probabilities, factor, weight);
   }
-  wait_copies<0>();  // of pages behind one that cannot be read
+  const bool valid = stream.finish();
 
   const int64_t slot = rows.slot(workspace.row_tiles, 0);
   const int64_t stride = int64_t{workspace.splits()} * p.keys.layout.head_dim;

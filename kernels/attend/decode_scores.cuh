@@ -68,9 +68,9 @@ class DecodeKeys {
   int offset_, shift_;
 };
 
-// post-RoPE channels, coded after RoPE: codes times absorbed queries.
+// post-RoPE channels, coded after RoPE: codes times folded queries.
 template <int kDimension>
-class AbsorbedDecode {
+class FoldedDecode {
  public:
   static constexpr int kDim = kDimension;
   struct Shared {
@@ -79,20 +79,20 @@ class AbsorbedDecode {
   using Parts = PostPart;
 
   // All `threads` of the block take part; a barrier must follow before the first page.
-  SVDQ_DEVICE AbsorbedDecode(Shared& s, const AttendParams& p, const AttendWorkspace& workspace,
-                             const BlockRows& rows, const HeadPlan& head, int threads)
+  SVDQ_DEVICE FoldedDecode(Shared& s, const AttendParams& p, const AttendWorkspace& workspace,
+                           const BlockRows& rows, const HeadPlan& head, int threads)
       : s_(s), bands_(head.post) {
     const int64_t tile = rows.sequence_head * workspace.row_tiles + rows.tile;
     const Words2* weights =
-        workspace.absorbed.fragments + tile * max_steps(p.keys.layout.head_dim) * kWarpSize;
+        workspace.folded.fragments + tile * max_steps(p.keys.layout.head_dim) * kWarpSize;
     int steps = 0;
     for_each_band(bands_, [&]<int kWidth>(int count) { steps += band_steps(count); });
     for (int i = thread_index(); i < steps * kWarpSize; i += threads)
       store(&s.weights[i / kWarpSize][i % kWarpSize], load(&weights[i]));
     for (int i = 0; i < 2; ++i) {
       const int64_t row = tile * kRowTile + lane_index() % 4 * 2 + i;
-      unit_[i] = load(&workspace.absorbed.step[row]) * kCodeUnit;
-      offset_[i] = load(&workspace.absorbed.offset[row]);
+      unit_[i] = load(&workspace.folded.step[row]) * kCodeUnit;
+      offset_[i] = load(&workspace.folded.offset[row]);
     }
   }
 
@@ -128,15 +128,15 @@ class AbsorbedDecode {
   float unit_[2], offset_[2];  // of rows 2 c and 2 c + 1
 };
 
-// pre-RoPE channels, coded before RoPE: reconstructed a few columns at a time for all 64 tokens, turned, and
+// pre-RoPE channels, coded before RoPE: reconstructed a few columns at a time for all 64 tokens, rotated, and
 // multiplied with the queries. A token's slot is 4 s, for score tile s, and a rest that depends on
-// the thread alone: keys are turned by the rest, queries back by the page's first position and 4 s,
+// the thread alone: keys are rotated by the rest, queries back by the page's first position and 4 s,
 // so that a thread reads two rotations of a pair and not one a token.
 //
-// Of gathered pages (kOwnSlots) keys are turned by their whole position, and queries stay.
+// Of gathered pages (kGatheredPages) keys are rotated by their whole position, and queries stay.
 //
 // kTilesAtOnce tiles of 8 columns at a time: what accumulators of 64 tokens leave room for.
-template <int kDimension, int kTilesAtOnce = kDimension <= 256 ? 4 : 2, bool kOwnSlots = false>
+template <int kDimension, int kTilesAtOnce = kDimension <= 256 ? 4 : 2, bool kGatheredPages = false>
 class ReconstructedDecode {
  public:
   static constexpr int kDim = kDimension;
@@ -152,18 +152,18 @@ class ReconstructedDecode {
       : s_(s),
         bands_(head.pre),
         dim_(p.keys.layout.head_dim),
-        half_(p.keys.codec.rope.rotary_pairs),
+        rotary_pairs_(p.keys.codec.rope.rotary_pairs),
         offset_rotation_(workspace.offset_rotation),
         page_rotation_(workspace.page_rotation + int64_t{rows.sequence} * workspace.max_pages *
                                                      p.keys.codec.rope.rotary_pairs),
         token_rotations_(p, workspace, rows) {
     const int64_t tile = rows.sequence_head * (dim_ / kRowTile);
-    weights_ = workspace.columns.fragments + tile * max_steps(dim_) * kWarpSize;
+    folded_ = workspace.columns.fragments + tile * max_steps(dim_) * kWarpSize;
     unit_ = workspace.columns.step + tile * kRowTile;
     offset_ = workspace.columns.offset + tile * kRowTile;
     for (int row = warp_index(); row < kRowTile; row += threads / kWarpSize) {
       for (int column = lane_index(); column < dim_; column += kWarpSize) {
-        const int channel = column_channel(column, half_);
+        const int channel = column_channel(column, rotary_pairs_);
         store(&s.query[row][column], row < rows.count ? load_query(p, rows, row, channel) : 0.0f);
       }
     }
@@ -189,11 +189,11 @@ class ReconstructedDecode {
                                float (&score)[kGroups][4]) {
     float key[kGroups][kChunkTiles][4] = {};
     // Tiles past the last one repeat a pair, and are left out below.
-    int tile_weights[kChunkTiles];
+    int tile_folded[kChunkTiles];
     SVDQ_UNROLL
     for (int t = 0; t < kChunkTiles; ++t) {
       const int tile = first_tile + ((first_tile + t) * kRowTile < dim_ ? t : t % 2);
-      tile_weights[t] = tile * max_steps(dim_) * kWarpSize + lane_index();
+      tile_folded[t] = tile * max_steps(dim_) * kWarpSize + lane_index();
     }
     for_each_band(bands_, [&]<int kWidth>(int count) {
       for (int i = 0; i < band_steps(count); ++i) {
@@ -201,8 +201,8 @@ class ReconstructedDecode {
         uint32_t b[kChunkTiles][2];
         SVDQ_UNROLL
         for (int t = 0; t < kChunkTiles; ++t) {
-          const Words2 words = load(&weights_[tile_weights[t]]);
-          tile_weights[t] += kWarpSize;
+          const Words2 words = load(&folded_[tile_folded[t]]);
+          tile_folded[t] += kWarpSize;
           b[t][0] = words.word[0];
           b[t][1] = words.word[1];
         }
@@ -224,7 +224,7 @@ class ReconstructedDecode {
       SVDQ_UNROLL
       for (int i = 0; i < 2; ++i) {
         const int column = (first_tile + t + i) * kRowTile + lane_index() % 4 * 2;
-        turn_queries(page, column, i, b);
+        unrotate_queries(page, column, i, b);
         finish_columns(key, t + i, page, column);
       }
       SVDQ_UNROLL
@@ -239,24 +239,24 @@ class ReconstructedDecode {
     }
   }
 
-  // Columns `column` and the next of query row lane / 4, turned back by the page's first position
+  // Columns `column` and the next of query row lane / 4, rotated back by the page's first position
   // and 4 s, as register `at` of the B operand of score tile s.
-  SVDQ_DEVICE void turn_queries(int page, int column, int at, uint32_t (&b)[kGroups][2]) const {
+  SVDQ_DEVICE void unrotate_queries(int page, int column, int at, uint32_t (&b)[kGroups][2]) const {
     Floats2 q = load(reinterpret_cast<const Floats2*>(&s_.query[lane_index() / 4][column]));
-    const bool turns = !kOwnSlots && column < 2 * half_;
+    const bool rotates = !kGatheredPages && column < 2 * rotary_pairs_;
     Floats2 four = {1.0f, 0.0f};
-    if (turns) {
-      q = turn_back(q, load(&page_rotation_[page * half_ + column / 2]));
-      four = load(&offset_rotation_[kQuad * half_ + column / 2]);
+    if (rotates) {
+      q = unrotate(q, load(&page_rotation_[page * rotary_pairs_ + column / 2]));
+      four = load(&offset_rotation_[kQuad * rotary_pairs_ + column / 2]);
     }
     SVDQ_UNROLL
     for (int s = 0; s < kGroups; ++s) {
-      if (s > 0) q = turn_back(q, four);
+      if (s > 0) q = unrotate(q, four);
       b[s][at] = pack_half2(q.x, q.y);
     }
   }
 
-  SVDQ_DEVICE static Floats2 turn_back(const Floats2& q, const Floats2& turn) {
+  SVDQ_DEVICE static Floats2 unrotate(const Floats2& q, const Floats2& turn) {
     return {q.x * turn.x + q.y * turn.y, q.y * turn.x - q.x * turn.y};
   }
 
@@ -265,31 +265,33 @@ class ReconstructedDecode {
                                   int column) const {
     const Floats2 unit = load(reinterpret_cast<const Floats2*>(&unit_[column]));
     const Floats2 offset = load(reinterpret_cast<const Floats2*>(&offset_[column]));
-    const bool turns = column < 2 * half_;
-    const uint64_t pair_turn = kOwnSlots && turns ? token_rotations_.pair_turn(column / 2) : 0;
+    const bool rotates = column < 2 * rotary_pairs_;
+    const uint64_t pair_frequency =
+        kGatheredPages && rotates ? token_rotations_.pair_frequency(column / 2) : 0;
     SVDQ_UNROLL
     for (int h = 0; h < 2; ++h) {
       Floats2 turn = {1.0f, 0.0f};
-      if (!kOwnSlots && turns)
-        turn = load(&offset_rotation_[(decode_token(0) + h) * half_ + column / 2]);
+      if (!kGatheredPages && rotates)
+        turn = load(&offset_rotation_[(decode_token(0) + h) * rotary_pairs_ + column / 2]);
       SVDQ_UNROLL
       for (int s = 0; s < kGroups; ++s) {
         float& x = key[s][t][2 * h];
         float& y = key[s][t][2 * h + 1];
         x = fused(x, unit.x * kCodeUnit, offset.x);
         y = fused(y, unit.y * kCodeUnit, offset.y);
-        if (kOwnSlots && turns) turn = token_rotations_.at(pair_turn, page, decode_token(s) + h);
-        const float turned = x * turn.x - y * turn.y;
+        if (kGatheredPages && rotates)
+          turn = token_rotations_.at(pair_frequency, page, decode_token(s) + h);
+        const float rotated = x * turn.x - y * turn.y;
         y = y * turn.x + x * turn.y;
-        x = turned;
+        x = rotated;
       }
     }
   }
 
   Shared& s_;
   Bands bands_;
-  int dim_, half_;
-  const Words2* weights_;
+  int dim_, rotary_pairs_;
+  const Words2* folded_;
   const float* unit_;
   const float* offset_;
   const Floats2* offset_rotation_;
@@ -299,12 +301,12 @@ class ReconstructedDecode {
 
 // Hybrid keys: the scores of post-RoPE channels, to which those of pre-RoPE channels are added. pre-RoPE channels
 // are few, so reading them again for every two tiles of columns costs little.
-template <int kDimension, bool kOwnSlots = false>
+template <int kDimension, bool kGatheredPages = false>
 class HybridDecode {
  public:
   static constexpr int kDim = kDimension;
-  using PreRope = ReconstructedDecode<kDim, 2, kOwnSlots>;
-  using PostRope = AbsorbedDecode<kDim>;
+  using PreRope = ReconstructedDecode<kDim, 2, kGatheredPages>;
+  using PostRope = FoldedDecode<kDim>;
   using Parts = BothParts;
   struct Shared {
     typename PreRope::Shared pre;

@@ -131,7 +131,8 @@ class DecodeValues {
   SVDQ_DEVICE static int swizzle_rows(int i) { return i ^ (i >> 3 & 1); }
 
   // Halves of 16 tokens from token 16 c on of a row, ordered as PageProbabilities.
-  SVDQ_DEVICE static void load_run(const uint8_t* page, int row, uint32_t (&to)[kGroups][2]) {
+  SVDQ_DEVICE static void load_token_quads(const uint8_t* page, int row,
+                                           uint32_t (&to)[kGroups][2]) {
     const int first = swizzle_rows(row * 8 + lane_index() % 4 * 2);
     SVDQ_UNROLL
     for (int i = 0; i < 2; ++i) {
@@ -156,7 +157,7 @@ class DecodeValues {
         const int group = i * 16 + half * 8 + lane_index() / 4;
         if (i * 16 + half * 8 >= kBlocks || group >= value.groups()) continue;
         uint32_t zero[kGroups][2];
-        load_run(page, value.groups() + group, zero);
+        load_token_quads(page, value.groups() + group, zero);
         SVDQ_UNROLL
         for (int s = 0; s < kGroups; ++s) {
           a[s][half] = zero[s][0];
@@ -182,12 +183,12 @@ class DecodeValues {
     return found;
   }
 
-  // Probabilities times scales of a group, and what turns products into values: a power of two that
+  // Probabilities times scales of a group, and what rotates products into values: a power of two that
   // brings the largest scale to 2^13 .. 2^14, as far as a half can be multiplied.
   SVDQ_DEVICE static void prepare(const uint8_t* page, int group, const PageProbabilities& p,
                                   const float (&weight)[2], uint32_t (&b)[kGroups][2],
                                   float (&unit)[2]) {
-    load_run(page, group, b);
+    load_token_quads(page, group, b);
     uint32_t most = half2_max(b[0][0], b[0][1]);
     SVDQ_UNROLL
     for (int s = 1; s < kGroups; ++s) most = half2_max(most, half2_max(b[s][0], b[s][1]));

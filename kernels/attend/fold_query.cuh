@@ -1,6 +1,6 @@
 // What multiplies the codes of a head, prepared once for all pages, as tensor-core fragments.
 //
-// Channels coded after RoPE are absorbed into the queries:
+// Channels coded after RoPE are folded into the queries:
 //   q . k = q . mean + sum_j (code_j - mid_j) * w_j,   w_j = scale_j * (q . basis_j),
 // so a coded channel costs one multiply-add a token and query row. Channels coded before RoPE are
 // reconstructed: column d of a key is the same sum with w_j = scale_j * basis_jd and mean_d for the
@@ -39,11 +39,11 @@ struct BothParts {
 
 // Rows' largest weight in their unit: high in the range of a half, so that small weights keep their
 // digits, and low enough that no rounding overflows.
-inline constexpr float kLargestWeight = 256.0f;
+inline constexpr float kLargestFolded = 256.0f;
 
 template <int kDim>
-struct AbsorbPlan {
-  float query[kRowTile][kDim];  // absorbed channels only
+struct FoldPlan {
+  float query[kRowTile][kDim];  // folded channels only
   float weights[kRowTile][kDim];
   float constant[kRowTile];
   float step[kRowTile];
@@ -52,7 +52,7 @@ struct AbsorbPlan {
 
 // Turns the rows in s.weights and s.constant into fragments, units and offsets of tile `tile`.
 template <int kDim>
-SVDQ_DEVICE void finish_tile(AbsorbPlan<kDim>& s, const Bands& bands, const Weights& weights,
+SVDQ_DEVICE void finish_tile(FoldPlan<kDim>& s, const Bands& bands, const Weights& weights,
                              int64_t tile, int dim) {
   const int lane = lane_index(), warp = warp_index(), rank = bands.rank();
   // Unit of every row.
@@ -63,7 +63,7 @@ SVDQ_DEVICE void finish_tile(AbsorbPlan<kDim>& s, const Bands& bands, const Weig
       largest = magnitude > largest ? magnitude : largest;
     }
     largest = warp_max(largest);
-    if (lane == 0) store(&s.step[row], largest / kLargestWeight);
+    if (lane == 0) store(&s.step[row], largest / kLargestFolded);
   }
   sync_threads();
 
@@ -107,8 +107,8 @@ SVDQ_DEVICE void finish_tile(AbsorbPlan<kDim>& s, const Bands& bands, const Weig
 // `heads` and p.keys.codec.mean are the tail's. Grid: x = head and row tile, z = sequence.
 template <int kDim>
 SVDQ_KERNEL(kAttendThreads)
-absorb_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads) {
-  AbsorbPlan<kDim>& s = shared_memory<AbsorbPlan<kDim>>();
+fold_query_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads) {
+  FoldPlan<kDim>& s = shared_memory<FoldPlan<kDim>>();
   const BlockRows rows = block_rows(p, workspace);
   const HeadPlan head = head_plan(heads, rows.head);
   const int dim = p.keys.layout.head_dim, rank = head.post.rank();
@@ -139,8 +139,8 @@ absorb_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads) {
     if (lane % 4 == 0 && j == rank) store(&s.constant[lane / 4], sum);
   }
   sync_threads();
-  finish_tile(s, head.post, workspace.absorbed,
-              rows.sequence_head * workspace.row_tiles + rows.tile, dim);
+  finish_tile(s, head.post, workspace.folded, rows.sequence_head * workspace.row_tiles + rows.tile,
+              dim);
 }
 
 // Channel of column `column` of a reconstructed key: the two channels of a RoPE pair side by side.
@@ -152,7 +152,7 @@ SVDQ_HOST_DEVICE constexpr int column_channel(int column, int half) {
 template <int kDim>
 SVDQ_KERNEL(kAttendThreads)
 columns_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads) {
-  AbsorbPlan<kDim>& s = shared_memory<AbsorbPlan<kDim>>();
+  FoldPlan<kDim>& s = shared_memory<FoldPlan<kDim>>();
   const HeadPlan head = head_plan(heads, block_y());
   const int dim = p.keys.layout.head_dim, rank = head.pre.rank();
   const int64_t sequence_head = int64_t{block_z()} * p.keys.layout.num_heads + block_y();
@@ -175,15 +175,15 @@ columns_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads) {
 }
 
 template <int kDim>
-LaunchShape absorb_launch(const AttendParams& p, const AttendWorkspace& workspace) {
+LaunchShape fold_query_launch(const AttendParams& p, const AttendWorkspace& workspace) {
   return {p.keys.layout.num_heads * workspace.row_tiles, 1, p.keys.batch, kAttendThreads,
-          static_cast<int>(sizeof(AbsorbPlan<kDim>))};
+          static_cast<int>(sizeof(FoldPlan<kDim>))};
 }
 
 template <int kDim>
 LaunchShape columns_launch(const AttendParams& p, const AttendWorkspace&) {
   return {p.keys.layout.head_dim / kRowTile, p.keys.layout.num_heads, p.keys.batch, kAttendThreads,
-          static_cast<int>(sizeof(AbsorbPlan<kDim>))};
+          static_cast<int>(sizeof(FoldPlan<kDim>))};
 }
 
 }  // namespace svdq::device

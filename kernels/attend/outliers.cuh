@@ -1,4 +1,4 @@
-// Outlier tokens: keys held exact beside their codes. A scorer scores a page by its codes alone; then
+// Outlier tokens: keys held exact next to their codes. A scorer scores a page by its codes alone; then
 // the scores of the few outliers in it are replaced, so nothing is masked and their values are those
 // of the page. A warp finds its first outlier among a head's ascending slots and walks on from there
 // with its pages; where there is none, that costs a comparison a page.

@@ -1,11 +1,11 @@
 // What the kernels of the attend stage share: how a call is cut into blocks, the workspace between
 // launches, and reading numbers of any dtype.
 //
-//   absorb; columns and rotations   what multiplies codes of tail and pre-RoPE channels, once for all
+//   absorb; columns and rotations   what multiplies codes of post-RoPE and pre-RoPE channels, once for all
 //                                   splits
 //   attend_pages  packed pages -> partial results, one per split of the page table
-//   attend_exact  exact rows   -> partial results, one per split of the rows
-//                 (both for 8 query rows a block; attend_page_tiles and attend_exact_tiles for more)
+//   attend_window  the window   -> partial results, one per split of the rows
+//                 (both for 8 query rows a block; attend_page_tiles and attend_window_tiles for more)
 //   merge_splits  partial results -> out, lse
 //
 // The query rows of a KV head are its query heads times the query length, in the order of the query
@@ -47,25 +47,25 @@ struct Weights {
 struct AttendWorkspace {
   int row_tiles;      // of a KV head, a multiple of those of a block
   int page_tiles;     // of a block along pages: 1, or 2 and more for attend_page_tiles
-  int window_tiles;   // of a block along exact rows, likewise
+  int window_tiles;   // of a block along the window, likewise
   int query_steps;    // of 16 channels of a query's operand in attend_page_tiles
   int page_warps;     // of a block of attend_decode
   int page_splits;    // blocks along the pages of a sequence, or warps of attend_decode
   int split_pages;    // pages of a split
-  int window_splits;  // blocks along the exact rows
-  int split_window;   // exact rows of a block, a multiple of kPageTokens
+  int window_splits;  // blocks along the the window
+  int split_window;   // the window of a block, a multiple of kPageTokens
   int stages;         // pages of a split in flight or in use, 2 to 4
   int stage_bytes;    // of shared memory; the largest head's
   int max_pages;      // of a sequence: what the page table has room for
   // Workspace. T = row_tiles, S = splits().
-  Weights absorbed;          // of post-RoPE channels, by tiles of query rows: U = T
+  Weights folded;            // of post-RoPE channels, by tiles of query rows: U = T
   Weights columns;           // of pre-RoPE channels, by tiles of the keys' columns: U = D / 8
   Floats2* offset_rotation;  // [64, half] cosine and sine by slot of a page; for pre-RoPE channels
   Floats2* page_rotation;    // [B, max_pages, half] of the pages' first positions
-  uint64_t* pair_turns;      // [half] in place of both, for gathered pages
-  float* partial_out;        // [B, H, T * 8, S, D]
-  float* partial_max;        // [B, H, T * 8, S], log2 units
-  float* partial_sum;        // [B, H, T * 8, S]
+  uint64_t* pair_frequencies;  // [half] in place of both, for gathered pages
+  float* partial_out;          // [B, H, T * 8, S, D]
+  float* partial_max;          // [B, H, T * 8, S], log2 units
+  float* partial_sum;          // [B, H, T * 8, S]
 
   SVDQ_HOST_DEVICE constexpr int splits() const { return page_splits + window_splits; }
 };

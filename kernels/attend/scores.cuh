@@ -8,9 +8,9 @@
 
 namespace svdq::device {
 
-// post-RoPE channels, coded after RoPE: codes times absorbed queries.
+// post-RoPE channels, coded after RoPE: codes times folded queries.
 template <int kDimension>
-class AbsorbedScores {
+class FoldedScores {
  public:
   static constexpr int kDim = kDimension;
   struct Shared {
@@ -19,20 +19,20 @@ class AbsorbedScores {
   using Parts = PostPart;
 
   // A barrier must follow before the first page.
-  SVDQ_DEVICE AbsorbedScores(Shared& s, const AttendParams& p, const AttendWorkspace& workspace,
-                             const BlockRows& rows, const HeadPlan& head)
+  SVDQ_DEVICE FoldedScores(Shared& s, const AttendParams& p, const AttendWorkspace& workspace,
+                           const BlockRows& rows, const HeadPlan& head)
       : s_(s), bands_(head.post) {
     const int64_t tile = rows.sequence_head * workspace.row_tiles + rows.tile;
     const Words2* weights =
-        workspace.absorbed.fragments + tile * max_steps(p.keys.layout.head_dim) * kWarpSize;
+        workspace.folded.fragments + tile * max_steps(p.keys.layout.head_dim) * kWarpSize;
     int steps = 0;
     for_each_band(bands_, [&]<int kWidth>(int count) { steps += band_steps(count); });
     for (int i = thread_index(); i < steps * kWarpSize; i += kAttendThreads)
       store(&s.weights[i / kWarpSize][i % kWarpSize], load(&weights[i]));
     for (int i = 0; i < 2; ++i) {
       const int64_t row = tile * kRowTile + lane_index() % 4 * 2 + i;
-      unit_[i] = load(&workspace.absorbed.step[row]) * kCodeUnit;
-      offset_[i] = load(&workspace.absorbed.offset[row]);
+      unit_[i] = load(&workspace.folded.step[row]) * kCodeUnit;
+      offset_[i] = load(&workspace.folded.offset[row]);
     }
   }
 
@@ -59,11 +59,11 @@ class AbsorbedScores {
 };
 
 // pre-RoPE channels, coded before RoPE: warp w reconstructs a quarter of the columns of all 64 tokens, 32 columns
-// at a time, turns them by their slot, and multiplies them with queries turned back by the page's
+// at a time, rotates them by their slot, and multiplies them with queries rotated back by the page's
 // first position; the warps' parts of a score are then added in shared memory. The columns of a key
-// are reconstructed once for all query rows of the tile. Of gathered pages (kOwnSlots) keys are
-// turned by their whole position, and queries stay.
-template <int kDimension, bool kOwnSlots = false>
+// are reconstructed once for all query rows of the tile. Of gathered pages (kGatheredPages) keys are
+// rotated by their whole position, and queries stay.
+template <int kDimension, bool kGatheredPages = false>
 class ReconstructedScores {
  public:
   static constexpr int kDim = kDimension;
@@ -79,18 +79,18 @@ class ReconstructedScores {
       : s_(s),
         bands_(head.pre),
         dim_(p.keys.layout.head_dim),
-        half_(p.keys.codec.rope.rotary_pairs),
+        rotary_pairs_(p.keys.codec.rope.rotary_pairs),
         offset_rotation_(workspace.offset_rotation),
         page_rotation_(workspace.page_rotation + int64_t{rows.sequence} * workspace.max_pages *
                                                      p.keys.codec.rope.rotary_pairs),
         token_rotations_(p, workspace, rows) {
     const int64_t tile = rows.sequence_head * (dim_ / kRowTile);
-    weights_ = workspace.columns.fragments + tile * max_steps(dim_) * kWarpSize;
+    folded_ = workspace.columns.fragments + tile * max_steps(dim_) * kWarpSize;
     unit_ = workspace.columns.step + tile * kRowTile;
     offset_ = workspace.columns.offset + tile * kRowTile;
     for (int row = warp_index(); row < kRowTile; row += kAttendWarps) {
       for (int column = lane_index(); column < dim_; column += kWarpSize) {
-        const int channel = column_channel(column, half_);
+        const int channel = column_channel(column, rotary_pairs_);
         store(&s.query[row][column], row < rows.count ? load_query(p, rows, row, channel) : 0.0f);
       }
     }
@@ -144,7 +144,7 @@ class ReconstructedScores {
         for (int t = 0; t < kChunkTiles; ++t) {
           if ((first_tile + t) * kRowTile >= dim_) break;
           const int64_t at = (int64_t{first_tile + t} * max_steps(dim_) + step) * kWarpSize;
-          const Words2 b = load(&weights_[at + lane_index()]);
+          const Words2 b = load(&folded_[at + lane_index()]);
           SVDQ_UNROLL
           for (int group = 0; group < kGroups; ++group)
             MmaHalf::run(key[group][t], a[group], b.word);
@@ -158,7 +158,7 @@ class ReconstructedScores {
       const int tile = first_tile + t;
       if (tile * kRowTile >= dim_) break;  // head_dim is a multiple of two tiles
       uint32_t b[2];
-      for (int i = 0; i < 2; ++i) b[i] = turned_query(page, (tile + i) * kRowTile);
+      for (int i = 0; i < 2; ++i) b[i] = unrotated_query(page, (tile + i) * kRowTile);
       for (int i = 0; i < 2; ++i) finish_columns(key, t + i, page, (tile + i) * kRowTile);
       SVDQ_UNROLL
       for (int group = 0; group < kGroups; ++group) {
@@ -172,12 +172,12 @@ class ReconstructedScores {
     }
   }
 
-  // Two columns of query row lane / 4, turned back by the page's first position.
-  SVDQ_DEVICE uint32_t turned_query(int page, int first_column) const {
+  // Two columns of query row lane / 4, rotated back by the page's first position.
+  SVDQ_DEVICE uint32_t unrotated_query(int page, int first_column) const {
     const int column = first_column + lane_index() % 4 * 2;
     Floats2 q = load(reinterpret_cast<const Floats2*>(&s_.query[lane_index() / 4][column]));
-    if (!kOwnSlots && column < 2 * half_) {
-      const Floats2 turn = load(&page_rotation_[int64_t{page} * half_ + column / 2]);
+    if (!kGatheredPages && column < 2 * rotary_pairs_) {
+      const Floats2 turn = load(&page_rotation_[int64_t{page} * rotary_pairs_ + column / 2]);
       q = {q.x * turn.x + q.y * turn.y, q.y * turn.x - q.x * turn.y};
     }
     return pack_half2(q.x, q.y);
@@ -189,8 +189,9 @@ class ReconstructedScores {
     const int column = first_column + lane_index() % 4 * 2;
     const Floats2 unit = load(reinterpret_cast<const Floats2*>(&unit_[column]));
     const Floats2 offset = load(reinterpret_cast<const Floats2*>(&offset_[column]));
-    const bool turns = column < 2 * half_;
-    const uint64_t pair_turn = kOwnSlots && turns ? token_rotations_.pair_turn(column / 2) : 0;
+    const bool rotates = column < 2 * rotary_pairs_;
+    const uint64_t pair_frequency =
+        kGatheredPages && rotates ? token_rotations_.pair_frequency(column / 2) : 0;
     SVDQ_UNROLL
     for (int group = 0; group < kGroups; ++group) {
       SVDQ_UNROLL
@@ -199,22 +200,22 @@ class ReconstructedScores {
         float& y = key[group][t][2 * half + 1];
         x = x * (unit.x * kCodeUnit) + offset.x;
         y = y * (unit.y * kCodeUnit) + offset.y;
-        if (!turns) continue;
+        if (!rotates) continue;
         const int slot = group * kLanes + half * 8 + lane_index() / 4;
-        const Floats2 turn = kOwnSlots
-                                 ? token_rotations_.at(pair_turn, page, slot)
-                                 : load(&offset_rotation_[int64_t{slot} * half_ + column / 2]);
-        const float turned = x * turn.x - y * turn.y;
+        const Floats2 turn =
+            kGatheredPages ? token_rotations_.at(pair_frequency, page, slot)
+                           : load(&offset_rotation_[int64_t{slot} * rotary_pairs_ + column / 2]);
+        const float rotated = x * turn.x - y * turn.y;
         y = y * turn.x + x * turn.y;
-        x = turned;
+        x = rotated;
       }
     }
   }
 
   Shared& s_;
   Bands bands_;
-  int dim_, half_;
-  const Words2* weights_;
+  int dim_, rotary_pairs_;
+  const Words2* folded_;
   const float* unit_;
   const float* offset_;
   const Floats2* offset_rotation_;
@@ -223,12 +224,12 @@ class ReconstructedScores {
 };
 
 // Hybrid keys: the sum of both.
-template <int kDimension, bool kOwnSlots = false>
+template <int kDimension, bool kGatheredPages = false>
 class HybridScores {
  public:
   static constexpr int kDim = kDimension;
-  using PreRope = ReconstructedScores<kDim, kOwnSlots>;
-  using PostRope = AbsorbedScores<kDim>;
+  using PreRope = ReconstructedScores<kDim, kGatheredPages>;
+  using PostRope = FoldedScores<kDim>;
   using Parts = BothParts;
   struct Shared {
     typename PreRope::Shared pre;

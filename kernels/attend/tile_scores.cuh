@@ -34,26 +34,25 @@ SVDQ_DEVICE void add_code_scores(const uint8_t* band, int quads, int step, const
   }
 }
 
-// post-RoPE channels, coded after RoPE: codes times absorbed queries.
+// post-RoPE channels, coded after RoPE: codes times folded queries.
 template <int kDimension>
-class AbsorbedTiles {
+class FoldedTiles {
  public:
   static constexpr int kDim = kDimension;
   static constexpr bool kGathered = false;
-  using Lean = AbsorbedTiles;             // the scorer that leaves values the most registers
-  static constexpr int kSharedBytes = 0;  // beside the queries
+  using Lean = FoldedTiles;               // the scorer that leaves values the most registers
+  static constexpr int kSharedBytes = 0;  // next to the queries
   using Parts = PostPart;
 
   // A barrier must follow before the first page.
-  SVDQ_DEVICE AbsorbedTiles(uint8_t* shared, const AttendParams& p,
-                            const AttendWorkspace& workspace, const BlockRows& rows,
-                            const HeadPlan& head, WarpShare share)
+  SVDQ_DEVICE FoldedTiles(uint8_t* shared, const AttendParams& p, const AttendWorkspace& workspace,
+                          const BlockRows& rows, const HeadPlan& head, WarpShare share)
       : bands_(head.post) {
     // The B operands of two row tiles are the halves of an A operand.
     Words4* query = reinterpret_cast<Words4*>(shared);
     const int64_t tile = rows.sequence_head * workspace.row_tiles + rows.tile;
     const int tile_words = max_steps(p.keys.layout.head_dim) * kWarpSize;
-    const Words2* weights = workspace.absorbed.fragments + tile * tile_words;
+    const Words2* weights = workspace.folded.fragments + tile * tile_words;
     int steps = 0;
     for_each_band(bands_, [&]<int kWidth>(int count) { steps += band_steps(count); });
     for (int pair = 0; pair < workspace.page_tiles / 2; ++pair) {
@@ -68,8 +67,8 @@ class AbsorbedTiles {
     query_ = query + share.pair * steps * kWarpSize;
     for (int i = 0; i < 2; ++i) {
       const int64_t row = tile * kRowTile + share.pair * kWarpRows + lane_index() / 4 + i * 8;
-      unit_[i] = load(&workspace.absorbed.step[row]) * kCodeUnit;
-      offset_[i] = load(&workspace.absorbed.offset[row]);
+      unit_[i] = load(&workspace.folded.step[row]) * kCodeUnit;
+      offset_[i] = load(&workspace.folded.offset[row]);
     }
   }
 
@@ -101,16 +100,16 @@ class AbsorbedTiles {
 };
 
 // pre-RoPE channels, coded before RoPE: the block reconstructs the columns of all 64 tokens once, up to 128
-// columns at a time, turns them by the tokens' positions and leaves them in shared memory as
+// columns at a time, rotates them by the tokens' positions and leaves them in shared memory as
 // halves, where every warp multiplies them with its queries.
 //
 // A warp reconstructs kTilesAtOnce tiles of 8 columns at a time: what is left of the registers.
-template <int kDimension, int kTilesAtOnce = kDimension == 128 ? 4 : 2, bool kOwnSlots = false>
+template <int kDimension, int kTilesAtOnce = kDimension == 128 ? 4 : 2, bool kGatheredPages = false>
 class ReconstructedTiles {
  public:
   static constexpr int kDim = kDimension;
-  static constexpr bool kGathered = kOwnSlots;
-  using Lean = ReconstructedTiles<kDim, 2, kOwnSlots>;
+  static constexpr bool kGathered = kGatheredPages;
+  using Lean = ReconstructedTiles<kDim, 2, kGatheredPages>;
   static constexpr int kChunk = kDim < 128 ? kDim : 128;  // columns at a time
   using Matrix = TokenMatrix<kChunk>;
   static constexpr int kSharedBytes = kPageTokens * Matrix::kRowBytes;
@@ -122,14 +121,14 @@ class ReconstructedTiles {
                                  const HeadPlan& head, WarpShare share)
       : bands_(head.pre),
         dim_(p.keys.layout.head_dim),
-        half_(p.keys.codec.rope.rotary_pairs),
+        rotary_pairs_(p.keys.codec.rope.rotary_pairs),
         warps_(tile_threads<kDim>(workspace.page_tiles) / kWarpSize),
         offset_rotation_(workspace.offset_rotation),
         page_rotation_(workspace.page_rotation + int64_t{rows.sequence} * workspace.max_pages *
                                                      p.keys.codec.rope.rotary_pairs),
         token_rotations_(p, workspace, rows) {
     const int64_t tile = rows.sequence_head * (dim_ / kRowTile);
-    weights_ = workspace.columns.fragments + tile * max_steps(dim_) * kWarpSize;
+    folded_ = workspace.columns.fragments + tile * max_steps(dim_) * kWarpSize;
     unit_ = workspace.columns.step + tile * kRowTile;
     offset_ = workspace.columns.offset + tile * kRowTile;
 
@@ -144,9 +143,9 @@ class ReconstructedTiles {
         float q[2];
         SVDQ_UNROLL
         for (int e = 0; e < 2; ++e) {
-          const Coord at = FragmentA16::place(lane_index(), 2 * w + e);
+          const Coord at = FragmentA16::coord(lane_index(), 2 * w + e);
           const int row = pair * kWarpRows + at.row;
-          const int channel = column_channel(step * 16 + at.col, half_);
+          const int channel = column_channel(step * 16 + at.col, rotary_pairs_);
           q[e] = row < rows.count ? load_query(p, rows, row, channel) : 0.0f;
         }
         a.word[w] = pack_half2(q[0], q[1]);
@@ -214,7 +213,7 @@ class ReconstructedTiles {
         for (int t = 0; t < kKeyTiles; ++t) {
           if ((first_tile + t) * kRowTile >= dim_) break;
           const int64_t at = (int64_t{first_tile + t} * max_steps(dim_) + step) * kWarpSize;
-          const Words2 b = load(&weights_[at + lane_index()]);
+          const Words2 b = load(&folded_[at + lane_index()]);
           SVDQ_UNROLL
           for (int group = 0; group < kGroups; ++group)
             MmaHalf::run(key[group][t], a[group], b.word);
@@ -237,10 +236,12 @@ class ReconstructedTiles {
     Floats2 unit = load(reinterpret_cast<const Floats2*>(&unit_[column]));
     unit = {unit.x * kCodeUnit, unit.y * kCodeUnit};
     const Floats2 offset = load(reinterpret_cast<const Floats2*>(&offset_[column]));
-    const bool turns = column < 2 * half_;
-    const uint64_t pair_turn = kOwnSlots && turns ? token_rotations_.pair_turn(column / 2) : 0;
+    const bool rotates = column < 2 * rotary_pairs_;
+    const uint64_t pair_frequency =
+        kGatheredPages && rotates ? token_rotations_.pair_frequency(column / 2) : 0;
     Floats2 first{1.0f, 0.0f};
-    if (!kOwnSlots && turns) first = load(&page_rotation_[int64_t{page} * half_ + column / 2]);
+    if (!kGatheredPages && rotates)
+      first = load(&page_rotation_[int64_t{page} * rotary_pairs_ + column / 2]);
     SVDQ_UNROLL
     for (int group = 0; group < kGroups; ++group) {
       SVDQ_UNROLL
@@ -248,16 +249,17 @@ class ReconstructedTiles {
         float x = key[group][t][2 * half] * unit.x + offset.x;
         float y = key[group][t][2 * half + 1] * unit.y + offset.y;
         const int token = group * kLanes + half * 8 + lane_index() / 4;
-        if (turns) {
+        if (rotates) {
           Floats2 turn;
-          if constexpr (kOwnSlots) {
-            turn = token_rotations_.at(pair_turn, page, token);
+          if constexpr (kGatheredPages) {
+            turn = token_rotations_.at(pair_frequency, page, token);
           } else {
-            turn = add_turns(first, load(&offset_rotation_[int64_t{token} * half_ + column / 2]));
+            turn = add_rotations(
+                first, load(&offset_rotation_[int64_t{token} * rotary_pairs_ + column / 2]));
           }
-          const float turned = x * turn.x - y * turn.y;
+          const float rotated = x * turn.x - y * turn.y;
           y = y * turn.x + x * turn.y;
-          x = turned;
+          x = rotated;
         }
         uint8_t* to = keys_ + Matrix::offset(token, piece) + lane_index() % 4 * 4;
         store(reinterpret_cast<uint32_t*>(to), pack_half2(x, y));
@@ -268,8 +270,8 @@ class ReconstructedTiles {
   const Words4* query_;
   uint8_t* keys_;
   Bands bands_;
-  int dim_, half_, warps_;
-  const Words2* weights_;
+  int dim_, rotary_pairs_, warps_;
+  const Words2* folded_;
   const float* unit_;
   const float* offset_;
   const Floats2* offset_rotation_;
@@ -278,15 +280,15 @@ class ReconstructedTiles {
 };
 
 // Hybrid keys: the scores of post-RoPE channels, to which those of pre-RoPE channels are added. Shared
-// memory is what pre-RoPE channels need, then the absorbed queries. pre-RoPE channels are few, so reading
+// memory is what pre-RoPE channels need, then the folded queries. pre-RoPE channels are few, so reading
 // them again for every tile of columns costs little, and registers are short.
-template <int kDimension, bool kOwnSlots = false>
+template <int kDimension, bool kGatheredPages = false>
 class HybridTiles {
  public:
   static constexpr int kDim = kDimension;
-  static constexpr bool kGathered = kOwnSlots;
-  using PreRope = ReconstructedTiles<kDim, 1, kOwnSlots>;
-  using PostRope = AbsorbedTiles<kDim>;
+  static constexpr bool kGathered = kGatheredPages;
+  using PreRope = ReconstructedTiles<kDim, 1, kGatheredPages>;
+  using PostRope = FoldedTiles<kDim>;
   using Parts = BothParts;
   using Lean = HybridTiles;
   static constexpr int kSharedBytes = PreRope::kSharedBytes + PostRope::kSharedBytes;

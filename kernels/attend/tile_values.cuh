@@ -102,7 +102,7 @@ class PackedTileValues {
   }
 
  private:
-  // Probabilities times scales of one group as A operands, and what turns products into values.
+  // Probabilities times scales of one group as A operands, and what rotates products into values.
   struct Operand {
     uint32_t a[kGroups][4];
     float unit;
@@ -173,7 +173,7 @@ class PackedTileValues {
 // Values of 16 bits, in a matrix in shared memory. Probabilities are as many terms as keep their
 // digits.
 template <int kDim, DataType kType>
-class ExactTileValues {
+class WindowTileValues {
  public:
   using Numbers = Numbers16<kType>;
   using Matrix = TokenMatrix<kDim>;

@@ -1,6 +1,6 @@
 // The attend stage for more than 8 query rows a KV head, as in speculation and chunked prefill: the
-// counterparts of attend_pages_kernel and attend_exact_kernel with up to 64 rows a block
-// (kernels/attend/tile_rows.cuh). Exact rows take this path where they and the queries share a dtype of 16
+// counterparts of attend_pages_kernel and attend_window_kernel with up to 64 rows a block
+// (kernels/attend/tile_rows.cuh). The window take this path where they and the queries share a dtype of 16
 // bits; others keep plain arithmetic. Tokens that causality hides from all rows of a block are
 // neither read nor multiplied.
 //
@@ -26,50 +26,47 @@ attend_page_tiles_kernel(AttendParams p, AttendWorkspace workspace, HeadTable he
   using Parts = typename Scores::Parts;
   const ValueLayout& value = p.keys.layout.value;
   const int split = block_y(), threads = tile_threads<kDim>(workspace.page_tiles);
-  const PageRun run = page_run(p, workspace, rows, split);
   const TokenSlots slots(p, rows);
-  bool valid = run.valid && (!Scores::kGathered || slots.valid());
-  const int last = run.last;
 
-  const int32_t* page_table = p.keys.page_table + int64_t{rows.sequence} * p.keys.table_stride;
+  // Start to copy the first pages.
   const int64_t value_offset = int64_t{rows.head} * value.page_bytes();
+  const int key_bytes = Parts::bytes(head);
+  const auto copy = [&](uint8_t* to, int64_t id, TokenRange tokens) {
+    copy_keys<Parts>(to, p.keys.pages + id * p.keys.layout.k_page_bytes + head.k_offset, head,
+                     threads);
+    Values::copy(to + key_bytes, p.v_pages + id * p.keys.layout.v_page_bytes + value_offset, value,
+                 tokens, threads);
+  };
   uint8_t* stages = shared + query_operand_bytes(workspace.page_tiles, workspace.query_steps) +
                     Scores::kSharedBytes;
-  const auto stage = [&](int n) { return stages + n % workspace.stages * workspace.stage_bytes; };
-  const auto known = [&](int64_t id) { return id >= 0 && id < p.keys.num_pages; };
-  const int key_bytes = Parts::bytes(head);
-  const auto fetch = [&](int n) {
-    const int64_t id = n < last ? load(&page_table[n]) : -1;
-    if (known(id)) {
-      copy_keys<Parts>(stage(n), p.keys.pages + id * p.keys.layout.k_page_bytes + head.k_offset,
-                       head, threads);
-      Values::copy(stage(n) + key_bytes, p.v_pages + id * p.keys.layout.v_page_bytes + value_offset,
-                   value, tokens_of_page(p, run, n), threads);
-    }
-    valid = valid && (known(id) || n >= last);
-    commit_copies();
-  };
-  int page = run.first;
-  for (int i = 0; i < workspace.stages - 1; ++i) fetch(page + i);
+  PageStream stream(
+      p.keys, rows.sequence,
+      page_range(p.keys, rows.sequence, split, workspace.split_pages, workspace.max_pages),
+      {stages, workspace.stages, workspace.stage_bytes}, copy);
+  stream.require(!Scores::kGathered || slots.valid());
 
   Scores scores(shared, p, workspace, rows, head, share);  // barriers before its use follow
-  Outliers outliers(p, rows, page);
+  Outliers outliers(p, rows, stream.page());
   RowState state[2] = {empty_row(), empty_row()};
   Values values;
   values.reset();
-  for (; page < last && valid; ++page) {
-    wait_copies_but(workspace.stages - 2);
-    sync_threads();
-    fetch(page + workspace.stages - 1);
+  for (; stream.has_page(); stream.advance()) {
+    stream.receive([] { sync_threads(); });
+    const int page = stream.page();
 
-    const TokenRange tokens = tokens_of_page(p, run, page);
-    const bool whole = tokens.begin == 0 && tokens.end == kPageTokens;
+    // Clear the scales of tokens that are not valid, which may be anything.
+    const TokenRange tokens = stream.tokens();
+    const bool whole = tokens.whole();
     if (!whole) {
-      Values::clear(stage(page) + key_bytes, value, tokens, threads);
+      Values::clear(stream.bytes() + key_bytes, value, tokens, threads);
       sync_threads();
     }
+
+    // Score the page by its codes.
     float score[2 * kGroups][4], factor[2];
-    scores.score(stage(page), page, score);
+    scores.score(stream.bytes(), page, score);
+
+    // Patch the scores of outliers.
     outliers.for_each(page, [&](int token, int index) {
       SVDQ_UNROLL
       for (int half = 0; half < 2; ++half) {
@@ -82,6 +79,8 @@ attend_page_tiles_kernel(AttendParams p, AttendWorkspace workspace, HeadTable he
         }
       }
     });
+
+    // Mask tokens that are not valid.
     if (!whole) {
       SVDQ_UNROLL
       for (int i = 0; i < 8 * kGroups; ++i) {
@@ -94,10 +93,14 @@ attend_page_tiles_kernel(AttendParams p, AttendWorkspace workspace, HeadTable he
         if (!slots.has(page, score_token(i / 4, i % 4))) score[i / 4][i % 4] = no_score();
       }
     }
+
+    // Turn scores into probabilities.
     softmax_tiles(score, state, factor);
-    values.add(stage(page) + key_bytes, value, score, factor, share.part);
+
+    // Accumulate the values.
+    values.add(stream.bytes() + key_bytes, value, score, factor, share.part);
   }
-  wait_copies<0>();  // of pages behind one that cannot be read
+  const bool valid = stream.finish();
 
   const int dim = p.keys.layout.head_dim;
   values.write(tile_output(workspace, rows, share, split, dim), int64_t{workspace.splits()} * dim,
@@ -115,7 +118,7 @@ inline constexpr int kWindowTokens = kDim <= 64    ? 64
 template <int kDim>
 inline constexpr int kWindowStageBytes = 2 * kWindowTokens<kDim> * TokenMatrix<kDim>::kRowBytes;
 
-// Exact rows that any row of the block sees. The last q_len rows are the queries' own tokens.
+// The window that any row of the block sees. The last q_len rows are the queries' own tokens.
 SVDQ_DEVICE int visible_rows(const AttendParams& p, const BlockRows& rows, int length) {
   if (!p.causal) return length;
   const int64_t first = rows.first % p.queries.length;
@@ -124,7 +127,7 @@ SVDQ_DEVICE int visible_rows(const AttendParams& p, const BlockRows& rows, int l
   return length - static_cast<int>(p.queries.length - 1 - latest);
 }
 
-// Queries and exact rows have dtype kType. Grid: x = head and block of rows, y = split of the exact
+// Queries and the window have dtype kType. Grid: x = head and block of rows, y = split of the exact
 // rows, z = sequence; shared memory: TileMemory.
 template <int kDim, DataType kType>
 SVDQ_KERNEL(kTileThreads<kDim>)
@@ -171,7 +174,7 @@ attend_window_tiles_kernel(AttendParams p, AttendWorkspace workspace) {
     Words4 a;
     SVDQ_UNROLL
     for (int w = 0; w < 4; ++w) {
-      const Coord at = FragmentA16::place(lane_index(), 2 * w);
+      const Coord at = FragmentA16::coord(lane_index(), 2 * w);
       const int row = pair * kWarpRows + at.row;
       const uint16_t* numbers = from + int64_t{row} * dim + step * 16 + at.col;
       a.word[w] = row < rows.count ? load(reinterpret_cast<const uint32_t*>(numbers)) : 0;
@@ -180,7 +183,7 @@ attend_window_tiles_kernel(AttendParams p, AttendWorkspace workspace) {
   }
   query += share.pair * steps * kWarpSize;
 
-  // Exact rows that this thread's two query rows see.
+  // The window that this thread's two query rows see.
   int visible[2];
   for (int i = 0; i < 2; ++i) {
     const int64_t row = rows.first + share.pair * kWarpRows + lane_index() / 4 + i * 8;
@@ -190,7 +193,7 @@ attend_window_tiles_kernel(AttendParams p, AttendWorkspace workspace) {
   }
   const float unit = p.queries.sm_scale * kLog2E;
   RowState state[2] = {empty_row(), empty_row()};
-  ExactTileValues<kDim, kType> values;
+  WindowTileValues<kDim, kType> values;
   values.reset();
   for (int first = begin; first < end; first += kTokens) {
     wait_copies<0>();
@@ -214,7 +217,7 @@ attend_window_tiles_kernel(AttendParams p, AttendWorkspace workspace) {
   write_tile_states(state, workspace, rows, share, split, valid);
 }
 
-// Bytes of shared memory of a block but for its stages.
+// Bytes of shared memory of a block except for its stages.
 template <typename Scores>
 constexpr int page_tiles_fixed_bytes(int tiles, int query_steps) {
   return query_operand_bytes(tiles, query_steps) + Scores::kSharedBytes;

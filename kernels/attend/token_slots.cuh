@@ -1,6 +1,6 @@
 // Tokens of gathered pages (AttendParams::token_slots): each has a slot of its own or none, and each
-// KV head others. A token without one does not count; its value is zeros. pre-RoPE channels are rotated
-// by the token's own position, from how far a pair turns in one: two instructions and a fast sine
+// KV head others. A token without one is not valid; its value is zeros. pre-RoPE channels are rotated
+// by the token's own position, from how far a pair rotates in one: two instructions and a fast sine
 // where pages that lie together take a table's entry.
 #pragma once
 
@@ -34,17 +34,17 @@ class TokenRotations {
   SVDQ_DEVICE TokenRotations(const AttendParams& p, const AttendWorkspace& workspace,
                              const BlockRows& rows)
       : slots_(p, rows),
-        turns_(workspace.pair_turns),
+        frequencies_(workspace.pair_frequencies),
         first_position_(p.keys.first_position ? load(&p.keys.first_position[rows.sequence]) : 0) {}
 
-  SVDQ_DEVICE uint64_t pair_turn(int pair) const { return load(&turns_[pair]); }
-  SVDQ_DEVICE Floats2 at(uint64_t pair_turn, int page, int token) const {
-    return turn_at(pair_turn, int64_t{first_position_} + slots_.slot(page, token));
+  SVDQ_DEVICE uint64_t pair_frequency(int pair) const { return load(&frequencies_[pair]); }
+  SVDQ_DEVICE Floats2 at(uint64_t pair_frequency, int page, int token) const {
+    return rotation_at(pair_frequency, int64_t{first_position_} + slots_.slot(page, token));
   }
 
  private:
   TokenSlots slots_;
-  const uint64_t* turns_;
+  const uint64_t* frequencies_;
   int first_position_;
 };
 

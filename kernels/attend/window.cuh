@@ -1,4 +1,4 @@
-// The attend stage over exact rows: sinks, window, outliers and the new tokens themselves. They are
+// The attend stage over the window: sinks, window, outliers and the new tokens themselves. They are
 // few, so plain arithmetic in float serves all dtypes; partial results join those of the pages.
 #pragma once
 
@@ -31,7 +31,7 @@ SVDQ_DEVICE void score_rows(WindowPlan<kDim>& s, const AttendParams& p, int64_t 
   }
 }
 
-// Grid: x = head and row tile, y = split of the exact rows, z = sequence.
+// Grid: x = head and row tile, y = split of the the window, z = sequence.
 template <int kDim>
 SVDQ_KERNEL(kAttendThreads)
 attend_window_kernel(AttendParams p, AttendWorkspace workspace) {
@@ -48,7 +48,7 @@ attend_window_kernel(AttendParams p, AttendWorkspace workspace) {
     const int row = i / dim;
     store(&s.query[row][i % dim], row < rows.count ? load_query(p, rows, row, i % dim) : 0.0f);
   }
-  // Exact rows that this thread's two query rows see: the last q_len are the queries' own tokens.
+  // The window that this thread's two query rows see: the last q_len are the queries' own tokens.
   const int group = lane_index() / 4, column = lane_index() % 4 * 2;
   int visible[2];
   for (int i = 0; i < 2; ++i) {
@@ -57,7 +57,7 @@ attend_window_kernel(AttendParams p, AttendWorkspace workspace) {
   }
 
   RowState state[2] = {empty_row(), empty_row()};
-  ExactValues<kDim> values;
+  WindowValues<kDim> values;
   values.reset();
   const int64_t base = rows.sequence * p.window.batch_stride + rows.head * p.window.head_stride;
   for (int first = begin; first < end; first += kPageTokens) {

@@ -1,13 +1,13 @@
 // The basis stage: the kernels around the two library calls that find principal axes.
 //
-// covariance: keys are read once, turned back, and written less a shift as float rows, a bounded
+// covariance: keys are read once, rotated back, and written less a shift as float rows, a bounded
 // number of tokens at a time; a batched matrix product adds their Gram matrices, and the covariance
 // is G / T - delta delta^T, delta being what the mean is off the shift. Rows are float and shifted,
 // not the keys as they came, because keys lie far from zero: G / T and mean mean^T would be large,
 // nearly equal numbers, whose difference is lost in the rounding of the sum. The shift, as on the
 // CPU, is the mean of the first 64 tokens.
 //
-// components: eigenvectors, which come by rising eigenvalue, turned into rows by falling variance.
+// components: eigenvectors, which come by rising eigenvalue, rotated into rows by falling variance.
 #pragma once
 
 #include "kernels/pack/project.cuh"
@@ -19,7 +19,7 @@ inline constexpr int kBasisThreads = 128;
 struct CovarianceWorkspace {
   TokenRows keys;
   int num_heads, head_dim;
-  int64_t first_run;     // of this launch
+  int64_t first_chunk;   // of this launch
   int64_t chunk_tokens;  // of this launch
   int num_slots;         // runs of the first launch, the longest
   bool first;            // launch: sums begin
@@ -62,7 +62,7 @@ SVDQ_DEVICE float column_sum(const ColumnPlan& s, int dim, int d) {
   return sum;
 }
 
-SVDQ_DEVICE int run_length(const CovarianceWorkspace& w, int64_t run) {
+SVDQ_DEVICE int chunk_pages(const CovarianceWorkspace& w, int64_t run) {
   const int64_t rest = w.keys.source.num_tokens - run * kPageTokens;
   return static_cast<int>(rest < kPageTokens ? rest : kPageTokens);
 }
@@ -70,7 +70,7 @@ SVDQ_DEVICE int run_length(const CovarianceWorkspace& w, int64_t run) {
 // The shift, and zeros in the Gram matrix that products are added to. Grid: y = head.
 SVDQ_KERNEL(kBasisThreads) shift_kernel(CovarianceWorkspace w) {
   ColumnPlan& s = shared_memory<ColumnPlan>();
-  const int dim = w.head_dim, count = run_length(w, 0);
+  const int dim = w.head_dim, count = chunk_pages(w, 0);
   sum_columns(s, w, 0, count, [](int, int, Floats8&) {});
   for (int d = thread_index(); d < dim; d += kBasisThreads) {
     store(&w.shift[int64_t{block_y()} * dim + d],
@@ -84,10 +84,10 @@ SVDQ_KERNEL(kBasisThreads) shift_kernel(CovarianceWorkspace w) {
 SVDQ_KERNEL(kBasisThreads) rows_kernel(CovarianceWorkspace w) {
   ColumnPlan& s = shared_memory<ColumnPlan>();
   const int dim = w.head_dim, head = block_y();
-  const int64_t run = w.first_run + block_x();
+  const int64_t run = w.first_chunk + block_x();
   const float* shift = w.shift + int64_t{head} * dim;
   float* rows = w.rows + (head * w.chunk_tokens + int64_t{block_x()} * kPageTokens) * dim;
-  sum_columns(s, w, run, run_length(w, run), [&](int row, int d, Floats8& x) {
+  sum_columns(s, w, run, chunk_pages(w, run), [&](int row, int d, Floats8& x) {
     SVDQ_UNROLL
     for (int q = 0; q < 8; q += 4) {
       const Floats4 less = load(reinterpret_cast<const Floats4*>(&shift[d + q]));

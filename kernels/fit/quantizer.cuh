@@ -9,7 +9,7 @@
 
 #include "kernels/pages/heads.cuh"
 #include "kernels/pack/project.cuh"
-#include "kernels/machine/tensor_core.cuh"
+#include "kernels/machine/device.cuh"
 #include "kernels/pages/code_fragments.cuh"
 
 namespace svdq::device {
@@ -21,8 +21,8 @@ inline constexpr int kMostSamples = kFitShares * kPageTokens;
 
 struct QuantizerWorkspace {
   TokenRows keys;
-  int64_t num_runs;
-  int shares;         // min(num_runs, kFitShares)
+  int64_t num_chunks;
+  int shares;         // min(num_chunks, kFitShares)
   int first_head;     // of this launch
   int first_channel;  // of first_head
   float* latents;     // [channels of the launch, shares * 64], where ranges are searched for
@@ -60,16 +60,16 @@ SVDQ_DEVICE void join_ends(LatentPlan<kDim>& s, int channel, float latent, bool 
   float least = counts ? latent : infinity, most = counts ? latent : -infinity;
   SVDQ_UNROLL
   for (int mask = kLanes / 2; mask > 0; mask /= 2) {
-    const float other_least = shuffle_xor(least, mask, members),
-                other_most = shuffle_xor(most, mask, members);
-    least = other_least < least ? other_least : least;
-    most = other_most > most ? other_most : most;
+    const float other_min = shuffle_xor(least, mask, members),
+                other_max = shuffle_xor(most, mask, members);
+    least = other_min < least ? other_min : least;
+    most = other_max > most ? other_max : most;
   }
   if (lane_index() % kLanes > 0) return;
   if (!first) {
-    const float before_least = load(&s.least[channel]), before_most = load(&s.most[channel]);
-    least = before_least < least ? before_least : least;
-    most = before_most > most ? before_most : most;
+    const float before_min = load(&s.least[channel]), before_max = load(&s.most[channel]);
+    least = before_min < least ? before_min : least;
+    most = before_max > most ? before_max : most;
   }
   store(&s.least[channel], least);
   store(&s.most[channel], most);
@@ -77,9 +77,9 @@ SVDQ_DEVICE void join_ends(LatentPlan<kDim>& s, int channel, float latent, bool 
 
 // Latents of one run, 16 slots at a time: each half warp takes 4 channels, a lane a slot.
 template <int kDim, bool kSearch>
-SVDQ_DEVICE void project_run(LatentPlan<kDim>& s, const QuantizerParams& p,
-                             const QuantizerWorkspace& w, const HeadPlan& head, int head_index,
-                             int64_t run, bool first) {
+SVDQ_DEVICE void project_chunk(LatentPlan<kDim>& s, const QuantizerParams& p,
+                               const QuantizerWorkspace& w, const HeadPlan& head, int head_index,
+                               int64_t run, bool first) {
   const int dim = p.layout.head_dim, lane = lane_index() % kLanes;
   const int64_t rest = w.keys.source.num_tokens - run * kPageTokens;
   const PageSpan span{0, run * kPageTokens, 0,
@@ -117,11 +117,11 @@ latents_kernel(QuantizerParams p, QuantizerWorkspace w, HeadTable heads) {
   const int head_index = w.first_head + block_y();
   const HeadPlan head = head_plan(heads, head_index);
   if constexpr (kSearch) {
-    const int64_t run = block_x() * w.num_runs / w.shares;
-    project_run<kDim, true>(s, p, w, head, head_index, run, true);
+    const int64_t run = block_x() * w.num_chunks / w.shares;
+    project_chunk<kDim, true>(s, p, w, head, head_index, run, true);
   } else {
-    for (int64_t run = block_x(); run < w.num_runs; run += w.shares)
-      project_run<kDim, false>(s, p, w, head, head_index, run, run == block_x());
+    for (int64_t run = block_x(); run < w.num_chunks; run += w.shares)
+      project_chunk<kDim, false>(s, p, w, head, head_index, run, run == block_x());
     for (int j = thread_index(); j < head.rank(); j += kFitThreads) {
       const int64_t at = (int64_t{head.first_channel} + j) * w.shares + block_x();
       store(&w.least[at], load(&s.least[j]));
@@ -204,7 +204,7 @@ SVDQ_DEVICE float candidate_error(const float* errors, int candidates) {
 }
 
 // The lane of the least number, of equals the first. All lanes get the same answer, NaN or not.
-SVDQ_DEVICE int first_least(float x) {
+SVDQ_DEVICE int first_min(float x) {
   int lane = lane_index();
   SVDQ_UNROLL
   for (int mask = kWarpSize / 2; mask > 0; mask /= 2) {
@@ -296,7 +296,7 @@ search_range_kernel(QuantizerParams p, QuantizerWorkspace w, HeadTable heads, in
   }
   sync_threads();
   const float error = candidate_error(s.error, 1 + kCoarse);
-  const int best = first_least(error);
+  const int best = first_min(error);
   if (best == 0) {
     if (thread_index() == 0) store_range(p, w, channel, full);
     return;
@@ -310,7 +310,7 @@ search_range_kernel(QuantizerParams p, QuantizerWorkspace w, HeadTable heads, in
   sync_threads();
   if (warp_index() > 0) return;
   const float fine_error = candidate_error(s.fine_error, kFine);
-  const int fine = first_least(fine_error);
+  const int fine = first_min(fine_error);
   const bool better = shuffle(fine_error, fine) < shuffle(error, best);
   const CodeRange range = clipped(better ? fine_multiple(coarse, fine) : coarse);
   if (lane_index() == 0) store_range(p, w, channel, range);

@@ -1,6 +1,6 @@
-// The thin layer between kernels and machine, and the only file that knows nvcc from the emulator.
+// The thin layer between kernels and machine, and the only file that tells nvcc from the emulator.
 // Under nvcc every function here is one instruction or intrinsic; under g++ csrc/emulator/shim.h, which
-// must come first, provides the same names.
+// must come first, provides the same names, those of tensor_core.cuh included.
 //
 //   SVDQ_KERNEL(threads), SVDQ_DEVICE          what a kernel, a device function starts with
 //   thread_index, lane_index, warp_index, block_x/y/z, grid_x
@@ -187,6 +187,8 @@ SVDQ_DEVICE void sine_cosine_fast(float x, float& sine, float& cosine) {
 }
 
 }  // namespace svdq::device
+
+#include "kernels/machine/tensor_core.cuh"
 
 #endif
 

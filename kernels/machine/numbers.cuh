@@ -56,4 +56,18 @@ SVDQ_DEVICE Floats8 load_eight(const void* data, DataType dtype, int64_t index, 
   return eight;
 }
 
+// Sum and maximum over the lanes of a warp; every lane gets it.
+SVDQ_DEVICE float warp_sum(float x) {
+  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+  return x;
+}
+
+SVDQ_DEVICE float warp_max(float x) {
+  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) {
+    const float other = shuffle_xor(x, mask);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+
 }  // namespace svdq::device

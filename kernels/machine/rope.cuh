@@ -1,5 +1,5 @@
 // The rotations of RoPE that the pages of a call need: by the 64 slots of a page, shared by all
-// pages and heads, and to the first position of every page. Keys are turned by the former and
+// pages and heads, and to the first position of every page. Keys are rotated by the former and
 // queries back by the latter, so that no inner loop computes a sine.
 #pragma once
 
@@ -21,7 +21,7 @@ struct RotationParams {
   Floats2* pages;  // [B, num_pages, half] of the pages' first positions
 };
 
-// Cosine and sine of position * frequency, whatever the position: whole turns are taken off in
+// Cosine and sine of position * frequency, whatever the position: whole rotates are taken off in
 // double.
 SVDQ_DEVICE Floats2 rotation(int64_t position, float frequency) {
   constexpr double kTurn = 6.283185307179586476925;
@@ -32,7 +32,7 @@ SVDQ_DEVICE Floats2 rotation(int64_t position, float frequency) {
 }
 
 // The turn by the sum of two angles: that of a page's first position and that of a slot.
-SVDQ_DEVICE Floats2 add_turns(const Floats2& a, const Floats2& b) {
+SVDQ_DEVICE Floats2 add_rotations(const Floats2& a, const Floats2& b) {
   return {a.x * b.x - a.y * b.y, a.y * b.x + a.x * b.y};
 }
 
@@ -52,23 +52,23 @@ SVDQ_KERNEL(kRotationThreads) rotations_kernel(RotationParams p) {
 }
 
 // Tokens of gathered pages come from anywhere, so their rotations are no sums of two from a table.
-// What they need by pair is how far it turns in a position, as a fraction of 2^64 of a turn: times a
-// position that is exact but for whole turns, and for 2^-63 a position.
-SVDQ_KERNEL(kRotationThreads) pair_turns_kernel(Rope rope, uint64_t* turns) {
+// What they need by pair is how far it rotates in a position, as a fraction of 2^64 of a turn: times a
+// position that is exact except for whole rotates, and for 2^-63 a position.
+SVDQ_KERNEL(kRotationThreads) pair_frequencies_kernel(Rope rope, uint64_t* rotates) {
   constexpr double kTurn = 6.283185307179586476925;
   const int i = block_x() * kRotationThreads + thread_index();
   if (i >= rope.rotary_pairs) return;
   const double part = static_cast<double>(load(&rope.inv_freq[i])) / kTurn;
   const double fraction = part - round_double(part);  // at most a half either way
-  store(&turns[i], static_cast<uint64_t>(static_cast<int64_t>(fraction * 0x1p63)) << 1);
+  store(&rotates[i], static_cast<uint64_t>(static_cast<int64_t>(fraction * 0x1p63)) << 1);
 }
 
-inline LaunchShape pair_turns_launch(const Rope& rope) {
+inline LaunchShape pair_frequencies_launch(const Rope& rope) {
   return {(rope.rotary_pairs + kRotationThreads - 1) / kRotationThreads, 1, 1, kRotationThreads, 0};
 }
 
 // Cosine and sine at a position, off by 2^-20.
-SVDQ_DEVICE Floats2 turn_at(uint64_t turn, int64_t position) {
+SVDQ_DEVICE Floats2 rotation_at(uint64_t turn, int64_t position) {
   constexpr float kUnit = 1.46291807926715968e-9f;  // radians of 2^-32 of a turn
   const uint64_t phase = turn * static_cast<uint64_t>(position);
   Floats2 result;

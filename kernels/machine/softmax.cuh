@@ -6,7 +6,7 @@
 #pragma once
 
 #include "kernels/machine/math.h"
-#include "kernels/machine/tensor_core.cuh"
+#include "kernels/machine/device.cuh"
 
 namespace svdq::device {
 
@@ -17,7 +17,7 @@ struct RowState {
   float sum;
 };
 
-// What turns every result into NaN: the state of keys that cannot be read.
+// What rotates every result into NaN: the state of keys that cannot be read.
 SVDQ_DEVICE float poisoned_score() { return int_as_float(0x7f800000u); }  // +inf
 
 SVDQ_DEVICE RowState empty_row() { return {no_score(), 0.0f}; }

@@ -2,7 +2,7 @@
 // quantized by token and group, and their codes laid into page lines; for a prefill or for one page
 // that leaves the window. Grid: x = page, y = head.
 //
-// Projection costs rank * D multiply-adds a token, which is nothing beside the prefill that made
+// Projection costs rank * D multiply-adds a token, which is nothing next to the prefill that made
 // the token; so it keeps the CPU's order of them (kernels/pack/project.cuh) and gives the same bytes.
 #pragma once
 
@@ -96,15 +96,15 @@ SVDQ_DEVICE void quantize_latents(PackPlan<kDim>& s, const PackKeysParams& p, co
 template <int kDim>
 SVDQ_KERNEL(kPackThreads)
 pack_keys_kernel(PackKeysParams p, TokenRows keys, HeadTable heads, PageIds ids,
-                 int64_t first_run) {
+                 int64_t first_chunk) {
   PackPlan<kDim>& s = shared_memory<PackPlan<kDim>>();
   const int dim = p.layout.head_dim, head_index = block_y();
   const HeadPlan head = head_plan(heads, head_index);
-  const PageSpan span = page_span(ids, p.slot, p.keys.num_tokens, first_run, block_x());
+  const PageSpan span = page_span(ids, p.slot, p.keys.num_tokens, first_chunk, block_x());
   const float* mean = p.codec.mean + int64_t{head_index} * dim;
 
   for (int group = 0; group < kGroups; ++group) {
-    load_rows(s.rows, keys, head_index, dim, span, first_run + block_x(), group, mean,
+    load_rows(s.rows, keys, head_index, dim, span, first_chunk + block_x(), group, mean,
               kPackThreads);
     sync_threads();
     quantize_latents(s, p, head, span, group);
@@ -156,10 +156,10 @@ SVDQ_DEVICE void quantize_group(PackPlan<kDim>& s, const ValueLayout& value, int
 // Packed values, 2 or 4 bits; `aligned` as in TokenRows.
 template <int kDim, int kBits>
 SVDQ_KERNEL(kPackThreads)
-pack_values_kernel(PackValuesParams p, bool aligned, PageIds ids, int64_t first_run) {
+pack_values_kernel(PackValuesParams p, bool aligned, PageIds ids, int64_t first_chunk) {
   PackPlan<kDim>& s = shared_memory<PackPlan<kDim>>();
   const ValueLayout& value = p.layout.value;
-  const PageSpan span = page_span(ids, p.slot, p.values.num_tokens, first_run, block_x());
+  const PageSpan span = page_span(ids, p.slot, p.values.num_tokens, first_chunk, block_x());
   const TokenRows rows{p.values, 0, nullptr, nullptr, aligned};
   uint8_t* page = p.pages + span.page * p.layout.v_page_bytes + block_y() * value.page_bytes();
   for (int group = 0; group < kGroups; ++group) {
@@ -178,8 +178,8 @@ pack_values_kernel(PackValuesParams p, bool aligned, PageIds ids, int64_t first_
 // Exact values: rows are copied number by number, since a source may be aligned to no more.
 template <typename Number>
 SVDQ_KERNEL(kPackThreads)
-copy_values_kernel(PackValuesParams p, PageIds ids, int64_t first_run) {
-  const PageSpan span = page_span(ids, p.slot, p.values.num_tokens, first_run, block_x());
+copy_values_kernel(PackValuesParams p, PageIds ids, int64_t first_chunk) {
+  const PageSpan span = page_span(ids, p.slot, p.values.num_tokens, first_chunk, block_x());
   const int dim = p.layout.head_dim;
   Number* page = reinterpret_cast<Number*>(p.pages + span.page * p.layout.v_page_bytes +
                                            block_y() * p.layout.value.page_bytes());

@@ -1,4 +1,4 @@
-// The project stage: keys of one head as float rows, turned back to position 0 and centred, and the
+// The project stage: keys of one head as float rows, rotated back to position 0 and centred, and the
 // latents of those rows on a basis. Pieces of other kernels; nothing is launched from here.
 //
 // Projection is a chain of single-rounded multiply-adds over ascending channels, the order that the
@@ -17,13 +17,13 @@ namespace svdq::device {
 // positions.
 struct TokenRows {
   TokenSource source;
-  int half;                        // pairs that RoPE turned; 0: none
+  int half;                        // pairs that RoPE rotated; 0: none
   const Floats2* offset_rotation;  // [64, half], null where half == 0
   const Floats2* page_rotation;    // [runs, half], of each run's offset 0; likewise
   bool aligned;                    // aligned_rows(source)
 };
 
-// Channels d .. d + 7 of a token at offset `offset` of run `run`, turned back to position 0.
+// Channels d .. d + 7 of a token at offset `offset` of run `run`, rotated back to position 0.
 SVDQ_DEVICE Floats8 load_channels(const TokenRows& from, int head, int64_t token, int64_t run,
                                   int offset, int d) {
   const void* data = from.source.data;
@@ -47,10 +47,10 @@ SVDQ_DEVICE Floats8 load_channels(const TokenRows& from, int head, int64_t token
   for (int i = 0; i < 8; ++i) {
     const bool first = d + i < half, second = !first && d + i < 2 * half;
     const int pair = first ? d + i : second ? d + i - half : 0;
-    const Floats2 turn = add_turns(load(&from.page_rotation[run * half + pair]),
-                                   load(&from.offset_rotation[int64_t{offset} * half + pair]));
-    const float turned = x.x[i] * turn.x + (first ? other.x[i] : -other.x[i]) * turn.y;
-    x.x[i] = first || second ? turned : x.x[i];
+    const Floats2 turn = add_rotations(load(&from.page_rotation[run * half + pair]),
+                                       load(&from.offset_rotation[int64_t{offset} * half + pair]));
+    const float rotated = x.x[i] * turn.x + (first ? other.x[i] : -other.x[i]) * turn.y;
+    x.x[i] = first || second ? rotated : x.x[i];
   }
   return x;
 }

@@ -11,7 +11,7 @@
 
 namespace svdq::device {
 
-inline constexpr int kInspectThreads = 128;
+inline constexpr int kUnpackThreads = 128;
 
 // Calls fn.template operator()<width>(first, count, lines) for every band of a head: its first
 // channel, counted in the head, its channels and its lines.
@@ -46,17 +46,17 @@ SVDQ_DEVICE float code_of(uint32_t codes, int i) {
 }
 
 // codes [num_tokens, R]. Every band is a multiple of 4 channels, so 4 codes are stored at once.
-SVDQ_KERNEL(kInspectThreads)
-unpack_codes_kernel(UnpackParams p, HeadTable heads, PageIds ids, int64_t first_run,
+SVDQ_KERNEL(kUnpackThreads)
+unpack_codes_kernel(UnpackParams p, HeadTable heads, PageIds ids, int64_t first_chunk,
                     uint8_t* codes) {
   const HeadPlan head = head_plan(heads, block_y());
-  const PageSpan span = page_span(ids, p.slot, p.num_tokens, first_run, block_x());
+  const PageSpan span = page_span(ids, p.slot, p.num_tokens, first_chunk, block_x());
   uint8_t* to = codes + span.token * p.layout.rank + head.first_channel;
   for_each_coded_band(
       head, p.pages + span.page * p.layout.k_page_bytes,
       [&]<int kWidth>(int first, int count, const uint8_t* lines) {
         const int quads = count / kQuad;
-        for (int i = thread_index(); i < span.count * quads; i += kInspectThreads) {
+        for (int i = thread_index(); i < span.count * quads; i += kUnpackThreads) {
           const int t = i / quads, quad = i % quads;
           store(reinterpret_cast<uint32_t*>(to + int64_t{t} * p.layout.rank + first + quad * kQuad),
                 load_key_codes<kWidth>(lines, quad, span.first + t));
@@ -76,18 +76,18 @@ struct DecodeParams {
 };
 
 template <int kDim>
-struct InspectPlan {
+struct UnpackPlan {
   alignas(16) float latent[kDim][kLanes];  // [channel][slot]: a key's share of a row of the basis
   float row[kLanes][kDim + 1];             // rows apart in the banks
 };
 
 // Latents of the 16 slots of a group, whether they are in the span or not.
 template <int kDim>
-SVDQ_DEVICE void decode_latents(InspectPlan<kDim>& s, const DecodeParams& d, const HeadPlan& head,
+SVDQ_DEVICE void decode_latents(UnpackPlan<kDim>& s, const DecodeParams& d, const HeadPlan& head,
                                 const uint8_t* page, int group) {
   for_each_coded_band(head, page, [&]<int kWidth>(int first, int count, const uint8_t* lines) {
     constexpr float kMid = static_cast<float>((1 << kWidth) - 1) / 2;
-    for (int i = thread_index(); i < count / kQuad * kLanes; i += kInspectThreads) {
+    for (int i = thread_index(); i < count / kQuad * kLanes; i += kUnpackThreads) {
       const int lane = i % kLanes, quad = i / kLanes;
       const uint32_t codes = load_key_codes<kWidth>(lines, quad, group * kLanes + lane);
       SVDQ_UNROLL
@@ -102,10 +102,10 @@ SVDQ_DEVICE void decode_latents(InspectPlan<kDim>& s, const DecodeParams& d, con
 
 // Rows [16, D] = mean + latents x basis; a thread has a channel of 8 slots.
 template <int kDim>
-SVDQ_DEVICE void decode_rows(InspectPlan<kDim>& s, const DecodeParams& p, const HeadPlan& head,
+SVDQ_DEVICE void decode_rows(UnpackPlan<kDim>& s, const DecodeParams& p, const HeadPlan& head,
                              int head_index, int dim) {
   constexpr int kSlots = 8;
-  for (int i = thread_index(); i < dim * (kLanes / kSlots); i += kInspectThreads) {
+  for (int i = thread_index(); i < dim * (kLanes / kSlots); i += kUnpackThreads) {
     const int d = i % dim, slot = i / dim * kSlots;
     float sum[kSlots];
     const float mean = load(&p.mean[int64_t{head_index} * dim + d]);
@@ -127,20 +127,20 @@ SVDQ_DEVICE void decode_rows(InspectPlan<kDim>& s, const DecodeParams& p, const 
   }
 }
 
-// Writes the group's slots that lie in the span, turned to their positions.
+// Writes the group's slots that lie in the span, rotated to their positions.
 template <int kDim>
-SVDQ_DEVICE void store_keys(const InspectPlan<kDim>& s, const DecodeParams& p, const PageSpan& span,
+SVDQ_DEVICE void store_keys(const UnpackPlan<kDim>& s, const DecodeParams& p, const PageSpan& span,
                             int group, int64_t run, int dim, float* keys) {
   const int half = p.rope.rotary_pairs;
-  for (int i = thread_index(); i < kLanes * dim; i += kInspectThreads) {
+  for (int i = thread_index(); i < kLanes * dim; i += kUnpackThreads) {
     const int row = i / dim, d = i % dim, slot = group * kLanes + row;
     if (!span.has(slot)) continue;
     float x = load(&s.row[row][d]);
     if (d < 2 * half) {
       const bool first = d < half;
       const int pair = first ? d : d - half;
-      const Floats2 turn = add_turns(load(&p.page_rotation[run * half + pair]),
-                                     load(&p.offset_rotation[int64_t{slot} * half + pair]));
+      const Floats2 turn = add_rotations(load(&p.page_rotation[run * half + pair]),
+                                         load(&p.offset_rotation[int64_t{slot} * half + pair]));
       const float other = load(&s.row[row][first ? d + half : pair]);
       x = x * turn.x + (first ? -other : other) * turn.y;
     }
@@ -149,13 +149,13 @@ SVDQ_DEVICE void store_keys(const InspectPlan<kDim>& s, const DecodeParams& p, c
 }
 
 template <int kDim>
-SVDQ_KERNEL(kInspectThreads)
-unpack_keys_kernel(UnpackParams p, HeadTable heads, PageIds ids, int64_t first_run,
+SVDQ_KERNEL(kUnpackThreads)
+unpack_keys_kernel(UnpackParams p, HeadTable heads, PageIds ids, int64_t first_chunk,
                    DecodeParams d) {
-  InspectPlan<kDim>& s = shared_memory<InspectPlan<kDim>>();
+  UnpackPlan<kDim>& s = shared_memory<UnpackPlan<kDim>>();
   const int dim = p.layout.head_dim;
   const HeadPlan head = head_plan(heads, block_y());
-  const PageSpan span = page_span(ids, p.slot, p.num_tokens, first_run, block_x());
+  const PageSpan span = page_span(ids, p.slot, p.num_tokens, first_chunk, block_x());
   const uint8_t* page = p.pages + span.page * p.layout.k_page_bytes;
   float* keys = d.keys + block_y() * p.num_tokens * dim;
   for (int group = 0; group < kGroups; ++group) {
@@ -163,16 +163,16 @@ unpack_keys_kernel(UnpackParams p, HeadTable heads, PageIds ids, int64_t first_r
     sync_threads();
     decode_rows(s, d, head, block_y(), dim);
     sync_threads();
-    store_keys(s, d, span, group, first_run + block_x(), dim, keys);
+    store_keys(s, d, span, group, first_chunk + block_x(), dim, keys);
   }
 }
 
 // errors [H, stride] of tokens first .. first + num_tokens - 1: squared distance of a key from
 // decoded [H, num_tokens, D]. Grid: x = runs of tokens, one a warp, y = head.
-SVDQ_KERNEL(kInspectThreads)
+SVDQ_KERNEL(kUnpackThreads)
 key_errors_kernel(TokenSource keys, int64_t first, int64_t num_tokens, int dim,
                   const float* decoded, float* errors, int64_t stride) {
-  constexpr int kWarps = kInspectThreads / kWarpSize;
+  constexpr int kWarps = kUnpackThreads / kWarpSize;
   const int64_t token = int64_t{block_x()} * kWarps + warp_index();
   if (token >= num_tokens) return;
   const int64_t key = block_y() * keys.head_stride + (first + token) * keys.token_stride;
@@ -187,22 +187,22 @@ key_errors_kernel(TokenSource keys, int64_t first, int64_t num_tokens, int dim,
 }
 
 inline LaunchShape key_errors_launch(int num_heads, int64_t num_tokens) {
-  constexpr int kWarps = kInspectThreads / kWarpSize;
-  return {static_cast<int>((num_tokens + kWarps - 1) / kWarps), num_heads, 1, kInspectThreads, 0};
+  constexpr int kWarps = kUnpackThreads / kWarpSize;
+  return {static_cast<int>((num_tokens + kWarps - 1) / kWarps), num_heads, 1, kUnpackThreads, 0};
 }
 
 // values [H, num_tokens, D], of packed values; a thread has a channel of 4 slots.
 template <int kBits>
-SVDQ_KERNEL(kInspectThreads)
-unpack_values_kernel(UnpackParams p, PageIds ids, int64_t first_run, float* values) {
+SVDQ_KERNEL(kUnpackThreads)
+unpack_values_kernel(UnpackParams p, PageIds ids, int64_t first_chunk, float* values) {
   const ValueLayout& value = p.layout.value;
-  const PageSpan span = page_span(ids, p.slot, p.num_tokens, first_run, block_x());
+  const PageSpan span = page_span(ids, p.slot, p.num_tokens, first_chunk, block_x());
   const uint8_t* page =
       p.pages + span.page * p.layout.v_page_bytes + block_y() * value.page_bytes();
   const uint16_t* scales = reinterpret_cast<const uint16_t*>(page + value.scale_offset());
   const uint16_t* zeros = reinterpret_cast<const uint16_t*>(page + value.zero_offset());
   float* to = values + (block_y() * p.num_tokens + span.token) * value.head_dim;
-  for (int i = thread_index(); i < kTokenQuads * value.head_dim; i += kInspectThreads) {
+  for (int i = thread_index(); i < kTokenQuads * value.head_dim; i += kUnpackThreads) {
     const int quad = i / value.head_dim, d = i % value.head_dim;
     const uint32_t codes =
         load_codes<kBits>(page + value.code_offset(), d / kLanes * kTokenQuads + quad, d % kLanes);
@@ -219,20 +219,21 @@ unpack_values_kernel(UnpackParams p, PageIds ids, int64_t first_run, float* valu
 }
 
 // The same for exact values of `dtype`.
-SVDQ_KERNEL(kInspectThreads)
-widen_values_kernel(UnpackParams p, PageIds ids, int64_t first_run, DataType dtype, float* values) {
+SVDQ_KERNEL(kUnpackThreads)
+widen_values_kernel(UnpackParams p, PageIds ids, int64_t first_chunk, DataType dtype,
+                    float* values) {
   const ValueLayout& value = p.layout.value;
-  const PageSpan span = page_span(ids, p.slot, p.num_tokens, first_run, block_x());
+  const PageSpan span = page_span(ids, p.slot, p.num_tokens, first_chunk, block_x());
   const uint8_t* page =
       p.pages + span.page * p.layout.v_page_bytes + block_y() * value.page_bytes();
   float* to = values + (block_y() * p.num_tokens + span.token) * value.head_dim;
-  for (int i = thread_index(); i < span.count * value.head_dim; i += kInspectThreads)
+  for (int i = thread_index(); i < span.count * value.head_dim; i += kUnpackThreads)
     store(&to[i], load_number(page, dtype, int64_t{span.first} * value.head_dim + i));
 }
 
 // The launch over `pages` pages; bytes of shared memory as the kernel takes.
-inline LaunchShape inspect_launch(const UnpackParams& p, int pages, int smem_bytes = 0) {
-  return {pages, p.layout.num_heads, 1, kInspectThreads, smem_bytes};
+inline LaunchShape unpack_launch(const UnpackParams& p, int pages, int smem_bytes = 0) {
+  return {pages, p.layout.num_heads, 1, kUnpackThreads, smem_bytes};
 }
 
 }  // namespace svdq::device

@@ -11,7 +11,7 @@
 #pragma once
 
 #include "kernels/params.h"
-#include "kernels/machine/tensor_core.cuh"
+#include "kernels/machine/device.cuh"
 
 namespace svdq::device {
 

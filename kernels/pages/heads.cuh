@@ -7,7 +7,7 @@
 
 namespace svdq::device {
 
-inline constexpr int kMaxKvHeads = 128;  // what fits beside the other arguments in 4 KiB
+inline constexpr int kMaxKvHeads = 128;  // what fits next to the other arguments in 4 KiB
 
 struct HeadTable {
   struct Entry {

@@ -22,11 +22,11 @@ struct PageSpan {
   SVDQ_DEVICE bool has(int slot) const { return slot >= first && slot < first + count; }
 };
 
-// Page `first_run` + `run` of those that `num_tokens` tokens from `slot` on lie in; the launch has
-// those from `first_run` on.
+// Page `first_chunk` + `run` of those that `num_tokens` tokens from `slot` on lie in; the launch has
+// those from `first_chunk` on.
 SVDQ_DEVICE PageSpan page_span(const PageIds& ids, int64_t slot, int64_t num_tokens,
-                               int64_t first_run, int run) {
-  const int64_t page_slot = (slot / kPageTokens + first_run + run) * kPageTokens;
+                               int64_t first_chunk, int run) {
+  const int64_t page_slot = (slot / kPageTokens + first_chunk + run) * kPageTokens;
   const int64_t begin = slot > page_slot ? slot : page_slot;
   const int64_t end =
       slot + num_tokens < page_slot + kPageTokens ? slot + num_tokens : page_slot + kPageTokens;

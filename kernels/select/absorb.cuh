@@ -1,4 +1,4 @@
-// The queries of a KV head absorbed into its leading channels, as far as that does not depend on
+// The queries of a KV head folded into its leading channels, as far as that does not depend on
 // the page.
 //
 // A pre-RoPE channel's weight in a page is scale * (R_middle^T q . basis). By pairs (i, i + half) of
@@ -32,8 +32,8 @@ struct SelectVector {
 };
 
 // Cosine's and sine's coefficients of a pair, 0 for what is faster than the pages tell.
-SVDQ_DEVICE Floats2 turn_coefficients(const Rope& rope, const float* query,
-                                      const SelectVector& vector, int pair) {
+SVDQ_DEVICE Floats2 rotation_coefficients(const Rope& rope, const float* query,
+                                          const SelectVector& vector, int pair) {
   if (load(&rope.inv_freq[pair]) > kSelectFastest) return {0.0f, 0.0f};
   const float q = load(&query[pair]), other_q = load(&query[pair + rope.rotary_pairs]);
   const float b = vector[pair], other_b = vector[pair + rope.rotary_pairs];
@@ -70,7 +70,7 @@ select_absorb_kernel(SelectParams p, SelectWorkspace workspace, HeadTable heads)
     return SelectVector{p.keys.codec.basis + (channels + j) * dim, nullptr,
                         load(&p.keys.codec.scale[channels + j])};
   };
-  const auto turns = [&](int j) {  // the core, and its mean
+  const auto rotates = [&](int j) {  // the core, and its mean
     return half > 0 && (j < head.pre.rank() || j == head.rank());
   };
 
@@ -83,15 +83,15 @@ select_absorb_kernel(SelectParams p, SelectWorkspace workspace, HeadTable heads)
       const int j = o / rows;
       const float* query = s.query[o % rows];
       const SelectVector own = vector(j);
-      for (int d = (turns(j) ? 2 * half : 0) + lane; d < dim; d += kWarpSize)
+      for (int d = (rotates(j) ? 2 * half : 0) + lane; d < dim; d += kWarpSize)
         constant = fused(load(&query[d]), own[d], constant);
       if (j == head.rank() && p.keys.layout.rope == RopeMode::kHybrid) {
         for (int d = lane; d < dim; d += kWarpSize)
           constant = fused(load(&query[d]), load(&p.keys.codec.post_mean[sequence_head * dim + d]),
                            constant);
       }
-      for (int i = lane; turns(j) && i < half; i += kWarpSize) {
-        const Floats2 c = turn_coefficients(rope, query, own, i);
+      for (int i = lane; rotates(j) && i < half; i += kWarpSize) {
+        const Floats2 c = rotation_coefficients(rope, query, own, i);
         const float x = c.x < 0.0f ? -c.x : c.x, y = c.y < 0.0f ? -c.y : c.y;
         largest = x > largest ? x : largest;
         largest = y > largest ? y : largest;
@@ -107,15 +107,15 @@ select_absorb_kernel(SelectParams p, SelectWorkspace workspace, HeadTable heads)
   }
   sync_threads();
 
-  const int fragments = workspace.turn_steps * kWarpSize;
+  const int fragments = workspace.rotation_steps * kWarpSize;
   for (int i = thread_index(); i < workspace.output_tiles * fragments; i += kSelectThreads) {
     const int o = i / fragments * 8 + lane / 4, step = i % fragments / kWarpSize;
     uint32_t word[2] = {};
     SVDQ_UNROLL
     for (int e = 0; e < 2; ++e) {
       const int pair = step * 8 + e * 4 + lane % 4;
-      if (o >= outputs || pair >= half || !turns(o / rows)) continue;
-      const Floats2 c = turn_coefficients(rope, s.query[o % rows], vector(o / rows), pair);
+      if (o >= outputs || pair >= half || !rotates(o / rows)) continue;
+      const Floats2 c = rotation_coefficients(rope, s.query[o % rows], vector(o / rows), pair);
       const float inverse = load(&s.inverse[o]);
       word[e] = pack_half2(c.x * inverse, c.y * inverse);
     }

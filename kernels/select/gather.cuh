@@ -6,7 +6,7 @@
 // neighbouring lanes. Reads are the 4-byte lanes that hold the codes, of which memory gives 32-byte
 // sectors: a token of 8 quads at 4 bits, 4 at 2 bits and 128 values of 4 bits costs 12 sectors of
 // keys, 16 of values and 4 of scales and zero points, 1 KiB where its codes are 100 bytes. That is what a
-// format for whole pages costs, and little beside the pages that are not read.
+// format for whole pages costs, and little next to the pages that are not read.
 #pragma once
 
 #include "kernels/pages/heads.cuh"

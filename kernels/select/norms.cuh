@@ -20,14 +20,15 @@
 namespace svdq::device {
 
 inline constexpr int kPageThreads = 8;  // of a page's tokens
-inline constexpr int kTokenRuns = 2;    // of 4 tokens of a thread: in groups g and g + 2
+inline constexpr int kTokenChunks = 2;  // of 4 tokens of a thread: in groups g and g + 2
 inline constexpr int kSelectQuads = kMaxSelectChannels / kQuad;
-static_assert(kRowTile * kRunPages <= kSelectThreads && kPageThreads * kRunPages == kSelectThreads);
-static_assert(kPageThreads * kTokenRuns * 4 == kPageTokens);
+static_assert(kRowTile * kChunkPages <= kSelectThreads &&
+              kPageThreads * kChunkPages == kSelectThreads);
+static_assert(kPageThreads * kTokenChunks * 4 == kPageTokens);
 
 // Runs that are scored together: they share the weights that they meet, but registers are short.
 template <int kRows>
-inline constexpr int kRunsAtOnce = kRows < 8 ? kTokenRuns : 1;
+inline constexpr int kChunksAtOnce = kRows < 8 ? kTokenChunks : 1;
 
 // A sum of codes times signed bytes, less than 2^22, added to this integer is, as bits of a float,
 // the sum added to 1.5 * 2^23: so it becomes a float by a subtraction, not by a slow conversion.
@@ -47,7 +48,7 @@ struct SelectQuad {
 
 // Shared memory of a block, in this order.
 struct SelectLayout {
-  int turns;    // Words4 [turn_steps, 32]: A fragments, 16 pages x 8 pairs
+  int rotates;  // Words4 [rotation_steps, 32]: A fragments, 16 pages x 8 pairs
   int codes;    // [16, code_bytes]
   int outputs;  // float [16, output_stride]
   int weights;  // uint32_t [16, kSelectQuads, rows] of signed bytes
@@ -64,16 +65,16 @@ struct SelectLayout {
 SVDQ_HOST_DEVICE constexpr SelectLayout select_layout(const SelectWorkspace& workspace) {
   SelectLayout at{};
   at.output_stride = workspace.output_tiles * 8 + 8;
-  at.codes = workspace.turn_steps * kWarpSize * 16;
-  at.outputs = at.codes + kRunPages * workspace.code_bytes;
-  at.weights = at.outputs + kRunPages * at.output_stride * 4;
-  at.steps = at.weights + kRunPages * kSelectQuads * workspace.tile_rows * 4;
-  at.offsets = at.steps + kRunPages * kSelectQuads * workspace.tile_rows * 4;
-  at.states = at.offsets + kRunPages * workspace.tile_rows * 4;
+  at.codes = workspace.rotation_steps * kWarpSize * 16;
+  at.outputs = at.codes + kChunkPages * workspace.code_bytes;
+  at.weights = at.outputs + kChunkPages * at.output_stride * 4;
+  at.steps = at.weights + kChunkPages * kSelectQuads * workspace.tile_rows * 4;
+  at.offsets = at.steps + kChunkPages * kSelectQuads * workspace.tile_rows * 4;
+  at.states = at.offsets + kChunkPages * workspace.tile_rows * 4;
   at.quads = at.states + kSelectWarps * workspace.tile_rows * 8;
   at.norms = at.quads + kSelectQuads * static_cast<int>(sizeof(SelectQuad));
   at.pages = at.norms + workspace.tile_rows * 4;
-  at.bytes = at.pages + kRunPages * 4;
+  at.bytes = at.pages + kChunkPages * 4;
   return at;
 }
 
@@ -99,10 +100,10 @@ SVDQ_DEVICE void load_words(const uint32_t* from, uint32_t (&to)[kCount]) {
 
 // Scores of a run of pages for a tile of kRows query rows at a time.
 template <int kRows>
-class SelectRun {
+class PageChunk {
  public:
   // Page i of the run is page first + i * stride of the sequence, if that is below `end`.
-  SVDQ_DEVICE SelectRun(const SelectParams& p, const SelectWorkspace& workspace,
+  SVDQ_DEVICE PageChunk(const SelectParams& p, const SelectWorkspace& workspace,
                         const HeadTable& heads, int head_index, int first, int stride, int end)
       : p_(p),
         workspace_(workspace),
@@ -116,7 +117,7 @@ class SelectRun {
     channels_ = head.rank();
     pieces_ = proxy_bytes(head) / 16;
     k_offset_ = head.k_offset;
-    if (thread_index() < channels_ / kQuad) place_quad(head, thread_index());
+    if (thread_index() < channels_ / kQuad) gather_quad_at(head, thread_index());
   }
 
   SVDQ_DEVICE int page(int i) const { return first_ + i * stride_; }
@@ -127,14 +128,14 @@ class SelectRun {
 
   // Starts to copy codes, and puts the rotations of the pages in order. Contains barriers.
   SVDQ_DEVICE void begin() {
-    if (thread_index() < kRunPages) {
+    if (thread_index() < kChunkPages) {
       const int64_t row = int64_t{block_z()} * p_.keys.table_stride;
       const int id =
           has(thread_index()) ? load(&p_.keys.page_table[row + page(thread_index())]) : -1;
       store(&array<int32_t>(at_.pages)[thread_index()], id < p_.keys.num_pages ? id : -1);
     }
     sync_threads();
-    for (int i = thread_index(); i < kRunPages * pieces_; i += kSelectThreads) {
+    for (int i = thread_index(); i < kChunkPages * pieces_; i += kSelectThreads) {
       const int page = i / pieces_, piece = i % pieces_;
       const int64_t id = load(&array<int32_t>(at_.pages)[page]);
       if (id < 0) continue;
@@ -144,22 +145,22 @@ class SelectRun {
     commit_copies();
     // A lane has pairs c and c + 4 of a step, of pages g and g + 8.
     const int half = select_half(p_), g = lane_index() / 4;
-    const Floats2* turns[2];
+    const Floats2* rotates[2];
     SVDQ_UNROLL
     for (int i = 0; i < 2; ++i) {
       const int64_t at = int64_t{block_z()} * workspace_.max_pages + page(g + 8 * i);
-      turns[i] = has(g + 8 * i) ? workspace_.page_rotation + at * half : nullptr;
+      rotates[i] = has(g + 8 * i) ? workspace_.page_rotation + at * half : nullptr;
     }
-    for (int step = warp_index(); step < workspace_.turn_steps; step += kSelectWarps) {
+    for (int step = warp_index(); step < workspace_.rotation_steps; step += kSelectWarps) {
       Words4 a{};
       SVDQ_UNROLL
       for (int w = 0; w < 4; ++w) {
         const int pair = step * 8 + w / 2 * 4 + lane_index() % 4;
-        if (pair >= half || !turns[w % 2]) continue;
-        const Floats2 turn = load(&turns[w % 2][pair]);
+        if (pair >= half || !rotates[w % 2]) continue;
+        const Floats2 turn = load(&rotates[w % 2][pair]);
         a.word[w] = pack_half2(turn.x, turn.y);
       }
-      store(&array<Words4>(at_.turns)[step * kWarpSize + lane_index()], a);
+      store(&array<Words4>(at_.rotates)[step * kWarpSize + lane_index()], a);
     }
     sync_threads();
   }
@@ -175,9 +176,9 @@ class SelectRun {
     for (int t = warp_index(); t * 8 < outputs; t += kSelectWarps) {
       float sum[4] = {};
       const Words2* fragments =
-          workspace_.fragments + (first + t) * workspace_.turn_steps * kWarpSize;
-      for (int step = 0; step < workspace_.turn_steps; ++step) {
-        const Words4 a = load(&array<Words4>(at_.turns)[step * kWarpSize + lane_index()]);
+          workspace_.fragments + (first + t) * workspace_.rotation_steps * kWarpSize;
+      for (int step = 0; step < workspace_.rotation_steps; ++step) {
+        const Words4 a = load(&array<Words4>(at_.rotates)[step * kWarpSize + lane_index()]);
         const Words2 b = load(&fragments[step * kWarpSize + lane_index()]);
         MmaHalf::run(sum, a.word, b.word);
       }
@@ -194,7 +195,7 @@ class SelectRun {
       }
     }
     sync_threads();
-    round_weights();
+    round_folded();
     wait_copies<0>();
     sync_threads();
   }
@@ -202,12 +203,12 @@ class SelectRun {
   // The page of the run that this thread scores tokens of, and the first token of its run `run`.
   SVDQ_DEVICE static int own_page() { return thread_index() / kPageThreads; }
   SVDQ_DEVICE static int first_token(int run) {
-    return run * kTokenRuns * kLanes + thread_index() % kPageThreads * 4;
+    return run * kTokenChunks * kLanes + thread_index() % kPageThreads * 4;
   }
 
   // Scores, in units of log2, of this thread's runs `run` and on.
-  SVDQ_DEVICE void score(int run, float (&score)[kRunsAtOnce<kRows>][4][kRows]) const {
-    constexpr int kRuns = kRunsAtOnce<kRows>;
+  SVDQ_DEVICE void score(int run, float (&score)[kChunksAtOnce<kRows>][4][kRows]) const {
+    constexpr int kRuns = kChunksAtOnce<kRows>;
     const int page = own_page();
     const float* offsets = array<float>(at_.offsets) + page * kRows;
     const float* steps = array<float>(at_.steps) + page * kSelectQuads * kRows;
@@ -232,7 +233,7 @@ class SelectRun {
       load_words(weights + q * kRows, weight);
       SVDQ_UNROLL
       for (int i = 0; i < kRuns; ++i) {
-        const int unit = quad.unit + group + i * kTokenRuns;
+        const int unit = quad.unit + group + i * kTokenChunks;
         const int shift = (unit & ((1 << quad.width) - 1)) * width;
         const Words4 lanes = load(
             reinterpret_cast<const Words4*>(codes + quad.line + (unit >> quad.width) * kLineBytes));
@@ -267,7 +268,7 @@ class SelectRun {
   }
 
   // Finds the band of a quad, and where in it the quad is.
-  SVDQ_DEVICE void place_quad(const HeadPlan& head, int quad) {
+  SVDQ_DEVICE void gather_quad_at(const HeadPlan& head, int quad) {
     int first = 0, bytes = 0;  // quads and bytes of the bands before
     SVDQ_UNROLL
     for (int band = 0; band < 2 * kNumWidths; ++band) {
@@ -287,9 +288,9 @@ class SelectRun {
 
   // A thread per page and row: signed bytes, and what middle codes contribute taken off the
   // constant with the rounded weights.
-  SVDQ_DEVICE void round_weights() {
+  SVDQ_DEVICE void round_folded() {
     const int page = thread_index() / kRows, row = thread_index() % kRows;
-    if (page >= kRunPages) return;
+    if (page >= kChunkPages) return;
     const float* outputs = array<float>(at_.outputs) + page * at_.output_stride + row;
     uint32_t* weights = array<uint32_t>(at_.weights) + page * kSelectQuads * kRows + row;
     float* steps = array<float>(at_.steps) + page * kSelectQuads * kRows + row;

@@ -18,9 +18,9 @@ namespace svdq::device {
 
 inline constexpr int kSelectThreads = 128;
 inline constexpr int kSelectWarps = kSelectThreads / kWarpSize;
-inline constexpr int kRunPages = 16;  // of a block: rows of a tensor-core product
-inline constexpr int kSampleRuns = kSelectSamplePages / kRunPages;
-static_assert(kSampleRuns * kRunPages == kSelectSamplePages);
+inline constexpr int kChunkPages = 16;  // of a block: rows of a tensor-core product
+inline constexpr int kSampleChunks = kSelectSamplePages / kChunkPages;
+static_assert(kSampleChunks * kChunkPages == kSelectSamplePages);
 
 // Weights of tokens that no query's probabilities weigh.
 inline constexpr float kNotSelected = -1.0f;  // sinks, and slots past the end
@@ -28,18 +28,18 @@ inline constexpr float kOutlier = -2.0f;      // selected whatever their codes s
 inline constexpr float kInvalid = -3.0f;      // of a page that the pool does not have
 
 struct SelectWorkspace {
-  int tile_rows;     // query rows of a tile: 1, 2, 4 or 8
-  int row_tiles;     // of a KV head
-  int output_tiles;  // of 8 outputs: a row's weight of a channel, or its part of the mean
-  int turn_steps;    // of 8 RoPE pairs
-  int max_pages;     // of a sequence: what the page table has room for
-  int code_bytes;    // of a page's leading channels, the largest head's, whole lines
+  int tile_rows;       // query rows of a tile: 1, 2, 4 or 8
+  int row_tiles;       // of a KV head
+  int output_tiles;    // of 8 outputs: a row's weight of a channel, or its part of the mean
+  int rotation_steps;  // of 8 RoPE pairs
+  int max_pages;       // of a sequence: what the page table has room for
+  int code_bytes;      // of a page's leading channels, the largest head's, whole lines
   // Workspace. T = row_tiles, O = output_tiles.
   const Floats2* page_rotation;  // [B, max_pages, half] of the pages' middles
-  Words2* fragments;             // [B, H, T, O, turn_steps, 32] B fragments of halves
+  Words2* fragments;             // [B, H, T, O, rotation_steps, 32] B fragments of halves
   float* step;                   // [B, H, T, O * 8]: unit of an output's fragments
   float* constant;               // [B, H, T, O * 8]: what does not turn
-  float* sample_max;             // [B, H, T, kSampleRuns, tile_rows], log2 units
+  float* sample_max;             // [B, H, T, kSampleChunks, tile_rows], log2 units
   float* sample_sum;
   float* weights;  // [B, H, max_pages * 64]
 };

@@ -12,17 +12,17 @@ SVDQ_KERNEL(kSelectThreads)
 select_norms_kernel(SelectParams p, SelectWorkspace workspace, HeadTable heads) {
   const SequencePages sequence = sequence_pages(p, block_z());
   const int stride = static_cast<int>(select_sample_stride(sequence.pages));
-  SelectRun<kRows> run(p, workspace, heads, block_x(), stride / 2 + block_y() * kRunPages * stride,
-                       stride, sequence.pages);
+  PageChunk<kRows> run(p, workspace, heads, block_x(),
+                       stride / 2 + block_y() * kChunkPages * stride, stride, sequence.pages);
   run.begin();
   for (int tile = 0; tile < workspace.row_tiles; ++tile) {
     run.prepare(tile, [](int, int) { return 0.0f; });
     RowState state[kRows];
     SVDQ_UNROLL
     for (int r = 0; r < kRows; ++r) state[r] = empty_row();
-    constexpr int kRuns = kRunsAtOnce<kRows>;
+    constexpr int kRuns = kChunksAtOnce<kRows>;
     const int page = run.own_page();
-    for (int first = 0; first < kTokenRuns && run.known(page); first += kRuns) {
+    for (int first = 0; first < kTokenChunks && run.known(page); first += kRuns) {
       float score[kRuns][4][kRows];
       run.score(first, score);
       SVDQ_UNROLL
@@ -52,7 +52,7 @@ select_norms_kernel(SelectParams p, SelectWorkspace workspace, HeadTable heads) 
         all.sum += part.sum * probability(part.max, all.max);
       }
       const int64_t at =
-          (select_tile(workspace, run.sequence_head(), tile) * kSampleRuns + block_y()) * kRows +
+          (select_tile(workspace, run.sequence_head(), tile) * kSampleChunks + block_y()) * kRows +
           thread_index();
       store(&workspace.sample_max[at], all.max);
       store(&workspace.sample_sum[at], all.sum);
@@ -68,8 +68,8 @@ SVDQ_DEVICE float sample_norm(const SelectParams& p, const SelectWorkspace& work
   if (int64_t{tile} * workspace.tile_rows + row >= query_rows(p)) return poisoned_score();
   RowState all = empty_row();
   const int64_t at =
-      select_tile(workspace, sequence_head, tile) * kSampleRuns * workspace.tile_rows + row;
-  for (int run = 0; run < kSampleRuns; ++run) {
+      select_tile(workspace, sequence_head, tile) * kSampleChunks * workspace.tile_rows + row;
+  for (int run = 0; run < kSampleChunks; ++run) {
     const float most = load(&workspace.sample_max[at + run * workspace.tile_rows]);
     raise_max(all, most);
     all.sum +=
@@ -83,18 +83,18 @@ template <int kRows>
 SVDQ_KERNEL(kSelectThreads)
 select_scores_kernel(SelectParams p, SelectWorkspace workspace, HeadTable heads) {
   const SequencePages sequence = sequence_pages(p, block_z());
-  SelectRun<kRows> run(p, workspace, heads, block_x(), block_y() * kRunPages, 1, sequence.pages);
+  PageChunk<kRows> run(p, workspace, heads, block_x(), block_y() * kChunkPages, 1, sequence.pages);
   if (!run.has(0)) return;
   run.begin();
-  constexpr int kRuns = kRunsAtOnce<kRows>;
+  constexpr int kRuns = kChunksAtOnce<kRows>;
   const int page = run.own_page();
-  float weight[kTokenRuns][4] = {};
+  float weight[kTokenChunks][4] = {};
   for (int tile = 0; tile < workspace.row_tiles; ++tile) {
     run.prepare(tile, [&](int tile, int row) {
       return sample_norm(p, workspace, run.sequence_head(), tile, row);
     });
     SVDQ_UNROLL
-    for (int first = 0; first < kTokenRuns; first += kRuns) {
+    for (int first = 0; first < kTokenChunks; first += kRuns) {
       if (!run.known(page)) break;
       float score[kRuns][4][kRows];
       run.score(first, score);
@@ -109,7 +109,7 @@ select_scores_kernel(SelectParams p, SelectWorkspace workspace, HeadTable heads)
   }
   if (!run.has(page)) return;
   SVDQ_UNROLL
-  for (int i = 0; i < kTokenRuns; ++i) {
+  for (int i = 0; i < kTokenChunks; ++i) {
     const int slot = run.page(page) * kPageTokens + run.first_token(i);
     Floats4 all;
     SVDQ_UNROLL
@@ -123,13 +123,13 @@ select_scores_kernel(SelectParams p, SelectWorkspace workspace, HeadTable heads)
 }
 
 inline LaunchShape select_norms_launch(const SelectParams& p, const SelectWorkspace& workspace) {
-  return {p.keys.layout.num_heads, kSampleRuns, p.keys.batch, kSelectThreads,
+  return {p.keys.layout.num_heads, kSampleChunks, p.keys.batch, kSelectThreads,
           select_layout(workspace).bytes};
 }
 
 inline LaunchShape select_scores_launch(const SelectParams& p, const SelectWorkspace& workspace) {
-  return {p.keys.layout.num_heads, (workspace.max_pages + kRunPages - 1) / kRunPages, p.keys.batch,
-          kSelectThreads, select_layout(workspace).bytes};
+  return {p.keys.layout.num_heads, (workspace.max_pages + kChunkPages - 1) / kChunkPages,
+          p.keys.batch, kSelectThreads, select_layout(workspace).bytes};
 }
 
 }  // namespace svdq::device

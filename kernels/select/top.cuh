@@ -121,7 +121,7 @@ SVDQ_DEVICE Threshold find_threshold(TopPlan& s, const float* weights, int lengt
 }
 
 // Place of `slot` in an ascending list that has it.
-SVDQ_DEVICE int place_of(const int32_t* slots, int count, int slot) {
+SVDQ_DEVICE int coord_of(const int32_t* slots, int count, int slot) {
   int first = 0;
   while (count > 0) {
     const int half = count / 2;
@@ -191,7 +191,7 @@ select_top_kernel(SelectParams p, SelectWorkspace workspace) {
   for (int i = thread_index(); i < p.keys.num_outliers; i += kTopThreads) {
     const int slot = load(&outliers[i]);
     store(&p.outlier_indices[head * p.keys.num_outliers + i],
-          valid && known(slot) ? place_of(slots, count, slot) : kNoSlot);
+          valid && known(slot) ? coord_of(slots, count, slot) : kNoSlot);
   }
 }
 

@@ -68,16 +68,16 @@ class AttendReference {
       score_exact(p_.keys.outlier_keys, p_.keys.outlier_dtype, outlier * dim, query, seen);
       return seen;
     }
-    if (layout.rope != RopeMode::kPre) add_absorbed(b, h, at, query, keys, seen);
+    if (layout.rope != RopeMode::kPre) add_folded(b, h, at, query, keys, seen);
     if (layout.rope != RopeMode::kPost) add_reconstructed(b, h, slot, query, keys, seen);
     seen.score *= double{p_.queries.sm_scale};
     seen.error *= double{p_.queries.sm_scale};
     return seen;
   }
 
-  // The tail of a key: codes times absorbed queries.
-  void add_absorbed(int b, int h, int at, const reference::Row& query, const uint8_t* keys,
-                    SeenKey& seen) const {
+  // The tail of a key: codes times folded queries.
+  void add_folded(int b, int h, int at, const reference::Row& query, const uint8_t* keys,
+                  SeenKey& seen) const {
     const LayoutView& layout = p_.keys.layout;
     const int dim = layout.head_dim;
     const uint16_t* basis = p_.keys.codec.basis + int64_t{b} * layout.rank * dim;
@@ -126,8 +126,8 @@ class AttendReference {
     }
   }
 
-  // The core of a key. Its columns are sums of codes times halves; turned, they become halves, as
-  // do the queries. An error of a pair of columns keeps its length when it is turned.
+  // The core of a key. Its columns are sums of codes times halves; rotated, they become halves, as
+  // do the queries. An error of a pair of columns keeps its length when it is rotated.
   void add_reconstructed(int b, int h, int slot, const reference::Row& query, const uint8_t* keys,
                          SeenKey& seen) const {
     const LayoutView& layout = p_.keys.layout;
@@ -158,7 +158,7 @@ class AttendReference {
     reference::rotate(key, p_.keys.codec.rope, position);
     for (int d = 0; d < dim; ++d) seen.score += query[d] * key[d];
     const auto add = [&](double q, double k, double error) {
-      // Key and turned query are rounded to halves (2^-25 below their normal range), and products
+      // Key and rotated query are rounded to halves (2^-25 below their normal range), and products
       // summed. Cosine and sine are off by less than 2^-20 where tokens have slots of their own.
       seen.error += q * error +
                     q * k * (2 * 0x1p-11 + 32 * kFloatRounding + dim * 2 * kFloatRounding) +

@@ -3,7 +3,7 @@
 
 #include "tests/kernels/device_test.h"
 
-#include "kernels/machine/tensor_core.cuh"
+#include "kernels/machine/device.cuh"
 
 namespace svdq::device {
 

@@ -186,9 +186,9 @@ TEST_P(AttendTiles, LongQueriesFitTheGrid) {
   AttendParams p = testing::captured_params(problem);
   p.queries.length = 1 << 20;
   const gpu::DeviceLimits limits{132, 101376};
-  using Scores = device::AbsorbedScores<64>;
-  using Tiles = device::AbsorbedTiles<64>;
-  const AttendTiling tiling = gpu::plan_tiling<gpu::AbsorbedScorers<64>>(p, limits);
+  using Scores = device::FoldedScores<64>;
+  using Tiles = device::FoldedTiles<64>;
+  const AttendTiling tiling = gpu::plan_tiling<gpu::FoldedScorers<64>>(p, limits);
   EXPECT_EQ(tiling.page_tiles, device::kMaxTiles<64>);
   EXPECT_EQ(tiling.window_tiles, device::kMaxTiles<64>);
   device::AttendWorkspace workspace{};
@@ -197,8 +197,9 @@ TEST_P(AttendTiles, LongQueriesFitTheGrid) {
   workspace.page_splits = workspace.window_splits = 2;
   workspace.page_warps = 1;
   for (const device::LaunchShape& shape :
-       {device::absorb_launch<64>(p, workspace), device::attend_pages_launch<Scores>(p, workspace),
-        device::attend_decode_launch<device::AbsorbedDecode<64>>(p, workspace),
+       {device::fold_query_launch<64>(p, workspace),
+        device::attend_pages_launch<Scores>(p, workspace),
+        device::attend_decode_launch<device::FoldedDecode<64>>(p, workspace),
         device::attend_page_tiles_launch<Tiles>(p, workspace),
         device::attend_window_launch<64>(p, workspace),
         device::attend_window_tiles_launch<64>(p, workspace)}) {

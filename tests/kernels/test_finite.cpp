@@ -17,7 +17,7 @@ constexpr int kHeads = 3;
 constexpr float kLimit = 1024.0f;
 constexpr float kLargest = std::numeric_limits<float>::max();
 
-class CheckKernels : public testing::KernelTest {
+class FiniteKernels : public testing::KernelTest {
  protected:
   bool within(const Tokens& tokens, int head_dim, float limit, int first_channel = 0) {
     const DeviceTokens device(tokens, first_channel);
@@ -25,7 +25,7 @@ class CheckKernels : public testing::KernelTest {
   }
 };
 
-TEST_P(CheckKernels, FindEveryBadNumber) {
+TEST_P(FiniteKernels, FindEveryBadNumber) {
   constexpr int kDim = 80;
   const float infinity = std::numeric_limits<float>::infinity();
   for (DataType dtype : {DataType::kFloat32, DataType::kBFloat16, DataType::kFloat16}) {
@@ -60,7 +60,7 @@ TEST_P(CheckKernels, FindEveryBadNumber) {
 }
 
 // Rows that start off a vector's alignment, and the channels before and after them left out.
-TEST_P(CheckKernels, ReadNothingBesideTheRows) {
+TEST_P(FiniteKernels, ReadNothingBesideTheRows) {
   for (DataType dtype : {DataType::kFloat32, DataType::kBFloat16}) {
     for (int head_dim : {16, 512}) {
       Random random(610);
@@ -81,13 +81,13 @@ TEST_P(CheckKernels, ReadNothingBesideTheRows) {
   }
 }
 
-TEST_P(CheckKernels, NothingIsWithin) {
+TEST_P(FiniteKernels, NothingIsWithin) {
   EXPECT_TRUE(within(Tokens(kHeads, 0, 64, DataType::kFloat32), 64, kLimit));
 }
 
 #if !defined(__CUDACC__)
 // Aligned rows move in whole sectors, each once.
-TEST_P(CheckKernels, ReadCoalesced) {
+TEST_P(FiniteKernels, ReadCoalesced) {
   Random random(620);
   Tokens tokens(kHeads, 64, 104, DataType::kBFloat16);  // a stride of whole sectors
   tokens.fill_like_keys(random, 1.0);
@@ -96,7 +96,7 @@ TEST_P(CheckKernels, ReadCoalesced) {
 }
 #endif
 
-SVDQ_KERNEL_TESTS(CheckKernels);
+SVDQ_KERNEL_TESTS(FiniteKernels);
 
 }  // namespace
 }  // namespace svdq

@@ -7,7 +7,7 @@
 #include <random>
 
 #include "csrc/core/scalar.h"
-#include "kernels/machine/tensor_core.cuh"
+#include "kernels/machine/fragments.cuh"
 
 namespace svdq::device {
 namespace {
@@ -18,23 +18,23 @@ class Instructions : public testing::KernelTest {};
 
 // --- fragments: some points of the PTX ISA's figures, read off by hand ---
 constexpr bool at(Coord place, int row, int col) { return place.row == row && place.col == col; }
-static_assert(at(FragmentA16::place(0, 0), 0, 0) && at(FragmentA16::place(0, 7), 8, 9));
-static_assert(at(FragmentA16::place(31, 0), 7, 6) && at(FragmentA16::place(31, 5), 7, 15));
-static_assert(at(FragmentA16::place(5, 2), 9, 2) && at(FragmentA16::place(5, 6), 9, 10));
-static_assert(at(FragmentB16::place(0, 2), 8, 0) && at(FragmentB16::place(31, 3), 15, 7));
-static_assert(at(FragmentB16::place(5, 1), 3, 1));
-static_assert(at(FragmentA8::place(0, 4), 8, 0) && at(FragmentA8::place(0, 8), 0, 16));
-static_assert(at(FragmentA8::place(31, 15), 15, 31) && at(FragmentA8::place(6, 3), 1, 11));
-static_assert(at(FragmentB8::place(0, 4), 16, 0) && at(FragmentB8::place(31, 7), 31, 7));
-static_assert(at(FragmentC::place(0, 3), 8, 1) && at(FragmentC::place(31, 2), 15, 6));
-static_assert(at(FragmentMatrix::place(9, 1), 2, 3) && at(FragmentMatrix::transposed(9, 1), 3, 2));
+static_assert(at(FragmentA16::coord(0, 0), 0, 0) && at(FragmentA16::coord(0, 7), 8, 9));
+static_assert(at(FragmentA16::coord(31, 0), 7, 6) && at(FragmentA16::coord(31, 5), 7, 15));
+static_assert(at(FragmentA16::coord(5, 2), 9, 2) && at(FragmentA16::coord(5, 6), 9, 10));
+static_assert(at(FragmentB16::coord(0, 2), 8, 0) && at(FragmentB16::coord(31, 3), 15, 7));
+static_assert(at(FragmentB16::coord(5, 1), 3, 1));
+static_assert(at(FragmentA8::coord(0, 4), 8, 0) && at(FragmentA8::coord(0, 8), 0, 16));
+static_assert(at(FragmentA8::coord(31, 15), 15, 31) && at(FragmentA8::coord(6, 3), 1, 11));
+static_assert(at(FragmentB8::coord(0, 4), 16, 0) && at(FragmentB8::coord(31, 7), 31, 7));
+static_assert(at(FragmentC::coord(0, 3), 8, 1) && at(FragmentC::coord(31, 2), 15, 6));
+static_assert(at(FragmentMatrix::coord(9, 1), 2, 3) && at(FragmentMatrix::transposed(9, 1), 3, 2));
 
 // Fills the registers of a fragment from a matrix in memory.
 template <typename Fragment, typename T, int kRegisters>
 SVDQ_DEVICE void fill(uint32_t (&registers)[kRegisters], const T* matrix) {
   for (int r = 0; r < kRegisters; ++r) registers[r] = 0;
   for (int i = 0; i < Fragment::kElements; ++i) {
-    const Coord place = Fragment::place(lane_index(), i);
+    const Coord place = Fragment::coord(lane_index(), i);
     const uint32_t bits = load(&matrix[place.row * Fragment::kCols + place.col]);
     registers[i / Fragment::kPerRegister] |=
         bits << (i % Fragment::kPerRegister * (32 / Fragment::kPerRegister));
@@ -49,12 +49,12 @@ mma_kernel(const T* a, const T* b, const Acc* c, Acc* d) {
   fill<A>(ra, a);
   fill<B>(rb, b);
   for (int i = 0; i < 4; ++i) {
-    const Coord place = FragmentC::place(lane_index(), i);
+    const Coord place = FragmentC::coord(lane_index(), i);
     rc[i] = load(&c[place.row * 8 + place.col]);
   }
   Mma::run(rc, ra, rb);
   for (int i = 0; i < 4; ++i) {
-    const Coord place = FragmentC::place(lane_index(), i);
+    const Coord place = FragmentC::coord(lane_index(), i);
     store(&d[place.row * 8 + place.col], rc[i]);
   }
 }
@@ -262,12 +262,12 @@ SVDQ_KERNEL(128) numbers_kernel(const float* x, float* out, uint32_t* bits) {
 
 SVDQ_KERNEL(128)
 bytes_kernel(const uint32_t* codes, const uint32_t* weights, int* sums, const float* angles,
-             Floats2* turns) {
+             Floats2* rotates) {
   const int i = block_x() * 128 + thread_index();
   store(&sums[i], dot4(load(&codes[i]), load(&weights[i]), i - 100));
   Floats2 turn;
   sine_cosine_fast(load(&angles[i]), turn.y, turn.x);
-  store(&turns[i], turn);
+  store(&rotates[i], turn);
 }
 
 TEST_P(Instructions, DotProductsOfBytesAndFastSines) {
@@ -282,19 +282,19 @@ TEST_P(Instructions, DotProductsOfBytesAndFastSines) {
   const DeviceArray<uint32_t> codes(a), weights(b);
   const DeviceArray<float> angles(x);
   const DeviceArray<int> sums(kCount);
-  const DeviceArray<Floats2> turns(kCount);
+  const DeviceArray<Floats2> rotates(kCount);
   launch("bytes", {kCount / 128, 1, 1, 128, 0}, bytes_kernel, codes.data(), weights.data(),
-         sums.data(), angles.data(), turns.data());
+         sums.data(), angles.data(), rotates.data());
   const auto got = sums.read();
-  const auto turned = turns.read();
+  const auto rotated = rotates.read();
   for (int i = 0; i < kCount; ++i) {
     int sum = i - 100;
     for (int e = 0; e < 4; ++e)
       sum += static_cast<int>(a[i] >> (8 * e) & 255) * static_cast<int8_t>(b[i] >> (8 * e));
     ASSERT_EQ(got[i], sum);
     // sin.approx and cos.approx: 2^-20.9 from -pi to pi (PTX ISA).
-    ASSERT_NEAR(turned[i].x, std::cos(double{x[i]}), 0x1p-20);
-    ASSERT_NEAR(turned[i].y, std::sin(double{x[i]}), 0x1p-20);
+    ASSERT_NEAR(rotated[i].x, std::cos(double{x[i]}), 0x1p-20);
+    ASSERT_NEAR(rotated[i].y, std::sin(double{x[i]}), 0x1p-20);
   }
 }
 

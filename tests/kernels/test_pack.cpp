@@ -256,7 +256,7 @@ TEST_P(PackKernels, Rotations) {
   launch("rotations", device::rotations_launch(p), device::rotations_kernel, p);
   const auto slots = offsets.read(), pages = bases.read();
   const auto check = [&](const device::Floats2& got, int64_t position, int i) {
-    // The angle is below pi after whole turns are taken off, and rounded to float: 2^-23; sines add
+    // The angle is below pi after whole rotates are taken off, and rounded to float: 2^-23; sines add
     // two roundings.
     const double angle = static_cast<double>(position) * double{inv_freq[i]};
     ASSERT_NEAR(got.x, std::cos(angle), 0x1p-22) << position << " pair " << i;

@@ -281,7 +281,7 @@ class QuantizerKernels : public testing::KernelTest {
   std::unique_ptr<Layout> layout_;
   std::vector<float> frequencies_, components_, mean_;
   std::unique_ptr<Tokens> keys_;
-  std::vector<std::vector<Row>> rows_;  // [H][T], turned back
+  std::vector<std::vector<Row>> rows_;  // [H][T], rotated back
 };
 
 TEST_P(QuantizerKernels, EveryHeadDim) {

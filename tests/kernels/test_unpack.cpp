@@ -13,7 +13,7 @@ using testing::DeviceArray;
 using testing::kFloatRounding;
 using testing::Random;
 
-struct InspectCase {
+struct UnpackCase {
   RopeMode rope = RopeMode::kPost;
   int head_dim = 64;
   testing::HeadBands bands = {{{4, 8, 4, 8}}, {{0, 12, 4, 16}}, {{0, 0, 0, 8}}};
@@ -25,11 +25,11 @@ struct InspectCase {
   int64_t position = 1000;  // of the first slot read
 };
 
-class InspectKernels : public testing::KernelTest {
+class UnpackKernels : public testing::KernelTest {
  protected:
   // Pages of random codes, scattered in a pool; normal numbers where scales, zero points
   // or exact values lie.
-  void prepare(const InspectCase& c, uint64_t stream) {
+  void prepare(const UnpackCase& c, uint64_t stream) {
     random_ = Random(stream);
     layout_ = std::make_unique<Layout>(
         testing::layout_ints(c.rope, c.head_dim, c.bands, c.v_bits, c.v_group_size));
@@ -51,11 +51,11 @@ class InspectKernels : public testing::KernelTest {
     }
   }
 
-  UnpackParams params(const InspectCase& c, const uint8_t* pages) const {
+  UnpackParams params(const UnpackCase& c, const uint8_t* pages) const {
     return {layout_->view(), pages, table_.data(), c.slot, c.num_tokens};
   }
 
-  void check_codes(const InspectCase& c) {
+  void check_codes(const UnpackCase& c) {
     const int64_t count = c.num_tokens * layout_->rank();
     const DeviceArray<uint8_t> pages(k_pages_), codes(static_cast<size_t>(count));
     gpu::unpack_codes({params(c, pages.data()), codes.data()}, stream());
@@ -64,7 +64,7 @@ class InspectKernels : public testing::KernelTest {
     EXPECT_TRUE(testing::same_bytes(codes.read(), expected));
   }
 
-  void check_values(const InspectCase& c) {
+  void check_values(const UnpackCase& c) {
     const int64_t count = layout_->num_heads() * c.num_tokens * c.head_dim;
     const DeviceArray<uint8_t> pages(v_pages_);
     const DeviceArray<float> values(static_cast<size_t>(count));
@@ -74,7 +74,7 @@ class InspectKernels : public testing::KernelTest {
     EXPECT_EQ(values.read(), expected);
   }
 
-  void check_keys(const InspectCase& c) {
+  void check_keys(const UnpackCase& c) {
     const int rank = layout_->rank(), heads = layout_->num_heads(), dim = c.head_dim;
     const auto inv_freq = testing::inverse_frequencies(c.rope == RopeMode::kPre ? dim / 2 - 3 : 0);
     std::vector<uint16_t> basis(rank * dim);
@@ -126,7 +126,7 @@ class InspectKernels : public testing::KernelTest {
     }
   }
 
-  void check(const InspectCase& c, uint64_t stream) {
+  void check(const UnpackCase& c, uint64_t stream) {
     SCOPED_TRACE(::testing::Message() << "stream " << stream);
     prepare(c, stream);
     check_codes(c);
@@ -140,11 +140,11 @@ class InspectKernels : public testing::KernelTest {
   std::vector<uint8_t> k_pages_, v_pages_;
 };
 
-TEST_P(InspectKernels, EverySpan) {
+TEST_P(UnpackKernels, EverySpan) {
   uint64_t stream = 700;
   for (int64_t slot : {0, 63, 100}) {
     for (int64_t tokens : {0, 1, 64, 91}) {
-      InspectCase c;
+      UnpackCase c;
       c.slot = slot;
       c.num_tokens = tokens;
       check(c, ++stream);
@@ -152,10 +152,10 @@ TEST_P(InspectKernels, EverySpan) {
   }
 }
 
-TEST_P(InspectKernels, EveryHeadDim) {
+TEST_P(UnpackKernels, EveryHeadDim) {
   for (int head_dim : {16, 80, 128, 256, 512}) {
     for (RopeMode rope : {RopeMode::kPre, RopeMode::kPost}) {
-      InspectCase c;
+      UnpackCase c;
       c.rope = rope;
       c.head_dim = head_dim;
       c.num_tokens = head_dim > 128 ? 5 : 20;
@@ -168,9 +168,9 @@ TEST_P(InspectKernels, EveryHeadDim) {
   }
 }
 
-TEST_P(InspectKernels, EveryValueDtype) {
+TEST_P(UnpackKernels, EveryValueDtype) {
   for (DataType dtype : {DataType::kFloat32, DataType::kBFloat16, DataType::kFloat16}) {
-    InspectCase c;
+    UnpackCase c;
     c.dtype = dtype;
     c.v_bits = dtype == DataType::kFloat32 ? 32 : 16;
     prepare(c, 740 + static_cast<int>(dtype));
@@ -178,9 +178,9 @@ TEST_P(InspectKernels, EveryValueDtype) {
   }
 }
 
-TEST_P(InspectKernels, BeforeRope) {
+TEST_P(UnpackKernels, BeforeRope) {
   for (int64_t position : {0, 1000, 200000}) {
-    InspectCase c;
+    UnpackCase c;
     c.rope = RopeMode::kPre;
     c.position = position;
     prepare(c, 750 + position);
@@ -189,8 +189,8 @@ TEST_P(InspectKernels, BeforeRope) {
 }
 
 // More pages than one launch takes.
-TEST_P(InspectKernels, ManyPages) {
-  InspectCase c;
+TEST_P(UnpackKernels, ManyPages) {
+  UnpackCase c;
   c.head_dim = 16;
   c.bands = {{{0, 0, 0, 8}}};
   c.v_group_size = 16;
@@ -200,7 +200,7 @@ TEST_P(InspectKernels, ManyPages) {
   check_codes(c);
 }
 
-SVDQ_KERNEL_TESTS(InspectKernels);
+SVDQ_KERNEL_TESTS(UnpackKernels);
 
 }  // namespace
 }  // namespace svdq
