@@ -41,8 +41,8 @@ class Attend : public testing::BackendTest {
   // and with folded rows that are rounded.
   void check_all(const char* what, const AttendCase& given, uint64_t stream) {
     for (AttendCase c : testing::in_every_mode(given)) {
-      for (bool exact : {true, false}) {
-        c.exact_folding = exact;
+      for (bool exact_folding : {true, false}) {
+        c.exact_folding = exact_folding;
         check(what, c, stream++);
         if (HasFatalFailure()) return;
       }
@@ -149,7 +149,7 @@ TEST_P(Attend, EveryValueFormat) {
     AttendCase c;
     c.v_bits = dtype == DataType::kFloat32 ? 32 : 16;
     c.window_dtype = dtype;
-    check_all("exact values", c, stream += 10);
+    check_all("uncompressed values", c, stream += 10);
   }
 }
 
@@ -167,11 +167,11 @@ TEST_P(Attend, EveryDataType) {
 
 TEST_P(Attend, PartialRotationAndPositions) {
   uint64_t stream = 9000;
-  for (int half : {0, 1, 5, 8, 31, 32}) {
+  for (int rotary_pairs : {0, 1, 5, 8, 31, 32}) {
     AttendCase c;
-    c.rotary_pairs = half;
+    c.rotary_pairs = rotary_pairs;
     c.first_positions = {0, 131000};
-    c.exact_folding = half % 2 == 0;
+    c.exact_folding = rotary_pairs % 2 == 0;
     check("partial rotation", c, stream++);
   }
 }
@@ -184,9 +184,9 @@ TEST_P(Attend, PartsOfHybridKeys) {
   c.pre_bands = {{{16, 16, 16, 16}}, {{0, 0, 0, 0}}, {{0, 0, 0, 0}}, {{0, 4, 0, 8}}};
   c.q_len = 3;
   c.first_positions = {7, 131000};
-  for (bool exact : {true, false}) {
-    c.exact_folding = exact;
-    check("parts", c, 9500 + exact);
+  for (bool exact_folding : {true, false}) {
+    c.exact_folding = exact_folding;
+    check("parts", c, 9500 + exact_folding);
   }
 }
 

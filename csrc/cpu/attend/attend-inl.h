@@ -37,18 +37,18 @@
 
 namespace svdq::SVDQ_TARGET_NAME {
 
-// Order in which a task visits its blocks: chunks of `step` blocks, head by head in each chunk.
+// Order in which a task visits its blocks: chunks of `chunk_blocks` blocks, head by head in each chunk.
 struct Walk {
-  int64_t heads, step, last;
+  int64_t heads, chunk_blocks, last;
   int64_t chunk, head = 0, block = chunk;
 
   bool done() const { return block >= last; }
   bool at_chunk() const { return block == chunk; }
-  int64_t chunk_end() const { return std::min(chunk + step, last); }
+  int64_t chunk_end() const { return std::min(chunk + chunk_blocks, last); }
   Walk next() const {
-    if (block + 1 < chunk_end()) return {heads, step, last, chunk, head, block + 1};
-    if (head + 1 < heads) return {heads, step, last, chunk, head + 1};
-    return {heads, step, last, chunk + step};
+    if (block + 1 < chunk_end()) return {heads, chunk_blocks, last, chunk, head, block + 1};
+    if (head + 1 < heads) return {heads, chunk_blocks, last, chunk, head + 1};
+    return {heads, chunk_blocks, last, chunk + chunk_blocks};
   }
 };
 

@@ -52,8 +52,7 @@ inline void rotate_pair(float* x, float* y, const float* cosines, const float* s
 inline void reconstruct_keys(const uint8_t* bytes, const Bands& bands, const FoldedRows& folded,
                              const InterleavedChannels& interleaved, const float* cos_sin,
                              float* keys) {
-  static_assert(kLanes % kTileRows == 0 && kTileRows % 2 == 0,
-                "a tile of interleaved holds whole pairs");
+  static_assert(kLanes % kTileRows == 0 && kTileRows % 2 == 0, "a tile holds whole pairs");
   for (int c = 0; c < interleaved.count(); c += kTileRows) {
     code_scores<true, kTileRows>(bytes, bands, folded, c, keys + c * kPageTokens);
     for (int i = c / 2; i < std::min((c + kTileRows) / 2, interleaved.num_pairs); ++i) {
@@ -78,11 +77,11 @@ inline void interleaved_scores(const float* query, int head_dim,
     }
     for (int c = 0; c < interleaved.used(); ++c) {
       const float* channel = query + interleaved.channel(c);
-      F32 weight[kRows];
-      for (int r = 0; r < kRows; ++r) weight[r] = splat(channel[r * head_dim]);
+      F32 q[kRows];
+      for (int r = 0; r < kRows; ++r) q[r] = splat(channel[r * head_dim]);
       for (int g = 0; g < kGroups; ++g) {
         const F32 key = load<F32>(keys + c * kPageTokens + tokens_at(g, part));
-        for (int r = 0; r < kRows; ++r) acc[r][g] += key * weight[r];
+        for (int r = 0; r < kRows; ++r) acc[r][g] += key * q[r];
       }
     }
     for (int r = 0; r < kRows; ++r) {

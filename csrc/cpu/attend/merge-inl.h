@@ -32,11 +32,11 @@ inline void finish_row(const AttendPlan& plan, int64_t row) {
   float sum = 0;
   for (int64_t i = 0; i < plan.splits && row_max != kNoScore; ++i) {
     if (maxima[i] == kNoScore) continue;
-    const float weight = std::exp2(maxima[i] - row_max);
-    sum += weight * sums[i];
+    const float factor = std::exp2(maxima[i] - row_max);
+    sum += factor * sums[i];
     const float* partial = plan.partial_out + (row * plan.splits + i) * dim;
     for (int d = 0; d < dim; d += kVecLanes)
-      store(out + d, load<F32>(out + d) + load<F32>(partial + d) * weight);
+      store(out + d, load<F32>(out + d) + load<F32>(partial + d) * factor);
   }
   // Rows that see no token are zeros, with the logarithm of an empty sum.
   const float inverse = sum > 0 ? 1.0f / sum : 0.0f;
@@ -50,16 +50,16 @@ inline void merge(const MergeParams& p, const Executor& executor) {
   for_each_task(executor, p.rows, [&](int64_t row, int) {
     const float max_lse = std::max(p.lse_a[row], p.lse_b[row]);
     const bool empty = max_lse == kNoScore;
-    const float weight_a = empty ? 0.0f : std::exp(p.lse_a[row] - max_lse);
-    const float weight_b = empty ? 0.0f : std::exp(p.lse_b[row] - max_lse);
-    const float inverse = empty ? 0.0f : 1.0f / (weight_a + weight_b);
+    const float factor_a = empty ? 0.0f : std::exp(p.lse_a[row] - max_lse);
+    const float factor_b = empty ? 0.0f : std::exp(p.lse_b[row] - max_lse);
+    const float inverse = empty ? 0.0f : 1.0f / (factor_a + factor_b);
     for (int64_t i = row * p.head_dim; i < (row + 1) * p.head_dim; ++i) {
       // An empty side may hold anything, NaN too, so it is not read.
-      const float a = weight_a > 0 ? load_scalar(p.out_a, p.dtype, i) * weight_a : 0.0f;
-      const float b = weight_b > 0 ? load_scalar(p.out_b, p.dtype, i) * weight_b : 0.0f;
+      const float a = factor_a > 0 ? load_scalar(p.out_a, p.dtype, i) * factor_a : 0.0f;
+      const float b = factor_b > 0 ? load_scalar(p.out_b, p.dtype, i) * factor_b : 0.0f;
       store_scalar(p.out, p.dtype, i, (a + b) * inverse);
     }
-    p.lse[row] = empty ? kNoScore : max_lse + std::log(weight_a + weight_b);
+    p.lse[row] = empty ? kNoScore : max_lse + std::log(factor_a + factor_b);
   });
 }
 

@@ -61,7 +61,7 @@ struct AttendPlan {
   float* partial_out = nullptr;  // [B, H, rows, splits, D]
   float* partial_max = nullptr;  // [B, H, rows, splits], log2 units
   float* partial_sum = nullptr;  // [B, H, rows, splits]
-  int lanes = 0;                 // of the head with the most pre-RoPE channels
+  int lanes = 0;                 // lanes of the head with the largest pre-RoPE rank
   bool absorbs = false;          // slow pairs of pre-RoPE channels into the queries
   // Copies of the value layout's numbers, which it computes by division.
   int v_groups;

@@ -28,7 +28,7 @@ struct SelectPlan {
   const SelectParams& p;
   int64_t rows;  // query rows of a KV head
   ProxyPairs slow;
-  int tile = 0;                   // floats of a tile, of the head with the most
+  int tile = 0;                   // floats of a tile of the widest head
   float* angles = nullptr;        // [B, max_pages, 2, pairs] of the middles of pages
   float* fixed = nullptr;         // [B, H, tiles, tile]
   float* rotary = nullptr;        // [B, H, tiles, pairs, 2, tile]
