@@ -98,6 +98,7 @@ CASES = {rope: {"rope": rope, "seqlens": [300], "first_positions": [7]} for rope
 
 def attend_case(
     rope,
+    *,
     head_dim=64,
     schedule=MIXED,
     heads=2,

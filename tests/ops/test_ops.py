@@ -33,7 +33,7 @@ def setting(rope, dtype=torch.float32, v_bits=4):
 def attend_args(rope, dtype, v_bits=4):
     """Arguments of torch.ops.svdq.attend."""
     layout = make_layout(64, [4, 2], 2, rope, v_bits=v_bits)
-    cache, _, _ = make_cache(layout, [70, 10], [3, 5], first_positions=[0, 2], exact_dtype=dtype)
+    cache, _, _ = make_cache(layout, [70, 10], [3, 5], first_positions=[0, 2], window_dtype=dtype)
     window = {name: getattr(cache, name).nan_to_num() for name in ("window_keys", "window_values")}
     query = torch.randn(2, 4, 2, 64).to(dtype)
     return {"query": query, **cache.but(**window, sink_tokens=1).flat()}

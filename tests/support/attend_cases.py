@@ -98,10 +98,10 @@ CASES = {
     "bfloat16-values": Case(v_bits=16, options={"v_dtype": BFLOAT16}),
     "float16-values": pre(v_bits=16, options={"v_dtype": FLOAT16}),
     "float32-values": Case(v_bits=32),
-    "bfloat16": pre(dtype=BFLOAT16, options={"exact_dtype": BFLOAT16}),
-    "float16": Case(dtype=FLOAT16, options={"exact_dtype": FLOAT16}),
-    "mixed-dtypes": Case(dtype=BFLOAT16, options={"exact_dtype": FLOAT32}),
-    "float32-on-bfloat16": pre(options={"exact_dtype": BFLOAT16}),
+    "bfloat16": pre(dtype=BFLOAT16, options={"window_dtype": BFLOAT16}),
+    "float16": Case(dtype=FLOAT16, options={"window_dtype": FLOAT16}),
+    "mixed-dtypes": Case(dtype=BFLOAT16, options={"window_dtype": FLOAT32}),
+    "float32-on-bfloat16": pre(options={"window_dtype": BFLOAT16}),
     "hybrid-paper-1.25": hybrid(
         schedule=PAPER_1_25, head_dim=128, group=4, options={"sink_tokens": 8}
     ),
@@ -129,7 +129,7 @@ CASES = {
     "hybrid-splits": hybrid(schedule=PAPER_1_25, seqlens=(4250, 40), window_lens=(70, 9), heads=1),
     "hybrid-float32-values": hybrid(v_bits=32),
     "hybrid-bfloat16-values": hybrid(
-        v_bits=16, q_len=5, dtype=BFLOAT16, options={"v_dtype": BFLOAT16, "exact_dtype": BFLOAT16}
+        v_bits=16, q_len=5, dtype=BFLOAT16, options={"v_dtype": BFLOAT16, "window_dtype": BFLOAT16}
     ),
     "rotated-mean": rotated_mean(),
     "rotated-mean-paper-1.25": rotated_mean(

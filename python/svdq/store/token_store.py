@@ -143,7 +143,7 @@ class TokenStore:
         for b, target in enumerate(targets):
             k, v = own[b]
             if target:
-                gain = self._fit(b, k)
+                gain = self._fit(b, k, in_window=False)
                 self.packed.pack(b, k[:, :target], v[:, :target], skip=sinks, gain=gain)
                 self.window.write(b, amplified(k[:, target:], gain), v[:, target:], sinks)
                 k, v = amplified(k[:, :sinks], gain), v[:, :sinks]
@@ -251,11 +251,11 @@ class TokenStore:
         inv_freq, is_packed = self._inv_freq(keys.shape[1]), self.packed_slots(b) > 0
         return self.fit.measure(b, keys[:, skip:], inv_freq, position + skip, is_packed)
 
-    def _fit(self, b: int, keys: Tensor) -> Tensor | None:
+    def _fit(self, b: int, keys: Tensor, *, in_window: bool) -> Tensor | None:
         """Fit sequence b on its keys, [H, T, D] from the first slot of its store on.
 
         Returns the factor [H, 1, D] that these keys have yet to be multiplied by, if there is one;
-        those in the window are already.
+        keys in the window are multiplied here.
         """
         packed = self.packed
         skip = 0 if self.packed_slots(b) else self.settings.sink_tokens
@@ -266,7 +266,7 @@ class TokenStore:
         if fit.gain is not None:
             gain = self.fit.set_gain(b, fit.gain)
             self.window.keys[b, :, : self.window.count[b]] *= gain
-            if keys.data_ptr() == self.window.keys[b].data_ptr():
+            if in_window:
                 gain = None
         options = {"clip": self.settings.clip, "bases": fit.bases, "gain": gain}
         packed.fit(b, keys[:, skip:], skip, **options)
@@ -283,7 +283,7 @@ class TokenStore:
         start, stop = min(slots, sinks), target - self._slots_after_sinks(b)
         keys, values = self.window.keys[b], self.window.values[b]
         if not fitted:
-            self._fit(b, keys[:, start:count])
+            self._fit(b, keys[:, start:count], in_window=True)
         skip = 0 if slots else sinks
         self.packed.pack(b, keys[:, start:stop], values[:, start:stop], skip=skip)
         self.window.remove(b, sinks, stop)
