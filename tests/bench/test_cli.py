@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 from model_support import make_text, save_model
 from svdq import _C
 from svdq_bench.cli import app
-from svdq_bench.cli.table import fill_tables
 from svdq_bench.quality.figure import runs
 
 
@@ -232,28 +231,6 @@ def test_table_refuses_what_are_no_rows(tmp_path):
     result = invoke("table", path, "--into", tmp_path / "page.md")
     assert result.exit_code == 2
     assert "no block '<!-- table: rows -->'" in result.output
-
-
-def test_tables_of_a_document_may_join_results():
-    full, one, two = ({"benchmark": "perplexity", "method": m} for m in ("full", "one", "two"))
-    text = "<!-- table: a b -->\nold\n<!-- end -->\n<!-- table: c -->\nkept\n<!-- end -->"
-    text = fill_tables(text, {"a": [full, one], "b": [full, two]})
-    assert text == (
-        "<!-- table: a b -->\n| keys |\n| --- |\n| full |\n| one |\n| two |\n<!-- end -->\n"
-        "<!-- table: c -->\nkept\n<!-- end -->"
-    )
-
-
-def test_tables_of_a_document_may_go_layer_by_layer():
-    machine = dict.fromkeys(("cpu", "backend", "svdq", "torch", "transformers"), "x")
-    rows = [
-        {"benchmark": "key_error", "layer": layer, "method": "m", "ratio": 2 + layer}
-        | {"machine": machine | {"threads": layer}}
-        for layer in range(2)
-    ]
-    text = fill_tables("<!-- layers: a -->\n<!-- end -->", {"a": rows})
-    assert "\n| layer | 1 |\n| --- | ---: |\n| 0 | 2.0 |\n| 1 | 3.0 |\n\n" in text
-    assert text.count(" threads, backend x") == 2  # both machines
 
 
 def test_table_draws(tmp_path):

@@ -139,11 +139,23 @@ COLUMNS: dict[str, list[tuple[str, str, Callable[[Any], str]]]] = {
 TRANSPOSED = {"demo"}
 
 
-def cells(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
+def cells(
+    rows: Sequence[dict], keys: Sequence[str] | None = None
+) -> tuple[list[str], list[list[str]]]:
     """Headings and formatted cells of rows of one benchmark; empty where a row lacks a value.
 
     Rows that are only drawn are left out, those of retrieval and of errors of keys summarized. For
     the benchmarks of ``TRANSPOSED`` each row of results becomes a column.
+
+    Parameters
+    ----------
+    rows : of one benchmark.
+    keys : the columns to show, by their keys in the rows and in this order; None for all.
+
+    Raises
+    ------
+    ValueError
+        For rows of no known benchmark, or a key that is no column of their table.
     """
     from svdq_bench.quality.summary import DRAWN_ONLY, summarize_key_errors
 
@@ -161,6 +173,8 @@ def cells(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
     elif benchmark == "key_error":
         rows = summarize_key_errors(rows)
     columns = [c for c in columns if any(c[0] in row for row in rows)]
+    if keys is not None:
+        columns = _chosen_columns(columns, keys)
     body = [
         ["" if row.get(key) is None else write(row[key]) for key, _, write in columns]
         for row in rows
@@ -169,6 +183,15 @@ def cells(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
     if benchmark in TRANSPOSED:
         headings, *body = map(list, zip(headings, *body, strict=True))
     return headings, body
+
+
+def _chosen_columns(columns: list[tuple], keys: Sequence[str]) -> list[tuple]:
+    """The columns of these keys, in the order of the keys."""
+    by_key = {column[0]: column for column in columns}
+    unknown = [key for key in keys if key not in by_key]
+    if unknown:
+        raise ValueError(f"the table has no column {unknown[0]!r}, only {', '.join(by_key)}")
+    return [by_key[key] for key in keys]
 
 
 def _retrieval_columns(rows: Sequence[dict]) -> tuple[list[dict], list]:

@@ -47,14 +47,17 @@ def _terminal(
     return table
 
 
-def markdown_table(rows: Sequence[dict], by_layer: bool = False) -> str:
+def markdown_table(
+    rows: Sequence[dict], by_layer: bool = False, keys: Sequence[str] | None = None
+) -> str:
     """Rows as a Markdown table, no line twice, with the machines they were taken on below it.
 
     Parameters
     ----------
     by_layer : the table of :func:`layer_cells` instead of that of :func:`cells`.
+    keys : the columns, as for :func:`cells`.
     """
-    headings, body = layer_cells(rows) if by_layer else cells(rows)
+    headings, body = layer_cells(rows) if by_layer else cells(rows, keys)
     rule = ["---"] + ["---:"] * (len(headings) - 1)
     lines = [f"| {' | '.join(row)} |" for row in (headings, rule, *body)]
     lines = list(dict.fromkeys(lines))
@@ -96,13 +99,14 @@ def fill_tables(text: str, results: dict[str, list[dict]]) -> str:
     ----------
     text : Markdown with blocks ``<!-- table: NAME ... -->``, old table, ``<!-- end -->``. A block
         of several names shows the rows of all of them, leaving out what would be written twice (the
-        full cache). Blocks ``<!-- layers: NAME -->`` take errors of keys layer by layer.
+        full cache). ``<!-- table: NAME ... (KEY ...) -->`` shows the columns of these keys of a row
+        alone, in this order. Blocks ``<!-- layers: NAME -->`` take errors of keys layer by layer.
     results : rows by name. Blocks that need others stay as they are.
 
     Raises
     ------
     ValueError
-        If some of the results are in no block.
+        If some of the results are in no block, or a block asks for a column that its table lacks.
     """
     unused = set(results)
 
@@ -112,10 +116,12 @@ def fill_tables(text: str, results: dict[str, list[dict]]) -> str:
             return found[0]
         unused.difference_update(names)
         rows = [row for name in names for row in results[name]]
-        table = markdown_table(rows, by_layer=found["kind"] == "layers")
+        keys = found["keys"].split() if found["keys"] else None
+        table = markdown_table(rows, by_layer=found["kind"] == "layers", keys=keys)
         return f"{found['begin']}\n{table}\n{found['end']}"
 
-    begin = r"(?P<begin><!-- (?P<kind>table|layers):(?P<names>[^>]*)-->)"
+    columns = r"(?:\((?P<keys>[^>)]*)\) )?"
+    begin = rf"(?P<begin><!-- (?P<kind>table|layers):(?P<names>[^>(]*){columns}-->)"
     pattern = begin + r"\n.*?(?P<end><!-- end -->)"
     text = re.sub(pattern, fill, text, flags=re.DOTALL)
     if unused:
@@ -130,7 +136,7 @@ def table(
         Path | None,
         typer.Option(
             help="Fill this document's blocks '<!-- table: NAME -->', NAME being a file's name "
-            "without .json.",
+            "without .json; '<!-- table: NAME (KEY ...) -->' takes some columns alone.",
             show_default=False,
         ),
     ] = None,
