@@ -76,13 +76,24 @@ STAGES = {
     ("pack", "project"): {
         **PREFILL,
         "kernel test": "tests/kernels/test_pack.cpp",
-        "cpu test": "tests/core/test_pack.cpp",
+        "cpu test": "tests/core/test_pack_keys.cpp",
         "operator test": "tests/ops/test_pack.py",
     },
-    ("pack", "pack"): PREFILL,
+    # Keys and values are two stages; kernel, launch and operator test hold both.
+    ("pack", "pack"): {
+        **PREFILL,
+        "cpu": "csrc/cpu/pack/pack_keys-inl.h",
+        "cpu test": "tests/core/test_pack_keys.cpp",
+    },
+    ("pack", "pack_values"): {
+        **PREFILL,
+        "kernel": "kernels/pack/pack.cuh",
+        "launch": "csrc/gpu/pack.h",
+        "kernel test": "tests/kernels/test_pack.cpp",
+    },
     ("pack", "unpack"): {
         "cpu": "csrc/core/unpack.h",  # one plain body for all CPU backends: speed does not matter
-        "cpu test": "tests/core/test_pack.cpp",  # packed bytes are read back there
+        "cpu test": "tests/core/test_pack_keys.cpp",  # packed bytes are read back there
         "benchmark": None,
     },
     # Stages of several kernels, which plan.cuh lists.

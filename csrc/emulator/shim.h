@@ -15,6 +15,8 @@
 #define SVDQ_DEVICE inline
 #define SVDQ_KERNEL(threads) inline void
 #define SVDQ_UNROLL
+#define SVDQ_CALL_SITE , ::svdq::emulator::Site site = ::svdq::emulator::Site::current()
+#define SVDQ_PASS_CALL_SITE , site
 #define SVDQ_DEVICE_CHECK(condition)                                              \
   do {                                                                            \
     if (!(condition))                                                             \

@@ -50,12 +50,10 @@ int64_t proxy_page_bytes(const std::vector<int64_t>& ints, int channels) {
 }
 
 // Bytes that a band of a key page takes.
-int64_t band_bytes(int width, int channels) {
-  const auto* found = std::find(std::begin(kWidths), std::end(kWidths), width);
-  SVDQ_CHECK(found != std::end(kWidths), "no code has width ", width);
-  Bands bands{};
-  bands.count[found - std::begin(kWidths)] = channels;
-  return bands.page_bytes();
+int64_t checked_band_bytes(int width, int64_t channels) {
+  SVDQ_CHECK(std::find(std::begin(kWidths), std::end(kWidths), width) != std::end(kWidths),
+             "no code has width ", width);
+  return band_bytes(width, channels);
 }
 
 // Reads every byte of a contiguous CPU tensor with all threads; returns the sum of its 64-bit
@@ -92,9 +90,9 @@ PYBIND11_MODULE(_C, m) {
   format.attr("LINE_BYTES") = kLineBytes;
   format.attr("MAX_HEAD_DIM") = kMaxHeadDim;
   format.attr("WIDTHS") = std::vector<int>(std::begin(kWidths), std::end(kWidths));
-  format.attr("NO_SLOT") = INT32_MAX;  // stands for no token in lists of slots
+  format.attr("NO_SLOT") = kNoSlot;  // stands for no token in lists of slots
   format.attr("ROPE_MODES") = std::vector<std::string>{"pre", "post", "hybrid"};  // RopeMode
-  format.def("band_bytes", &band_bytes, py::arg("width"), py::arg("channels"),
+  format.def("band_bytes", &checked_band_bytes, py::arg("width"), py::arg("channels"),
              "Bytes that a band of a key page takes.");
   format.def("proxy_page_bytes", &proxy_page_bytes, py::arg("layout"), py::arg("channels"),
              "Bytes of a key page that scoring it by the first channels of every head reads.");

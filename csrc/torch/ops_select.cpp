@@ -2,36 +2,41 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
-#include "csrc/torch/packed_query.h"
+#include <algorithm>
+
 #include "csrc/torch/call.h"
+#include "csrc/torch/nouns.h"
 
 namespace svdq::torch_binding {
 namespace {
 
 std::tuple<at::Tensor, at::Tensor> select(
-    const at::Tensor& query, const at::Tensor& k_pages, const at::Tensor& page_table,
-    const at::Tensor& cache_seqlens, const at::Tensor& basis, const at::Tensor& scale,
-    const at::Tensor& mean, at::IntArrayRef layout_ints, const std::optional<at::Tensor>& inv_freq,
-    const std::optional<at::Tensor>& first_position, int64_t sink_tokens, double sm_scale,
-    int64_t budget, int64_t channels, const std::optional<at::Tensor>& post_mean,
-    const std::optional<at::Tensor>& outlier_slots) {
+    const at::Tensor& query, double sm_scale, const at::Tensor& k_pages,
+    const at::Tensor& page_table, const at::Tensor& cache_seqlens,
+    const std::optional<at::Tensor>& first_position, const std::optional<at::Tensor>& outlier_slots,
+    int64_t sink_tokens, const at::Tensor& basis, const at::Tensor& scale, const at::Tensor& mean,
+    const std::optional<at::Tensor>& post_mean, const std::optional<at::Tensor>& inv_freq,
+    at::IntArrayRef layout_ints, int64_t budget, int64_t channels) {
   const Checker check("svdq::select", query);
   const Layout layout = check.layout(layout_ints);
   check.shape(k_pages, "k_pages", {-1, layout.k_page_bytes()});
-  PackedQuery given = check_packed_query(check, layout, query, k_pages, page_table, cache_seqlens,
-                                         k_pages.size(0), basis, scale, mean, post_mean, inv_freq,
-                                         first_position, sink_tokens, sm_scale);
-  const int64_t batch = given.keys.batch, heads = layout.num_heads();
-  check.require(given.queries.length > 0, "query must have tokens, got none");
+  Queries queries = check_queries(check, layout, query, sm_scale);
+  const int64_t batch = query.size(0), heads = layout.num_heads();
+  const PackedKeys keys = check_packed_keys(check, layout,
+                                            {k_pages,
+                                             page_table,
+                                             cache_seqlens,
+                                             first_position,
+                                             outlier_slots,
+                                             nullptr,
+                                             sink_tokens,
+                                             {basis, scale, mean, post_mean, inv_freq}},
+                                            batch, k_pages.size(0));
+  check.require(queries.length > 0, "query must have tokens, got none");
   check.require(channels >= 4 && channels <= kMaxSelectChannels && channels % 4 == 0,
                 "channels must be a multiple of 4 up to " + std::to_string(kMaxSelectChannels) +
                     ", got " + std::to_string(channels));
-  int64_t outliers = 0;
-  if (outlier_slots) {
-    check.tensor(*outlier_slots, "outlier_slots", at::kInt, {batch, heads, -1});
-    check.ascending_slots(*outlier_slots, "outlier_slots");
-    outliers = outlier_slots->size(2);
-  }
+  const int64_t outliers = keys.num_outliers;
   check.require(budget >= 1 && budget + outliers < INT32_MAX,
                 "budget must be 1 to 2^31 - 2 less the outliers, got " + std::to_string(budget));
 
@@ -39,13 +44,11 @@ std::tuple<at::Tensor, at::Tensor> select(
   at::Tensor slots = at::empty({batch, heads, budget + outliers}, cache_seqlens.options());
   at::Tensor indices = at::empty({batch, heads, outliers}, cache_seqlens.options());
   if (batch == 0) return {slots, indices};
-  given.queries.data = rows.const_data_ptr();
-  given.keys.outlier_slots = outliers ? outlier_slots->const_data_ptr<int32_t>() : nullptr;
-  given.keys.num_outliers = static_cast<int>(outliers);
+  queries.data = rows.const_data_ptr();
   Call(query.device())(
       &Backend::select,
-      {.keys = given.keys,
-       .queries = given.queries,
+      {.keys = keys,
+       .queries = queries,
        .channels = static_cast<int>(channels),
        .budget = static_cast<int>(budget),
        .slots = slots.mutable_data_ptr<int32_t>(),
@@ -96,27 +99,27 @@ std::tuple<at::Tensor, at::Tensor> gather(const at::Tensor& k_pages, const at::T
   return {k_out, v_out};
 }
 
+// The same functions serve both devices: a Call runs the stages where the tensors lie.
+void register_operators(torch::Library& m) {
+  m.impl("select", &select);
+  m.impl("gather", &gather);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(svdq, m) {
   m.def(
-      "select(Tensor query, Tensor k_pages, Tensor page_table, Tensor cache_seqlens, Tensor basis,"
-      " Tensor scale, Tensor mean, int[] layout, Tensor? inv_freq, Tensor? first_position,"
-      " int sink_tokens, float sm_scale, int budget, int channels, Tensor? post_mean=None,"
-      " Tensor? outlier_slots=None) -> (Tensor slots, Tensor outlier_indices)");
+      "select(Tensor query, float sm_scale, Tensor k_pages, Tensor page_table, Tensor "
+      "cache_seqlens,"
+      " Tensor? first_position, Tensor? outlier_slots, int sink_tokens,"
+      " Tensor basis, Tensor scale, Tensor mean, Tensor? post_mean, Tensor? inv_freq,"
+      " int[] layout, int budget, int channels) -> (Tensor slots, Tensor outlier_indices)");
   m.def(
-      "gather(Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor slots, int[] layout) ->"
-      " (Tensor k_pages, Tensor v_pages)");
+      "gather(Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor slots, int[] layout)"
+      " -> (Tensor k_pages, Tensor v_pages)");
 }
 
-TORCH_LIBRARY_IMPL(svdq, CPU, m) {
-  m.impl("select", &select);
-  m.impl("gather", &gather);
-}
-
-TORCH_LIBRARY_IMPL(svdq, CUDA, m) {
-  m.impl("select", &select);
-  m.impl("gather", &gather);
-}
+TORCH_LIBRARY_IMPL(svdq, CPU, m) { register_operators(m); }
+TORCH_LIBRARY_IMPL(svdq, CUDA, m) { register_operators(m); }
 
 }  // namespace svdq::torch_binding

@@ -18,6 +18,7 @@ class Checker {
  public:
   Checker(const char* op, const at::Tensor& on) : op_(op), device_(on.device()) {}
 
+  const char* op() const { return op_; }
   const at::Device& device() const { return device_; }
 
   void require(bool condition, const std::string& message) const {

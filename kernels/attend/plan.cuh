@@ -26,7 +26,6 @@ inline constexpr int kAttendThreads = 128;  // 4 warps: one per group of 16 toke
 inline constexpr int kAttendWarps = kAttendThreads / kWarpSize;
 static_assert(kAttendWarps == kGroups);
 
-inline constexpr int kNoSlot = 0x7fffffff;  // of lists of slots: none; behind all pages
 // In place of a list's first slot: a length or page table of the select stage could not be right.
 inline constexpr int kBadSlot = -1;
 

@@ -2,6 +2,7 @@
 // order of kernels/attend/tile_rows.cuh.
 #pragma once
 
+#include "kernels/machine/fragments.cuh"
 #include "kernels/attend/fold_query.cuh"
 #include "kernels/attend/tile_rows.cuh"
 #include "kernels/attend/token_slots.cuh"

@@ -8,6 +8,7 @@
 // included. Up to 255 registers a thread and no spills: 8 warps an SM.
 #pragma once
 
+#include "kernels/machine/fragments.cuh"
 #include "kernels/attend/block.cuh"
 #include "kernels/attend/tile_scores.cuh"
 #include "kernels/attend/tile_values.cuh"

@@ -86,8 +86,8 @@ SVDQ_DEVICE void project_chunk(LatentPlan<kDim>& s, const QuantizerParams& p,
                       static_cast<int>(rest < kPageTokens ? rest : kPageTokens)};
   const int64_t capacity = int64_t{w.shares} * kPageTokens;
   for (int group = 0; group * kLanes < span.count; ++group) {
-    load_rows(s.rows, w.keys, head_index, dim, span, run, group, p.mean + int64_t{head_index} * dim,
-              kFitThreads);
+    load_rows(s.rows, w.keys, head_index, dim, {span, run, group},
+              p.mean + int64_t{head_index} * dim, kFitThreads);
     sync_threads();
     const int slot = group * kLanes + lane;
     for (int j = thread_index() / kLanes * 4; j < head.rank(); j += kFitTeams * 4) {

@@ -14,6 +14,8 @@
 //   conversions of half and bfloat16, pack_half2, half2_fma, half2_max,
 //   permute_bytes, dot4, sine_cosine_fast
 //   SVDQ_DEVICE_CHECK(condition)               checked under emulation, nothing otherwise
+//   SVDQ_CALL_SITE, SVDQ_PASS_CALL_SITE        last parameter and argument of a helper whose accesses the
+//                                              emulator reports, and counts, where it is called
 //
 // Baseline: sm_80.
 #pragma once
@@ -41,6 +43,8 @@
 #define SVDQ_DEVICE_CHECK(condition) \
   do {                               \
   } while (false)
+#define SVDQ_CALL_SITE
+#define SVDQ_PASS_CALL_SITE
 
 namespace svdq::device {
 

@@ -104,7 +104,7 @@ pack_keys_kernel(PackKeysParams p, TokenRows keys, HeadTable heads, PageIds ids,
   const float* mean = p.codec.mean + int64_t{head_index} * dim;
 
   for (int group = 0; group < kGroups; ++group) {
-    load_rows(s.rows, keys, head_index, dim, span, first_chunk + block_x(), group, mean,
+    load_rows(s.rows, keys, head_index, dim, {span, first_chunk + block_x(), group}, mean,
               kPackThreads);
     sync_threads();
     quantize_latents(s, p, head, span, group);
@@ -163,7 +163,7 @@ pack_values_kernel(PackValuesParams p, bool aligned, PageIds ids, int64_t first_
   const TokenRows rows{p.values, 0, nullptr, nullptr, aligned};
   uint8_t* page = p.pages + span.page * p.layout.v_page_bytes + block_y() * value.page_bytes();
   for (int group = 0; group < kGroups; ++group) {
-    load_rows(s.rows, rows, block_y(), value.head_dim, span, 0, group, nullptr, kPackThreads);
+    load_rows(s.rows, rows, block_y(), value.head_dim, {span, 0, group}, nullptr, kPackThreads);
     sync_threads();
     for (int i = thread_index(); i < kLanes * value.groups(); i += kPackThreads) {
       const int row = i % kLanes, slot = group * kLanes + row;

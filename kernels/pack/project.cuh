@@ -62,17 +62,25 @@ struct RowPlan {
   alignas(16) float row[kLanes][kDim + 4];
 };
 
-// Loads slots 16 group .. 16 group + 15 of a page, less `mean` [D] unless that is null; slots
-// outside the span are left alone. All `threads` of a block take part.
+// Slots 16 group .. 16 group + 15 of page `page`, of those that `span` says.
+struct SlotGroup {
+  const PageSpan& span;
+  int64_t page;
+  int group;
+};
+
+// Loads a group of slots, less `mean` [D] unless that is null; slots outside the span are left alone.
+// All `threads` of a block take part.
 template <int kDim>
 SVDQ_DEVICE void load_rows(RowPlan<kDim>& s, const TokenRows& from, int head, int dim,
-                           const PageSpan& span, int64_t run, int group, const float* mean,
-                           int threads) {
+                           const SlotGroup& slots, const float* mean, int threads) {
+  const PageSpan& span = slots.span;
   const int eights = dim / 8;
   for (int i = thread_index(); i < kLanes * eights; i += threads) {
-    const int row = i / eights, d = i % eights * 8, slot = group * kLanes + row;
+    const int row = i / eights, d = i % eights * 8, slot = slots.group * kLanes + row;
     if (!span.has(slot)) continue;
-    const Floats8 x = load_channels(from, head, span.token + slot - span.first, run, slot, d);
+    const Floats8 x =
+        load_channels(from, head, span.token + slot - span.first, slots.page, slot, d);
     SVDQ_UNROLL
     for (int q = 0; q < 8; q += 4) {
       Floats4 centred;

@@ -44,18 +44,18 @@ SVDQ_HOST_DEVICE constexpr int swizzle(int i) {
 
 // Lane `lane` (0..15) of line `line` of a swizzled run.
 template <int kWidth>
-SVDQ_DEVICE uint32_t load_lane(const uint8_t* lines, int line, int lane SVDQ_EMU_SITE) {
+SVDQ_DEVICE uint32_t load_lane(const uint8_t* lines, int line, int lane SVDQ_CALL_SITE) {
   const int piece = swizzle<kWidth>(line * 4 + lane / 4);
-  return load(reinterpret_cast<const uint32_t*>(lines + piece * 16) + lane % 4 SVDQ_EMU_PASS_SITE);
+  return load(reinterpret_cast<const uint32_t*>(lines + piece * 16) + lane % 4 SVDQ_PASS_CALL_SITE);
 }
 
 // Starts to copy `bytes` of lines of one width into shared memory, swizzled; `threads` threads take
 // part, of which this is number `thread`.
 template <int kWidth>
 SVDQ_DEVICE void copy_lines(uint8_t* to, const uint8_t* from, int bytes, int thread,
-                            int threads SVDQ_EMU_SITE) {
+                            int threads SVDQ_CALL_SITE) {
   for (int i = thread; i < bytes / 16; i += threads)
-    copy_async(to + swizzle<kWidth>(i) * 16, from + i * 16, 16 SVDQ_EMU_PASS_SITE);
+    copy_async(to + swizzle<kWidth>(i) * 16, from + i * 16, 16 SVDQ_PASS_CALL_SITE);
 }
 
 // A operand [16 tokens, 16 channels] of keys: quads 4 step .. 4 step + 3 of a band of `quads`,

@@ -19,15 +19,8 @@ struct TokenRange {
 // Pages first .. last - 1 of a split that hold valid tokens; none if the length does not fit the table.
 struct PageRange {
   int first, last;
-  int length;       // tokens of the sequence
-  int sink_tokens;  // leading tokens that are skipped
+  int length;  // tokens of the sequence
   bool valid;
-
-  SVDQ_DEVICE TokenRange tokens(int page) const {
-    const int begin = page * kPageTokens;
-    return {sink_tokens > begin ? sink_tokens - begin : 0,
-            length - begin < kPageTokens ? length - begin : kPageTokens};
-  }
 };
 
 // `split_pages` pages from `split` * `split_pages` on; the table has room for `max_pages`.
@@ -40,7 +33,7 @@ SVDQ_DEVICE PageRange page_range(const PackedKeys& keys, int sequence, int split
   if (last > (length + kPageTokens - 1) / kPageTokens)
     last = (length + kPageTokens - 1) / kPageTokens;
   if (keys.sink_tokens >= length || !valid) last = 0;
-  return {first, last, length, keys.sink_tokens, valid};
+  return {first, last, length, valid};
 }
 
 // Waits until at most `pending` groups of copies, 0 to 2, are in flight.
@@ -70,8 +63,8 @@ class PageStream {
  public:
   SVDQ_DEVICE PageStream(const PackedKeys& keys, int sequence, const PageRange& range,
                          const PageStages& stages, const Copy& copy)
-      : page_table_(keys.page_table + int64_t{sequence} * keys.table_stride),
-        num_pages_(keys.num_pages),
+      : keys_(keys),
+        page_table_(keys.page_table + int64_t{sequence} * keys.table_stride),
         range_(range),
         stages_(stages),
         copy_(copy),
@@ -87,7 +80,7 @@ class PageStream {
   SVDQ_DEVICE int page() const { return page_; }
   SVDQ_DEVICE int64_t page_id() const { return load(&page_table_[page_]); }
   SVDQ_DEVICE uint8_t* bytes() const { return stages_.of(page_); }
-  SVDQ_DEVICE TokenRange tokens() const { return range_.tokens(page_); }
+  SVDQ_DEVICE TokenRange tokens() const { return tokens_of(page_); }
 
   // Waits for the copies of this page and starts those of a later one, whose stage the page before had:
   // `sync` lets no thread go on before all threads of the reader are here.
@@ -106,16 +99,22 @@ class PageStream {
   }
 
  private:
+  SVDQ_DEVICE TokenRange tokens_of(int page) const {
+    const int begin = page * kPageTokens, sinks = keys_.sink_tokens;
+    return {sinks > begin ? sinks - begin : 0,
+            range_.length - begin < kPageTokens ? range_.length - begin : kPageTokens};
+  }
+
   SVDQ_DEVICE void fetch(int page) {
     const int64_t id = page < range_.last ? load(&page_table_[page]) : -1;
-    const bool known = id >= 0 && id < num_pages_;
-    if (known) copy_(stages_.of(page), id, range_.tokens(page));
+    const bool known = id >= 0 && id < keys_.num_pages;
+    if (known) copy_(stages_.of(page), id, tokens_of(page));
     valid_ = valid_ && (known || page >= range_.last);
     commit_copies();
   }
 
+  const PackedKeys& keys_;  // the kernel's parameter: its fields take no registers
   const int32_t* page_table_;
-  int64_t num_pages_;
   PageRange range_;
   PageStages stages_;
   const Copy& copy_;

@@ -1,21 +1,25 @@
-// The kernels of the quantizer stage, and beside them the CPU backend, against the formulas in
-// double: which ranges may win a search when sums are rounded, and where the mean then lies.
+// The kernels of the quantizer stage and the CPU backend against the formulas in double.
 #include "tests/kernels/device_tokens.h"
 
 #include <algorithm>
 #include <limits>
 
 #include "csrc/gpu/quantizer.h"
-#include "tests/core/reference.h"
+#include "tests/kernels/quantizer_reference.h"
 
 namespace svdq {
 namespace {
 
 using reference::Row;
+using testing::Bounded;
 using testing::DeviceArray;
 using testing::DeviceTokens;
+using testing::full_range;
 using testing::kFloatRounding;
+using testing::Latents;
+using testing::possible_ranges;
 using testing::Random;
+using testing::Range;
 using testing::Tokens;
 
 struct FitCase {
@@ -29,110 +33,6 @@ struct FitCase {
   int64_t position = 300;
   int64_t scratch = gpu::kScratchNumbers;
 };
-
-// A number in double and what float may have made of it.
-struct Bounded {
-  double value, error;
-};
-
-// The range of a channel's codes.
-struct Range {
-  Bounded centre, scale;
-};
-
-// Latents of one channel that ranges come from, and what the kernels' may differ by.
-struct Latents {
-  Row x;
-  double error;
-  double top;  // highest code
-};
-
-Range full_range(const Latents& l) {
-  const auto [least, most] = std::minmax_element(l.x.begin(), l.x.end());
-  const double centre = (*least + *most) / 2, scale = (*most - *least) / l.top;
-  return {{centre, l.error + 2 * kFloatRounding * std::max(std::fabs(*least), std::fabs(*most))},
-          {scale, 2 * l.error / l.top + 4 * kFloatRounding * scale}};
-}
-
-// Fourth power of the error of coding the latents in a range. Codes change where both are as far off, so the sum
-// is continuous in all it depends on, and each miss is off by what its parts are.
-Bounded coding_error(const Latents& l, const Range& range) {
-  const double centre = range.centre.value, scale = range.scale.value, mid = l.top / 2;
-  double largest = 0;
-  Row misses;
-  for (double x : l.x) {
-    const double code =
-        scale > 0 ? std::clamp(std::round((x - centre) / scale + mid), 0.0, l.top) : mid;
-    const double miss = x - centre - (code - mid) * scale;
-    misses.push_back(std::fabs(miss));
-    largest = std::max(largest, std::fabs(x - centre));
-  }
-  const double off = l.error + range.centre.error + mid * range.scale.error +
-                     4 * kFloatRounding * (largest + l.top * scale);
-  double sum = 0, most = 0;
-  for (double miss : misses) {
-    sum += std::pow(miss, 4);
-    most += std::pow(miss + off, 4);
-  }
-  // The unit and three products round the power by eight roundings.
-  const double rounding =
-      testing::sum_rounding(static_cast<int64_t>(l.x.size())) + 8 * kFloatRounding;
-  return {sum, most - sum + rounding * sum};
-}
-
-// Those of the candidates that may have the least error.
-std::vector<size_t> possible_winners(const Latents& l, const std::vector<Range>& candidates) {
-  std::vector<Bounded> errors;
-  double least = std::numeric_limits<double>::infinity();
-  for (const Range& range : candidates) {
-    errors.push_back(coding_error(l, range));
-    least = std::min(least, errors.back().value + errors.back().error);
-  }
-  std::vector<size_t> winners;
-  for (size_t i = 0; i < candidates.size(); ++i) {
-    if (errors[i].value - errors[i].error <= least) winners.push_back(i);
-  }
-  return winners;
-}
-
-// Ranges that the search may end with.
-std::vector<Range> possible_ranges(const Latents& l) {
-  const auto n = static_cast<double>(l.x.size());
-  double mean = 0, squares = 0, largest = 0;
-  for (double x : l.x) mean += x / n;
-  for (double x : l.x) {
-    squares += (x - mean) * (x - mean) / n;
-    largest = std::max(largest, std::fabs(x));
-  }
-  const double summing = testing::sum_rounding(static_cast<int64_t>(l.x.size()));
-  const double deviation = std::sqrt(squares), mean_error = l.error + summing * largest;
-  const double deviation_error =
-      l.error + mean_error + summing * deviation + 2 * kFloatRounding * largest;
-  const auto clipped = [&](double multiple) {
-    const double unit = 2 * multiple / l.top;
-    // A multiple comes from up to 25 products.
-    return Range{{mean, mean_error},
-                 {unit * deviation, unit * (deviation_error + 30 * kFloatRounding * deviation)}};
-  };
-
-  std::vector<Range> coarse = {full_range(l)}, found;
-  std::vector<double> multiples = {0};
-  double multiple = 0.4;
-  for (int i = 0; i < 22; ++i, multiple *= 1.15) {
-    coarse.push_back(clipped(multiple));
-    multiples.push_back(multiple);
-  }
-  for (size_t winner : possible_winners(l, coarse)) {
-    if (winner == 0) {
-      found.push_back(coarse[0]);
-      continue;
-    }
-    std::vector<Range> fine = {coarse[winner]};
-    for (int i = -4; i <= 4; ++i) fine.push_back(clipped(multiples[winner] * (1 + 0.03 * i)));
-    for (size_t i : possible_winners(l, fine)) found.push_back(fine[i]);
-  }
-  return found;
-}
 
 struct Fit {
   std::vector<uint16_t> basis;
