@@ -82,8 +82,15 @@ enum class RopeMode : int {
 };
 
 // Bytes of the codes of `count` channels of one width in a page.
-SVDQ_HOST_DEVICE constexpr int64_t band_bytes(int width, int64_t count) {
+template <typename Int>
+SVDQ_HOST_DEVICE constexpr Int band_bytes(int width, Int count) {
   return count * width * kPageTokens / 8;
+}
+
+// Pages that so many tokens take from the start of a page on.
+template <typename Int>
+SVDQ_HOST_DEVICE constexpr Int page_count(Int tokens) {
+  return (tokens + kPageTokens - 1) / kPageTokens;
 }
 
 // Channels of one head by width, widest first. pre-RoPE channels live before RoPE, post-RoPE channels after.

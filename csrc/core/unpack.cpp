@@ -38,7 +38,7 @@ void for_each_code(const HeadPlan& head, const uint8_t* codes, int token, const 
       for (int j = 0; j < bands->count[w]; ++j) {
         fn(channel++, get_code(codes, key_code_address(width, j, token), width), width);
       }
-      codes += int64_t{bands->count[w]} * width * kPageTokens / 8;
+      codes += band_bytes(width, int64_t{bands->count[w]});
     }
   }
 }
@@ -114,7 +114,7 @@ void unpack_keys(const UnpackKeysParams& params, const Executor& executor) {
     for (int d = 0; d < dim; ++d) to[d] = static_cast<float>(key[d]);
   };
   // A rotation computed afresh for each chunk of tokens; the products after it lose 1e-16 each.
-  for_each(executor, (p.num_tokens + kPageTokens - 1) / kPageTokens, [&](int64_t chunk) {
+  for_each(executor, page_count(p.num_tokens), [&](int64_t chunk) {
     double rotation[kMaxHeadDim];
     const int64_t first = chunk * kPageTokens;
     start_rotation(rope, params.position + first, rotation);
