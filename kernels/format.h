@@ -72,7 +72,7 @@ SVDQ_HOST_DEVICE constexpr int band_granularity(int width) { return width == 1 ?
 static_assert(8 * kPageTokens * 1 / 8 == kLineBytes, "eight 1-bit channels fill one line");
 static_assert(4 * kPageTokens * 2 / 8 == kLineBytes, "four 2-bit channels fill one line");
 
-// Where the keys of a layer are coded. The numbers are part of the format.
+// The space in which the keys of a layer are coded. The numbers are part of the format.
 enum class RopeMode : int {
   kPre = 0,   // un-rotated keys: pre-RoPE channels, rotated back while attending (the paper)
   kPost = 1,  // rotated keys: post-RoPE channels, folded into the query

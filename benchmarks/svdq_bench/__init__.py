@@ -1,1 +1,1 @@
-"""What measures svdq: speed, quality, and the ``svdq`` command."""
+"""Benchmarks of svdq: speed, quality, and the ``svdq`` command."""

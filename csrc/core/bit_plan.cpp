@@ -30,7 +30,7 @@ Bands plan_schedule(int head_dim, const std::vector<int64_t>& schedule) {
     // up.
     const int64_t wanted = (group * head_dim + num_groups - 1) / num_groups - assigned;
     const int64_t granularity = band_granularity(kWidths[w]);
-    // What is left may be no whole number of granules (1-bit channels at the very end): stop before
+    // The rest may be no whole number of granules (1-bit channels at the very end): stop before
     // it.
     const int64_t room = (head_dim - assigned) / granularity * granularity;
     const int64_t count = std::min(

@@ -208,7 +208,7 @@ void Block::complete(const WarpOperation& operation, Site site) {
 }
 
 void Block::order_memory(uint32_t members) {
-  // What one member knew, all know now; of each other they know everything.
+  // All members know now what one knew, and everything of each other.
   uint32_t known[kWarpLanes] = {};
   for (uint32_t rest = members; rest; rest &= rest - 1) {
     const uint32_t* own = threads_[warp_first() + std::countr_zero(rest)].known;

@@ -15,7 +15,7 @@ namespace svdq::emulator {
 
 inline constexpr int kWarpLanes = 32;
 
-// Who accesses, and when.
+// The thread of an access, and its time.
 struct Agent {
   int thread;
   uint32_t epoch;

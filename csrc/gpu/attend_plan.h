@@ -11,7 +11,7 @@
 
 namespace svdq::gpu {
 
-// How a call is cut. The answer does not depend on it, except for rounding.
+// Tiling of a call. The answer does not depend on it, except for rounding.
 struct AttendTiling {
   int split_pages;   // pages of a block, or of a warp of attend_decode, at least 1
   int split_window;  // the window of a block, a multiple of 64
@@ -49,7 +49,7 @@ inline int query_steps(const LayoutView& layout) {
   return pre + most;
 }
 
-// Whether blocks may take several tiles. Float values have no tensor-core product of their
+// True if blocks may take several tiles. Float values have no tensor-core product of their
 // accuracy, so they keep plain arithmetic.
 inline bool tiles_pages(const AttendParams& p) {
   return p.keys.layout.value.packed() || p.v_dtype != DataType::kFloat32;
@@ -75,13 +75,13 @@ int tiles_of_block(int64_t rows) {
   return static_cast<int>(std::min<int64_t>(device::kMaxTiles<kDim>, 2 * pairs));
 }
 
-// Whether a warp has registers for all channels of a page: it holds an output for each, and with
+// True if a warp has registers for all channels of a page: it holds an output for each, and with
 // pre-RoPE channels some columns of the keys.
 inline bool fits_warp(const LayoutView& layout) {
   return layout.rope == RopeMode::kPost || layout.head_dim <= 256;
 }
 
-// Whether pages of one tile go to attend_decode, where a split is a warp.
+// True if pages of one tile go to attend_decode, where a split is a warp.
 inline bool decodes(const AttendParams& p, int page_tiles) {
   return page_tiles == 1 && p.keys.layout.value.packed() && fits_warp(p.keys.layout);
 }

@@ -1,4 +1,4 @@
-// What the stages of this folder are written against. A Queue is one of
+// Interface that the stages of this folder are written against. A Stream is one of
 //   svdq::cuda::Queue      kernels compiled by nvcc, queued on a stream (csrc/cuda/stream.cuh)
 //   svdq::emulator::Queue  the same kernels compiled by g++ and emulated (csrc/emulator/stream.h)
 // and has
@@ -47,7 +47,7 @@ void with_dim_class(int head_dim, const Fn& fn) {
 // Most numbers of a scratch buffer that can be filled piece by piece: 64 MiB of floats.
 inline constexpr int64_t kScratchNumbers = int64_t{1} << 24;
 
-// What kernels read 16 bytes at a time.
+// For data that kernels read 16 bytes at a time.
 inline void check_aligned(const void* data, const char* name) {
   SVDQ_CHECK(reinterpret_cast<uintptr_t>(data) % 16 == 0, name,
              " must start at a multiple of 16 bytes for CUDA kernels");

@@ -106,7 +106,7 @@ PYBIND11_MODULE(_C, m) {
       py::arg("layout"), "Bytes of a value page without its scales and zero points.");
 
   m.attr("MAX_SELECT_CHANNELS") = kMaxSelectChannels;
-  // What the CPU backends leave out where they absorb pre-RoPE channels into queries.
+  // Precision that the CPU backends keep when they absorb pre-RoPE channels into queries.
   m.attr("ABSORB_ROWS") = kAbsorbRows;
   m.attr("ABSORBED_FASTEST") = kAbsorbedFastest;
   m.def(

@@ -16,7 +16,7 @@ SVDQ_DEVICE int decode_token(int tile) {
   return lane_index() / 8 * kLanes + tile * kQuad + lane_index() / 4 % 2 * 2;
 }
 
-// Where 16-byte piece `i` of a run of key lines lies in shared memory, as swizzle() for what is
+// Index of 16-byte piece `i` of a band of key lines in shared memory, as swizzle() for what is
 // read here: 8 bytes a thread, by four threads with neighbouring quads and four with two pairs of
 // tokens of two groups.
 template <int kWidth>
@@ -37,7 +37,7 @@ SVDQ_DEVICE uint8_t* copy_decode_keys(uint8_t* to, const uint8_t* keys, const He
   return to;
 }
 
-// Where this thread finds its share of the A operands of one step of a band: 16 channels. What lies
+// Address of this thread's share of the A operands of one k-step of a band: 16 channels. A channel
 // past the band's end has weight 0, so there any quad will do.
 template <int kWidth>
 class DecodeKeys {

@@ -126,7 +126,7 @@ class DecodeValues {
     }
   }
 
-  // Where 16-byte piece `i` of the rows of scales and zero points lies: neighbouring rows, which
+  // Index of 16-byte piece `i` of the rows of scales and zero points in shared memory: neighbouring rows, which
   // threads read at once, exchange which half of 32 bytes comes first.
   SVDQ_DEVICE static int swizzle_rows(int i) { return i ^ (i >> 3 & 1); }
 

@@ -1,4 +1,4 @@
-// What multiplies the codes of a head, prepared once for all pages, as tensor-core fragments.
+// Factors of the codes of a head as tensor-core fragments, prepared once for all pages.
 //
 // Channels coded after RoPE are folded into the queries:
 //   q . k = q . mean + sum_j (code_j - mid_j) * w_j,   w_j = scale_j * (q . basis_j),

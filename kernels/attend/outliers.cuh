@@ -59,7 +59,7 @@ class Outliers {
                : kNoSlot;
   }
 
-  // How many slots are before `least`: every round leaves a 32nd of those in question.
+  // Number of slots before `least`: every round leaves a 32nd of those in question.
   SVDQ_DEVICE int first_from(int least) const {
     int first = 0, count = p_.keys.num_outliers;  // the answer is in first .. first + count
     while (count > 0) {

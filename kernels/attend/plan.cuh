@@ -1,7 +1,7 @@
-// What the kernels of the attend stage share: how a call is cut into blocks, the workspace between
+// Shared by the kernels of the attend stage: the tiling of a call into blocks, the workspace between
 // launches, and reading numbers of any dtype.
 //
-//   absorb; columns and rotations   what multiplies codes of post-RoPE and pre-RoPE channels, once for all
+//   fold_query; columns, rotations  factors of the codes of post-RoPE and pre-RoPE channels, once for all
 //                                   splits
 //   attend_pages  packed pages -> partial results, one per split of the page table
 //   attend_window  the window   -> partial results, one per split of the rows
@@ -35,7 +35,7 @@ SVDQ_HOST_DEVICE constexpr int max_steps(int head_dim) {
   return (head_dim + 15) / 16 + kNumWidths - 1;
 }
 
-// What multiplies the codes of one part of the heads, by tiles of 8 rows: U tiles a head, W =
+// Factors of the codes of one part of the heads, by tiles of 8 rows: U tiles a head, W =
 // max_steps(D).
 struct Weights {
   Words2* fragments;  // [B, H, U, W, 32] B fragments of halves, a quad of channels each
@@ -74,7 +74,7 @@ SVDQ_HOST_DEVICE constexpr int64_t query_rows(const AttendParams& p) {
   return p.queries.num_heads / p.keys.layout.num_heads * p.queries.length;
 }
 
-// Which rows a block serves: its coordinates x = head and row tile (or tiles), z = sequence.
+// The query rows that a block serves, from its coordinates x = head and row tile (or tiles), z = sequence.
 struct BlockRows {
   int sequence, head;
   int tile;  // the first

@@ -1,4 +1,4 @@
-// What the tiled kernels of the attend stage share: calls with more than 8 query rows a KV head.
+// Shared by the tiled kernels of the attend stage, for calls with more than 8 query rows a KV head.
 //
 // A warp serves 16 query rows, a block up to 64, and all of them use each page that the block
 // loads. Here tensor-core products have query rows for rows: scores [16 rows, 8 tokens], outputs
@@ -45,7 +45,7 @@ struct TileMemory {
   alignas(16) uint8_t bytes[16];  // more follow
 };
 
-// What one warp serves.
+// The share of one warp.
 struct WarpShare {
   int pair;  // of row tiles of the block
   int part;  // of the output's channels
@@ -176,7 +176,7 @@ SVDQ_DEVICE void write_tile_states(const RowState (&state)[2], const AttendWorks
   }
 }
 
-// Where a warp's first row of partial results begins.
+// The first row of a warp's partial results.
 SVDQ_DEVICE float* tile_output(const AttendWorkspace& workspace, const BlockRows& rows,
                                WarpShare share, int split, int dim) {
   const int64_t slot = rows.slot(workspace.row_tiles, share.pair * kWarpRows);

@@ -25,7 +25,7 @@ struct Floats8 {
   float x[8];
 };
 
-// Whether every multiple of 8 channels of every row starts where a 16-byte vector may. Sources may
+// True if every multiple of 8 channels of every row starts at a multiple of 16 bytes. Sources may
 // have any stride, so kernels read number by number where this is false.
 inline bool aligned_rows(const TokenSource& source) {
   const int64_t vector = source.dtype == DataType::kFloat32 ? 4 : 8;  // numbers of 16 bytes

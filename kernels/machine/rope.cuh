@@ -52,7 +52,7 @@ SVDQ_KERNEL(kRotationThreads) rotations_kernel(RotationParams p) {
 }
 
 // Tokens of gathered pages come from anywhere, so their rotations are no sums of two from a table.
-// What they need by pair is how far it rotates in a position, as a fraction of 2^64 of a turn: times a
+// Each pair has its frequency as a fraction of 2^64 of a full rotation per position: times a
 // position that is exact except for whole rotates, and for 2^-63 a position.
 SVDQ_KERNEL(kRotationThreads) pair_frequencies_kernel(Rope rope, uint64_t* rotates) {
   constexpr double kTurn = 6.283185307179586476925;

@@ -17,7 +17,7 @@ struct RowState {
   float sum;
 };
 
-// What rotates every result into NaN: the state of keys that cannot be read.
+// State of keys that cannot be read: it makes every result NaN.
 SVDQ_DEVICE float poisoned_score() { return int_as_float(0x7f800000u); }  // +inf
 
 SVDQ_DEVICE RowState empty_row() { return {no_score(), 0.0f}; }

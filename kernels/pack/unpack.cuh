@@ -64,7 +64,7 @@ unpack_codes_kernel(UnpackParams p, HeadTable heads, PageIds ids, int64_t first_
       });
 }
 
-// What keys are decoded with, and where to.
+// Codec, rotations and output of decoded keys.
 struct DecodeParams {
   Rope rope;                       // half == 0: none
   const Floats2* offset_rotation;  // [64, half]

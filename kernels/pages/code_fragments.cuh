@@ -29,7 +29,7 @@ SVDQ_DEVICE void unpack_quad(uint32_t lane, int unit, uint32_t& low, uint32_t& h
   high = lane >> (unit * kWidth + 8) & kMask;
 }
 
-// Where 16-byte piece `i` of a run of lines lies in shared memory. The four threads that share rows
+// Index of 16-byte piece `i` of a band of lines in shared memory. The four threads that share rows
 // of a fragment read lanes of lines 64 * width / 2 bytes apart (keys: neighbouring quads; values:
 // runs of 16 tokens), which would all meet in the same banks. Exchanging pieces within 128 bytes
 // puts the eight lanes of each in banks of their own. 1-bit lines hold two quads in the same lanes;

@@ -20,7 +20,7 @@ struct SelectAbsorbPlan {
   float inverse[(kMaxSelectChannels + 1) * kRowTile];  // of an output's step
 };
 
-// What multiplies a query: row `channel` of the basis times its scale, or a mean.
+// Factor of a query: row `channel` of the basis times its scale, or a mean.
 struct SelectVector {
   const uint16_t* basis;
   const float* mean;

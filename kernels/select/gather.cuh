@@ -16,7 +16,7 @@ namespace svdq::device {
 
 inline constexpr int kGatherThreads = 256;
 
-// Where the tokens of an output page are: page of the pool and slot there, a page of -1 for none.
+// Sources of the tokens of an output page: page of the pool and slot there, a page of -1 for none.
 struct GatherPlan {
   int64_t page[kPageTokens];
   int slot[kPageTokens];

@@ -38,7 +38,7 @@ SVDQ_DEVICE float sum_as_float(int sum) {
 }
 static_assert(kMaxSelectChannels * 255 * 127 < 1 << 22);
 
-// Where the 4 channels of a leading quad lie among the leading lines of a page.
+// Address of the 4 channels of a proxy quad among the proxy lines of a page.
 struct SelectQuad {
   int line;        // byte of the line of its first unit
   int16_t unit;    // of that line
@@ -122,7 +122,7 @@ class PageChunk {
 
   SVDQ_DEVICE int page(int i) const { return first_ + i * stride_; }
   SVDQ_DEVICE bool has(int i) const { return page(i) < end_; }
-  // Whether there is page i of the run, in the sequence and in the pool. After begin().
+  // True if page i of the chunk is in the sequence and in the pool. After begin().
   SVDQ_DEVICE bool known(int i) const { return load(&array<int32_t>(at_.pages)[i]) >= 0; }
   SVDQ_DEVICE int64_t sequence_head() const { return sequence_head_; }
 

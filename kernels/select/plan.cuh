@@ -1,4 +1,4 @@
-// What the kernels of the select stage share: the cut into blocks and the workspace between them.
+// Shared by the kernels of the select stage: the tiling into blocks and the workspace between them.
 //
 //   rotations       of the middle of every page (kernels/machine/rope.cuh)
 //   select_absorb   queries and leading channels -> what a page's rotation multiplies

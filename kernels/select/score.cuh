@@ -1,4 +1,4 @@
-// What scores of tokens become: each query row's log-sum-exp over a sample of pages, then a weight per
+// Turns scores of tokens into each query row's log-sum-exp over a sample of pages, then a weight per
 // token.
 #pragma once
 

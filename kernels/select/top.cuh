@@ -30,7 +30,7 @@ struct TopPlan {
   int invalid;      // tokens of pages that cannot be read
 };
 
-// How the weight of a token compares: 0 for those that are not chosen by weight.
+// Sort key of the mass of a token: 0 for those that are not chosen by mass.
 SVDQ_DEVICE uint32_t weight_key(float weight) {
   return weight < 0.0f ? 0u : float_as_int(weight) + 1;
 }
@@ -72,7 +72,7 @@ struct Threshold {
   int ties;      // how many with this key are
 };
 
-// What selects the `budget` largest keys of at least 1: all of them if there are no more. Contains
+// Finds the bound that selects the `budget` largest keys of at least 1, all if there are no more. Contains
 // barriers; s.bins must not be in use.
 SVDQ_DEVICE Threshold find_threshold(TopPlan& s, const float* weights, int length, int budget) {
   uint32_t prefix = 0;

@@ -240,7 +240,7 @@ class AttendReference {
     return result;
   }
 
-  // Whether attend_decode serves the rows.
+  // True if attend_decode serves the rows.
   static bool decodes(const AttendParams& p) {
     return p.keys.layout.value.packed() &&
            (p.token_slots || device::query_rows(p) <= device::kRowTile);

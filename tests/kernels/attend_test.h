@@ -1,4 +1,4 @@
-// What the tests of the attend kernels share: a problem made of random pages and rows, run on the
+// Shared by the tests of the attend kernels: a problem made of random pages and rows, run on the
 // device and compared with plain loops in double.
 #pragma once
 
@@ -11,7 +11,7 @@
 
 namespace svdq::testing {
 
-// What AttendProblem hands to a backend; memory belongs to the problem.
+// The parameters that AttendProblem hands to a backend; memory belongs to the problem.
 inline AttendParams captured_params(AttendProblem& problem) {
   static AttendParams captured;
   Backend backend{};

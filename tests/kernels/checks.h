@@ -1,4 +1,4 @@
-// What the tests of the emulator's checks share.
+// Shared by the tests of the emulator's checks.
 #pragma once
 
 #include "tests/kernels/device_test.h"

@@ -31,7 +31,7 @@ struct BasisCase {
 
 class BasisKernels : public testing::KernelTest {
  protected:
-  // What the stage gives, by head: mean, then covariance.
+  // Results of the stage, by head: mean, then covariance.
   struct Moments {
     std::vector<float> mean, covariance;
   };

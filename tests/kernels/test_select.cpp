@@ -216,7 +216,7 @@ TEST_P(SelectKernels, EveryOrderGivesTheSameSlots) {
 #endif
 }
 
-// What cannot be read leaves a slot that cannot be, and other sequences alone.
+// Input that cannot be read gives an impossible slot, and leaves other sequences alone.
 TEST_P(SelectKernels, BadLengthsAndPagesAreSaid) {
   SelectCase c;
   c.cache_seqlens = {130, 70};

@@ -100,7 +100,7 @@ class UnpackKernels : public testing::KernelTest {
 
     for (int h = 0; h < heads; ++h) {
       const auto channels = reference::channels_of(layout_->view().heads[h]);
-      // What a channel may be wrong by: the rounding of each latent and of the sum.
+      // Bound on the error of a channel: the rounding of each latent and of the sum.
       reference::Row error(dim);
       for (int d = 0; d < dim; ++d) {
         double magnitude = std::fabs(double{mean[h * dim + d]});

@@ -1,4 +1,4 @@
-"""How tables write numbers."""
+"""Numbers as tables write them."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def info() -> None:
 
 
 def _cuda_state(built: bool) -> str:
-    """Whether CUDA tensors can be used, and where not, why."""
+    """The state of CUDA in this build and machine."""
     if not built:
         return "not in this build"
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]

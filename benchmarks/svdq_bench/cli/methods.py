@@ -20,7 +20,7 @@ def asked_keys(
     prices: Sequence[float] | None = None,
     default: Sequence[str] = ("paper-1.25",),
 ) -> list[str]:
-    """The words for :func:`svdq.evaluation.methods.key_argument` that the options mean.
+    """The words for :func:`svdq_bench.quality.methods.key_argument` that the options mean.
 
     Parameters
     ----------

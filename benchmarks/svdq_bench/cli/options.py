@@ -18,7 +18,7 @@ class Dtype(str, enum.Enum):
 
 
 class Rope(str, enum.Enum):
-    """Where keys are coded."""
+    """The space in which keys are coded."""
 
     pre = "pre"
     post = "post"
@@ -35,7 +35,7 @@ class Across(str, enum.Enum):
 
 
 class ScorerName(str, enum.Enum):
-    """What chooses the tokens that a step attends to."""
+    """The scorer of the tokens that a step attends to."""
 
     latent = "latent"
     landmarks = "landmarks"

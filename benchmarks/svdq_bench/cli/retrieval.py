@@ -47,7 +47,7 @@ TASK_PANEL = "Questions"
 
 
 class Haystack(str, enum.Enum):
-    """What needles are hidden in."""
+    """The text that needles are hidden in."""
 
     text = "text"
     noise = "noise"

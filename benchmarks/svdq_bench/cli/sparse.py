@@ -76,7 +76,7 @@ def sparse(
     shapes = [
         Shape(num_qo_heads, num_kv_heads, head_dim, n, sink_tokens, residual_length) for n in kv_len
     ]
-    # What cannot be is said before anything slow happens.
+    # Wrong settings are refused before anything slow happens.
     page_layout(shapes[0], schedule, rope[0].value, v_bits)
     Sparsity(budgets[0], "latent", sparse_channels)
     bytes_asked = None if working_set is None else working_set * 1_000_000

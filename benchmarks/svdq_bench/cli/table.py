@@ -27,7 +27,7 @@ def terminal_table(rows: Sequence[dict], title: str | None = None) -> Table:
 
 
 def layer_table(rows: Sequence[dict], title: str | None = None) -> Table:
-    """What :func:`layer_cells` says, for the terminal."""
+    """The table of :func:`layer_cells`, for the terminal."""
     return _terminal(*layer_cells(rows), title)
 
 

@@ -29,7 +29,7 @@ def parse_budget(text: str) -> int | float:
 
 
 def budget_text(budget: int | float) -> str:
-    """How a budget is written: "1/32" for a share, "2,048 tokens" for a number."""
+    """A budget in words: "1/32" for a share, "2,048 tokens" for a number."""
     if budget >= 1:
         return f"{int(budget):,} tokens"
     share = Fraction(budget).limit_denominator(LARGEST_DENOMINATOR)

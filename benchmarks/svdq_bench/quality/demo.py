@@ -59,7 +59,7 @@ class Prompt:
 
 @dataclass
 class Run:
-    """What one cache did with the prompt."""
+    """Results of one cache on the prompt."""
 
     name: str
     implementation: str | None

@@ -48,7 +48,7 @@ def import_harness() -> Any:
 
 
 class CompressedContexts:
-    """What differs from ``HFLM``: how contexts go into a cache. One sequence at a time.
+    """``HFLM`` except for contexts, which go into a cache. One sequence at a time.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""How far keys move when they are coded: the error in the original space, layer by layer.
+"""Error of coded keys: the error in the original space, layer by layer.
 
 Errors are those of the rotated keys, over the tokens that a method codes, all heads of a layer
 together; rotations are orthogonal, so un-rotated keys have the same. They are told relative to the
@@ -79,7 +79,7 @@ class LayerError:
 
 @dataclass
 class _Windows:
-    """What the windows say of one method and layer."""
+    """Errors of one method and layer over all windows."""
 
     found: list[LayerError] = field(default_factory=list)
 
@@ -214,7 +214,7 @@ def _error_row(label: str, layer: int, windows: _Windows, baseline: _Windows) ->
 
 
 def _ratio(baseline: float, error: float | None) -> float | None:
-    """How many times smaller an error is; None where there is none."""
+    """Ratio of two errors; None where there is none."""
     return baseline / error if error else None
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class KeyMemory:
-    """What the keys of a cache take; add two to count several layers.
+    """Memory of the keys of a cache; add two to count several layers.
 
     Parameters
     ----------

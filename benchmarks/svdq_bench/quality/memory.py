@@ -1,4 +1,4 @@
-"""How many bytes a cache of a given length takes, computed from the layout of its pages."""
+"""Bytes of a cache of a given length, computed from the layout of its pages."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ class CacheSettings:
 
     @property
     def packs(self) -> bool:
-        """Whether keys are packed at all."""
+        """True if keys are packed at all."""
         argument = key_argument(self.keys)
         return "lambda_" in argument or resolve_keys(**argument) != (None, None)
 
@@ -180,7 +180,7 @@ class CacheSettings:
         return cache
 
     def columns(self) -> dict:
-        """What a row of results says about the settings."""
+        """Columns of the settings in a row of results."""
         sparse = {}
         if self.sparse_budget is not None:
             sparse = {"budget": self.sparse_budget, "scorer": self.sparse_scorer}
@@ -227,7 +227,7 @@ class CacheSettings:
         }
 
     def read_columns(self, cache: SVDqCache) -> dict[str, float]:
-        """How many times fewer bytes than a full cache's the last step read of the keys.
+        """Ratio of a full cache's bytes to those of the keys that the last step read.
 
         Returns
         -------
@@ -241,7 +241,7 @@ class CacheSettings:
 
 
 def feeds_one_by_one(method: Method) -> bool:
-    """Whether what follows the context is fed in steps of one token."""
+    """True if the text after the context is fed in steps of one token."""
     return isinstance(method, CacheSettings) and method.one_by_one
 
 

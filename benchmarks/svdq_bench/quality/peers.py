@@ -83,7 +83,7 @@ class Peer:
         return cache
 
     def columns(self) -> dict:
-        """What a row of results says of the settings."""
+        """Columns of the settings in a row of results."""
         return {"method": self.label, "v_bits": "exact"} | self.settings()
 
     def memory_columns(self, cache: DynamicCache) -> dict:

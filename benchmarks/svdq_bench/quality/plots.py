@@ -121,7 +121,7 @@ def error_against_budget(rows: Sequence[dict]) -> Figure:
 
 
 def scorer_of(row: dict) -> str:
-    """What chose the tokens of a row with a budget."""
+    """The scorer of a row with a budget."""
     return row["method"].replace(f"{budget_text(row['budget'])} ", "")
 
 
@@ -185,7 +185,7 @@ def _budget_scale(axes: Axes, rows: Sequence[dict]) -> None:
 
 
 def family_of(row: dict) -> str:
-    """What kind of method a row is of."""
+    """The kind of method of a row."""
     return row.get("family") or row["method"].split()[0]
 
 

@@ -25,7 +25,7 @@ RECORDING = "svdq-recording"
 
 @dataclass
 class _Recording:
-    """What is noted of queries, by layer; see :class:`Prefix`."""
+    """Notes of queries by layer; see :class:`Prefix`."""
 
     positions: list[int]
     energies: dict[int, Tensor] = field(default_factory=dict)
@@ -37,7 +37,7 @@ _recording: ContextVar[_Recording | None] = ContextVar("recording of queries", d
 
 @dataclass(frozen=True)
 class Prefix:
-    """What a model makes of a context, with the query energies that some methods weigh keys by.
+    """Cache and logits of a context, with the query energies that some methods weigh keys by.
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ class Method(Protocol):
         """A new cache of the context for the model to go on from; the prefix stays as it is."""
 
     def columns(self) -> dict:
-        """What a row of results says of the settings; at least ``method``, the label."""
+        """Columns of the settings in a row of results; at least ``method``, the label."""
 
     def memory_columns(self, cache: Cache) -> dict:
         """Memory of what :meth:`compress` returned, before the model went on.

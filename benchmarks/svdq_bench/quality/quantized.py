@@ -67,7 +67,7 @@ class TransformersQuantized:
         return f"QuantizedCache {self.backend} {self.bits}-bit, groups of {self.group_size}"
 
     def columns(self) -> dict:
-        """What a row of results says of the settings."""
+        """Columns of the settings in a row of results."""
         columns = {"method": self.label, "family": "quantized", "backend": self.backend}
         columns |= {"bits": self.bits, "v_bits": self.bits, "sink_tokens": 0}
         return columns if self.backend == "fp8" else columns | {"group_size": self.group_size}
@@ -98,7 +98,7 @@ class TransformersQuantized:
 
 
 def is_installed(backend: str) -> bool:
-    """Whether what a backend of ``QuantizedCache`` needs can be imported."""
+    """True if the packages of a backend of ``QuantizedCache`` can be imported."""
     if backend == "fp8":
         return "fp8" in (inspect.getdoc(QuantizedCache) or "")
     try:

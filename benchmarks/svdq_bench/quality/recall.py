@@ -34,7 +34,7 @@ NONE = "sinks and window alone"
 
 @dataclass(frozen=True)
 class RecallTask:
-    """Which queries are asked, and what they read in any case.
+    """The queries that are asked, and the tokens that they read in any case.
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ class Scorer:
 
     @property
     def name(self) -> str:
-        """Which of :data:`svdq.config.sparsity.SCORERS`."""
+        """One of :data:`svdq.config.sparsity.SCORERS`."""
         return self.settings.sparse_scorer
 
     @property
@@ -130,7 +130,7 @@ def make_scorers(
     Parameters
     ----------
     scorers, channels, ropes : what to combine, each at least one.
-    settings : what else :class:`svdq.evaluation.methods.CacheSettings` takes.
+    settings : what else :class:`svdq_bench.quality.methods.CacheSettings` takes.
     """
     found = []
     for scorer in dict.fromkeys(scorers):

@@ -67,7 +67,7 @@ def write_html(path: Path, rows: Sequence[dict], title: str) -> None:
 
     Parameters
     ----------
-    rows : of any benchmarks, mixed; those of :data:`svdq.evaluation.plots.PLOTS` are drawn, the
+    rows : of any benchmarks, mixed; those of :data:`svdq_bench.quality.plots.PLOTS` are drawn, the
         others stand in tables.
 
     Raises

@@ -32,11 +32,11 @@ from svdq_bench.quality.tasks import ANSWER_TOKENS, DEPTH_TASKS, TASKS, Sample, 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Which samples to ask.
+    """The samples to ask.
 
     Parameters
     ----------
-    tasks : names out of :data:`svdq.evaluation.tasks.TASKS`.
+    tasks : names out of :data:`svdq_bench.quality.tasks.TASKS`.
     context_tokens : lengths of contexts.
     depths : of the needle, for the tasks that ask for one.
     samples : of each task, length and depth.

@@ -45,7 +45,7 @@ class Prompt:
 
     @property
     def core(self) -> PreChannels | None:
-        """What :func:`svdq.fitting.fit_bases` takes for a core."""
+        """The pre-RoPE channels that :func:`svdq.fit.bases.fit_bases` takes."""
         return PreChannels.of(self.store.layout, self.store.codec.inv_freq)
 
     def new_store(self) -> PackedStore:
@@ -72,7 +72,7 @@ def make_prompt(
 
 
 def stage_calls(prompt: Prompt) -> dict[str, Callable[[int], object]]:
-    """What fits and packs a prompt, stage by stage, then all as the cache does, and an append."""
+    """The functions that fit and pack a prompt, by stage and all as the cache does, and an append."""
     keys, values, store = prompt.keys, prompt.values, prompt.store
     layout, inv_freq = store.layout, store.codec.inv_freq
     bases = fit_bases(keys, prompt.core, inv_freq=inv_freq)

@@ -33,7 +33,7 @@ class _InitParams(ctypes.Structure):
 
 
 def library_folder() -> Path | None:
-    """Where ggml's libraries lie, None where there are none."""
+    """The folder of ggml's libraries, None without one."""
     named = os.environ.get(LIBRARY_VARIABLE)
     if named:
         return Path(named)
@@ -136,7 +136,7 @@ class FlashAttention:
             raise RuntimeError(f"ggml_backend_graph_compute returned {status}")
 
     def output(self) -> Tensor:
-        """What the last run computed, [Hq, D] float32."""
+        """Output of the last run, [Hq, D] float32."""
         out = torch.empty(self._shape)
         ctypes.memmove(out.data_ptr(), self._base.ggml_get_data(self._out), out.nbytes)
         return out

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What decides how much arithmetic a layer of a decoder takes."""
+    """The shapes that decide the arithmetic of a layer of a decoder."""
 
     hidden_size: int
     intermediate_size: int

@@ -1,4 +1,4 @@
-"""What fitting and packing a prompt costs, beside the model's own prefill of the same prompt."""
+"""Cost of fitting and packing a prompt, compared with the model's own prefill of it."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def step_case(
 def key_reads(
     shape: Shape, store: PackedStore, rows: WindowStore, sparsity: Sparsity | None
 ) -> ReadReport:
-    """What a step reads of the keys."""
+    """Bytes of keys that a step reads."""
     heads, dim, packed = shape.num_kv_heads, shape.head_dim, shape.packed_tokens
     report = ReadReport(full=shape.kv_len * heads * dim * FULL_BYTES, packed=packed)
     report.exact = rows.count[0] * heads * dim * rows.keys.itemsize
@@ -175,7 +175,7 @@ def bench_sparse(
     ropes : where keys are coded.
     v_bits : bits a value.
     channels : leading channels that choose.
-    repeats, working_set_bytes, begin : as for :func:`svdq.benchmark.attend.bench_attend`.
+    repeats, working_set_bytes, begin : as for :func:`svdq_bench.speed.attend.bench_attend`.
 
     Returns
     -------
