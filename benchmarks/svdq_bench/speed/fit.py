@@ -72,7 +72,7 @@ def make_prompt(
 
 
 def stage_calls(prompt: Prompt) -> dict[str, Callable[[int], object]]:
-    """The functions that fit and pack a prompt, by stage and all as the cache does, and an append."""
+    """The functions that fit and pack a prompt, by stage and as the cache does, and an append."""
     keys, values, store = prompt.keys, prompt.values, prompt.store
     layout, inv_freq = store.layout, store.codec.inv_freq
     bases = fit_bases(keys, prompt.core, inv_freq=inv_freq)
