@@ -6,7 +6,7 @@
 // page table maps the n-th 64 tokens of a sequence to a row of the pools. Slot s of a sequence
 // holds the token at position s + first_position.
 //
-//   key page   | head 0: core: 8-bit band | 4-bit | 2-bit | 1-bit | tail: 8-bit ... | head 1: ... |
+//   key page   | head 0: pre: 8-bit band | 4-bit | 2-bit | 1-bit | post: 8-bit ... | head 1: ... |
 //   value page | head 0: scales, zero points, codes | head 1: ... |    (2- and 4-bit values)
 //              | head 0: 64 x head_dim numbers      | head 1: ... |    (16- and 32-bit values)
 //
@@ -28,14 +28,14 @@
 // page, without padding.
 //
 // A head's bands are those of its pre-RoPE channels, coded before RoPE, then those of its post-RoPE channels,
-// coded after it; where both may occur (hybrid) the tail codes what the core leaves. With
+// coded after it; where both occur (hybrid) the post-RoPE channels code the rest that the pre-RoPE channels leave. With
 // mid(b) = (2^b - 1) / 2 and R_t the rotation to position t, a key is decoded as
 //
 //   k_t = R_t (mean + sum_pre (code_j - mid(width_j)) * scale_j * basis_j)
 //         + post_mean + sum_post (code_j - mid(width_j)) * scale_j * basis_j,
 //
 // where one of the two lines is absent for "pre" (the second) and "post" (the first; its mean is
-// then the tail's); a value as v = zero + code * scale   per (token, group).
+// then that of the post-RoPE part); a value as v = zero + code * scale   per (token, group).
 #pragma once
 
 #include <cstdint>
@@ -82,8 +82,15 @@ enum class RopeMode : int {
 };
 
 // Bytes of the codes of `count` channels of one width in a page.
-SVDQ_HOST_DEVICE constexpr int64_t band_bytes(int width, int64_t count) {
+template <typename Int>
+SVDQ_HOST_DEVICE constexpr Int band_bytes(int width, Int count) {
   return count * width * kPageTokens / 8;
+}
+
+// Pages that so many tokens take from the start of a page on.
+template <typename Int>
+SVDQ_HOST_DEVICE constexpr Int page_count(Int tokens) {
+  return (tokens + kPageTokens - 1) / kPageTokens;
 }
 
 // Channels of one head by width, widest first. pre-RoPE channels live before RoPE, post-RoPE channels after.
@@ -112,7 +119,7 @@ struct CodeAddress {
   int shift;
 };
 
-// Place of unit `unit`, lane `lane`, element `element` (0..3) in a run of lines of one width.
+// Address of code tile `unit`, lane `lane`, element `element` (0..3) in a band of one width.
 SVDQ_HOST_DEVICE constexpr CodeAddress code_tile_address(int width, int unit, int lane,
                                                          int element) {
   const int units_per_line = 8 / width;
@@ -144,13 +151,13 @@ static_assert(key_code_address(1, 7, 63).byte == 15 * 4 + 3 &&
 static_assert(value_code_address(4, 17, 6).byte == 8 * 64 + 1 * 4 + 2 &&
               value_code_address(4, 17, 6).shift == 4);
 
-SVDQ_HOST_DEVICE constexpr int get_code(const uint8_t* codes, CodeAddress place, int width) {
-  return (codes[place.byte] >> place.shift) & ((1 << width) - 1);
+SVDQ_HOST_DEVICE constexpr int get_code(const uint8_t* codes, CodeAddress at, int width) {
+  return (codes[at.byte] >> at.shift) & ((1 << width) - 1);
 }
 
-SVDQ_HOST_DEVICE constexpr void put_code(uint8_t* codes, CodeAddress place, int width, int code) {
-  const int mask = ((1 << width) - 1) << place.shift;
-  codes[place.byte] = static_cast<uint8_t>((codes[place.byte] & ~mask) | (code << place.shift));
+SVDQ_HOST_DEVICE constexpr void put_code(uint8_t* codes, CodeAddress at, int width, int code) {
+  const int mask = ((1 << width) - 1) << at.shift;
+  codes[at.byte] = static_cast<uint8_t>((codes[at.byte] & ~mask) | (code << at.shift));
 }
 
 // Offsets inside the value page of one head. Scales and zero points are IEEE half, [v_groups, 64]
@@ -178,7 +185,7 @@ static_assert(ValueLayout{16, 128, 128}.page_bytes() == 64 * 128 * 2);
 
 // The integers that describe a layer's pages wherever they are passed or saved ("layout"):
 // [version, num_kv_heads, head_dim, rope_mode, v_bits, v_group_size,
-//  then per head: core counts of kWidths, tail counts of kWidths].
+//  then per head: pre-RoPE counts of kWidths, post-RoPE counts of kWidths].
 inline constexpr int kLayoutHeader = 6;
 inline constexpr int kLayoutPerHead = 2 * kNumWidths;
 

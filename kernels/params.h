@@ -1,4 +1,4 @@
-// One plain struct per stage: what a backend needs to run it. Pointers carry [shape] and dtype; the
+// One plain struct per stage with all that a backend needs to run it. Pointers carry [shape] and dtype; the
 // caller has checked everything and owns all memory. H KV heads, Hq query heads, D head_dim, R rank
 // of all heads together.
 #pragma once
@@ -21,7 +21,7 @@ struct HeadPlan {
 
   SVDQ_HOST_DEVICE constexpr int page_bytes() const { return pre.page_bytes() + post.page_bytes(); }
   SVDQ_HOST_DEVICE constexpr int rank() const { return pre.rank() + post.rank(); }
-  // Where the tail begins.
+  // First channel of the post-RoPE part.
   SVDQ_HOST_DEVICE constexpr int first_post_channel() const { return first_channel + pre.rank(); }
   SVDQ_HOST_DEVICE constexpr int64_t post_offset() const { return k_offset + pre.page_bytes(); }
 };

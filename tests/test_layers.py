@@ -161,7 +161,7 @@ def test_instructions_are_in_machine(path):
 def test_library_never_prints_or_aborts(path):
     calls = r"\b(?:printf|fprintf|puts|exit|_exit|abort|terminate|assert|cout|cerr|clog)\b"
     found = re.findall(calls, house.code_of(path))
-    assert not found, "throw svdq::Error (csrc/core/check.h) instead"
+    assert not found, "throw svdq::Error (csrc/core/error.h) instead"
 
 
 @pytest.mark.parametrize("path", BUILD_FILES, ids=ids)

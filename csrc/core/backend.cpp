@@ -3,7 +3,7 @@
 #include <atomic>
 #include <cstdlib>
 
-#include "csrc/core/check.h"
+#include "csrc/core/error.h"
 
 namespace svdq {
 

@@ -25,7 +25,7 @@ class Context {
   const GpuContext* gpu_ = nullptr;
 };
 
-// Where the tensors of a row lie.
+// Device of a row's tensors.
 enum class DeviceKind { kCpu, kCuda };
 
 // Stages queue their work on a CUDA stream and return; all_finite and components wait for an answer.
@@ -34,7 +34,7 @@ enum class DeviceKind { kCpu, kCuda };
 struct Backend {
   const char* name;
   DeviceKind device;
-  bool (*available)();  // does this machine run it?
+  bool (*available)();  // true if this machine runs it
   bool (*all_finite)(const FiniteParams&, const Context&);
   void (*covariance)(const CovarianceParams&, const Context&);
   void (*components)(const ComponentsParams&, const Context&);  // null: the host program solves

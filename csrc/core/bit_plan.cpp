@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "csrc/core/check.h"
+#include "csrc/core/error.h"
 #include "csrc/core/layout.h"
 
 namespace svdq {

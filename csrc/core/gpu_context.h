@@ -1,4 +1,4 @@
-// What a stage on a GPU needs from its caller.
+// Resources that a caller gives to a stage on a GPU.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
 #include "csrc/core/layout.h"
 
-#include "csrc/core/check.h"
+#include "csrc/core/error.h"
 
 namespace svdq {
 namespace {

@@ -1,4 +1,4 @@
-// The layout integers (kernels/format.h, kLayoutHeader), checked and turned into offsets.
+// The layout integers (kernels/format.h, kLayoutHeader), checked, and the offsets that follow from them.
 #pragma once
 
 #include <cstdint>
@@ -15,9 +15,9 @@ class Layout {
 
   // Valid as long as this object.
   LayoutView view() const;
-  // The same pages with nothing but the pre-RoPE channels, coded like "pre", or nothing but the tail
-  // channels, coded like "post": the stages that fit, pack and unpack run on one part of a hybrid
-  // page and leave the other alone. Channels and bytes are where they are in view().
+  // The same pages with the pre-RoPE channels alone, coded like "pre", or with the post-RoPE channels
+  // alone, coded like "post": the stages that fit, pack and unpack run on one part of a hybrid page and
+  // leave the other alone. Channels and bytes are where they are in view().
   LayoutView pre_view() const;
   LayoutView post_view() const;
 

@@ -1,5 +1,5 @@
-// How a backend spreads work over threads: the host program brings its own pool (torch's, or none),
-// so that the library never starts a second one beside it.
+// Threads for the backends: the host program brings its own pool (torch's, or none), so that the library
+// never starts a second one.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,7 @@ class Executor {
  public:
   virtual ~Executor() = default;
 
-  // Number of workers; task functions are told which one runs them.
+  // Number of workers; task functions get the number of theirs.
   virtual int workers() const = 0;
 
   // Calls fn(context, task, worker) once for each task in 0 .. num_tasks - 1, in any order, and

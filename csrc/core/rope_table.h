@@ -1,5 +1,5 @@
-// Cosines and sines of runs of 64 consecutive positions, split as position = base + offset: a call
-// then needs one table of offsets and one row per run, and both come from few sines by complex
+// Cosines and sines of chunks of 64 consecutive positions, split as position = base + offset: a call
+// then needs one table of offsets and one row per chunk, and both come from few sines by complex
 // products in double.
 #pragma once
 
@@ -10,22 +10,26 @@
 
 namespace svdq {
 
-// One rotation per pair, [cos (half) | sin (half)] in double.
+// One rotation per pair, [cos (rotary_pairs) | sin (rotary_pairs)] in double.
 void start_rotation(const Rope& rope, int64_t position, double* rotation);
 
-// rotation *= turn: the positions add.
-void advance_rotation(double* rotation, const double* turn, int half);
+// rotation *= step: the positions add.
+void advance_rotation(double* rotation, const double* step, int rotary_pairs);
 
 // Angles of the offsets 0 .. 63 and of one whole page.
 class PageAngles {
  public:
   explicit PageAngles(const Rope& rope);
 
-  int half() const { return half_; }
-  const double* page_turn() const { return page_turn_.as<double>(); }  // rotation by 64 positions
-  // By offset: [half] each.
-  const float* row_cos(int offset) const { return rows_.as<float>() + int64_t{offset} * 2 * half_; }
-  const float* row_sin(int offset) const { return row_cos(offset) + half_; }
+  int rotary_pairs() const { return rotary_pairs_; }
+  const double* page_rotation() const {
+    return page_rotation_.as<double>();
+  }  // rotation by 64 positions
+  // By offset: [rotary_pairs] each.
+  const float* row_cos(int offset) const {
+    return rows_.as<float>() + int64_t{offset} * 2 * rotary_pairs_;
+  }
+  const float* row_sin(int offset) const { return row_cos(offset) + rotary_pairs_; }
   // By pair: [64] each.
   const float* column_cos(int pair) const {
     return columns_.as<float>() + int64_t{pair} * 2 * kPageTokens;
@@ -33,25 +37,27 @@ class PageAngles {
   const float* column_sin(int pair) const { return column_cos(pair) + kPageTokens; }
 
  private:
-  int half_;
-  AlignedBuffer page_turn_;  // [2, half] double
-  AlignedBuffer rows_;       // [64, 2, half] float
-  AlignedBuffer columns_;    // [half, 2, 64] float
+  int rotary_pairs_;
+  AlignedBuffer page_rotation_;  // [2, rotary_pairs] double
+  AlignedBuffer rows_;           // [64, 2, rotary_pairs] float
+  AlignedBuffer columns_;        // [rotary_pairs, 2, 64] float
 };
 
-// Angles of num_runs runs of 64 positions from first_position on.
+// Angles of num_chunks chunks of 64 positions from first_position on.
 class RopeTable {
  public:
-  RopeTable(const Rope& rope, int64_t first_position, int64_t num_runs);
+  RopeTable(const Rope& rope, int64_t first_position, int64_t num_chunks);
 
-  int half() const { return offsets_.half(); }
+  int rotary_pairs() const { return offsets_.rotary_pairs(); }
   const PageAngles& offsets() const { return offsets_; }
-  const float* base_cos(int64_t run) const { return bases_.as<float>() + run * 2 * half(); }
-  const float* base_sin(int64_t run) const { return base_cos(run) + half(); }
+  const float* base_cos(int64_t chunk) const {
+    return bases_.as<float>() + chunk * 2 * rotary_pairs();
+  }
+  const float* base_sin(int64_t chunk) const { return base_cos(chunk) + rotary_pairs(); }
 
  private:
   PageAngles offsets_;
-  AlignedBuffer bases_;  // [num_runs, 2, half] float
+  AlignedBuffer bases_;  // [num_chunks, 2, rotary_pairs] float
 };
 
 }  // namespace svdq

@@ -38,7 +38,7 @@ void for_each_code(const HeadPlan& head, const uint8_t* codes, int token, const 
       for (int j = 0; j < bands->count[w]; ++j) {
         fn(channel++, get_code(codes, key_code_address(width, j, token), width), width);
       }
-      codes += int64_t{bands->count[w]} * width * kPageTokens / 8;
+      codes += band_bytes(width, int64_t{bands->count[w]});
     }
   }
 }
@@ -61,12 +61,13 @@ void add_rows(const float* mean, const double* latents, const double* rows, int 
   }
 }
 
-// rotation: [cos (half) | sin (half)].
-void rotate_forward(double* key, const double* rotation, int half) {
-  for (int i = 0; i < half; ++i) {
-    const double x = key[i], y = key[i + half], c = rotation[i], s = rotation[half + i];
+// rotation: [cos (rotary_pairs) | sin (rotary_pairs)].
+void rotate_forward(double* key, const double* rotation, int rotary_pairs) {
+  for (int i = 0; i < rotary_pairs; ++i) {
+    const double x = key[i], y = key[i + rotary_pairs], c = rotation[i],
+                 s = rotation[rotary_pairs + i];
     key[i] = x * c - y * s;
-    key[i + half] = y * c + x * s;
+    key[i + rotary_pairs] = y * c + x * s;
   }
 }
 
@@ -94,8 +95,8 @@ void unpack_keys(const UnpackKeysParams& params, const Executor& executor) {
   double* rows = basis_rows.as<double>();
   for (int64_t i = 0; i < int64_t{p.layout.rank} * dim; ++i)
     rows[i] = static_cast<double>(bfloat16_to_float(codec.basis[i]));
-  double turn[kMaxHeadDim];
-  start_rotation(rope, 1, turn);
+  double step[kMaxHeadDim];
+  start_rotation(rope, 1, step);
 
   const auto unpack_key = [&](int h, int64_t t, const Slot& slot, const double* rotation) {
     const HeadPlan& head = p.layout.heads[h];
@@ -112,15 +113,15 @@ void unpack_keys(const UnpackKeysParams& params, const Executor& executor) {
     float* to = params.keys + (h * p.num_tokens + t) * dim;
     for (int d = 0; d < dim; ++d) to[d] = static_cast<float>(key[d]);
   };
-  // A rotation computed afresh for each run of tokens; the products after it lose 1e-16 each.
-  for_each(executor, (p.num_tokens + kPageTokens - 1) / kPageTokens, [&](int64_t run) {
+  // A rotation computed afresh for each chunk of tokens; the products after it lose 1e-16 each.
+  for_each(executor, page_count(p.num_tokens), [&](int64_t chunk) {
     double rotation[kMaxHeadDim];
-    const int64_t first = run * kPageTokens;
+    const int64_t first = chunk * kPageTokens;
     start_rotation(rope, params.position + first, rotation);
     for (int64_t t = first; t < std::min(first + kPageTokens, p.num_tokens); ++t) {
       const Slot slot = find_slot(p, t, p.layout.k_page_bytes);
       for (int h = 0; h < p.layout.num_heads; ++h) unpack_key(h, t, slot, rotation);
-      advance_rotation(rotation, turn, rope.rotary_pairs);
+      advance_rotation(rotation, step, rope.rotary_pairs);
     }
   });
 }

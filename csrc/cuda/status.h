@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include "csrc/core/check.h"
+#include "csrc/core/error.h"
 
 namespace svdq::cuda {
 

@@ -4,7 +4,7 @@
 #include <bit>
 #include <cstring>
 
-#include "csrc/core/check.h"
+#include "csrc/core/error.h"
 
 namespace svdq::emulator {
 namespace {

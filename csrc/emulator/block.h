@@ -1,4 +1,4 @@
-// One block under emulation: its threads, what they wait for, its shared memory.
+// One block under emulation: its threads, the operations they wait for, its shared memory.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +30,7 @@ struct WarpOperation {
   bool orders_memory;  // __syncwarp
 };
 
-// What does not change during a launch.
+// The constants of a launch.
 struct Launch {
   const Options& options;
   const char* name;

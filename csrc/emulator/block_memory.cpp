@@ -1,7 +1,7 @@
 // Accesses of a block's threads to memory, and their asynchronous copies to shared memory.
 #include <cstring>
 
-#include "csrc/core/check.h"
+#include "csrc/core/error.h"
 #include "csrc/emulator/block.h"
 
 namespace svdq::emulator {

@@ -1,4 +1,4 @@
-// Emulation of CUDA blocks on the host: what a test or a backend uses. The kernels' own view of it
+// Emulation of CUDA blocks on the host, as tests and backends use it. The kernels' own view of it
 // is csrc/emulator/shim.h.
 //
 // Blocks are independent; the threads of a block are fibers that run until they wait for each
@@ -23,7 +23,7 @@ class Error : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Which thread of a block runs first, whenever more than one can.
+// Order of the threads of a block, whenever more than one can run.
 enum class Order { kForward, kReverse, kShuffled };
 
 struct Options {

@@ -6,7 +6,7 @@
 #include <mutex>
 #include <new>
 
-#include "csrc/core/check.h"
+#include "csrc/core/error.h"
 #include "csrc/emulator/emulator.h"
 
 namespace svdq::emulator {

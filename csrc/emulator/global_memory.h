@@ -8,7 +8,7 @@ namespace svdq::emulator {
 
 enum class Access { kRead, kWrite };
 
-// What is wrong with an access to global memory, or an empty string. A write is noted.
+// The error of an access to global memory, or an empty string. A write is noted.
 std::string check_global(const void* data, size_t bytes, Access access);
 
 // Throws Error if a red zone of any Memory was overwritten; `name` is the kernel's.

@@ -1,5 +1,5 @@
 // Runs the blocks of a launch, one after another or on the threads of an executor.
-#include "csrc/core/check.h"
+#include "csrc/core/error.h"
 #include "csrc/emulator/block.h"
 
 namespace svdq::emulator {

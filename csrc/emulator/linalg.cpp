@@ -42,7 +42,7 @@ void turn_pair(std::vector<double>& matrix, std::vector<double>& vectors, int di
   }
 }
 
-// Returns whether the matrix became diagonal: no squares are left beside the diagonal to speak of.
+// True if the matrix became diagonal: the squares off the diagonal are negligible.
 // NaN never does.
 bool diagonalise(std::vector<double>& matrix, std::vector<double>& vectors, int dim) {
   constexpr int kSweeps = 30;  // each squares the rest, once it is small; ten are many

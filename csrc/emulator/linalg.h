@@ -1,4 +1,4 @@
-// What the emulated queue runs in place of cuBLAS and cuSOLVER: plain loops. With `checked`, memory is
+// Plain loops that the emulated stream runs in place of cuBLAS and cuSOLVER. With `checked`, memory is
 // checked as it is for kernels.
 #pragma once
 

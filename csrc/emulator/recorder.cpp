@@ -4,7 +4,7 @@
 #include <array>
 #include <set>
 
-#include "csrc/core/check.h"
+#include "csrc/core/error.h"
 
 namespace svdq::emulator {
 namespace {

@@ -2,7 +2,7 @@
 
 #include <bit>
 
-#include "csrc/core/check.h"
+#include "csrc/core/error.h"
 
 namespace svdq::emulator {
 namespace {

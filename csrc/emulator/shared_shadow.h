@@ -1,4 +1,4 @@
-// What is known about every byte of a block's shared memory: who wrote and read it last, whether
+// Record of every byte of a block's shared memory: who wrote and read it last, whether
 // that is ordered before a later access, and whether an asynchronous copy to it is still under way.
 //
 // Accesses of two warps are ordered by block barriers alone: each starts a new epoch. Within a warp

@@ -7,7 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "csrc/core/check.h"
+#include "csrc/core/error.h"
 #include "csrc/core/scalar.h"
 #include "csrc/emulator/block.h"
 

@@ -40,7 +40,7 @@ class Stream {
     std::memcpy(host, device, count * sizeof(T));
   }
 
-  // What cuBLAS and cuSOLVER do on a device (csrc/gpu/covariance.h).
+  // In place of cuBLAS and cuSOLVER (csrc/gpu/covariance.h).
   void add_gram(const float* rows, int heads, int64_t tokens, int dim, float* gram) {
     emulator::add_gram(rows, heads, tokens, dim, gram, options_.check_global);
   }

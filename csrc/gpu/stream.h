@@ -15,7 +15,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "csrc/core/check.h"
+#include "csrc/core/error.h"
 #include "kernels/machine/math.h"
 #include "kernels/pages/heads.cuh"
 #include "kernels/pages/page_span.cuh"

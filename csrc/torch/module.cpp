@@ -11,7 +11,7 @@
 
 #include "csrc/core/absorb.h"
 #include "csrc/core/backend.h"
-#include "csrc/core/check.h"
+#include "csrc/core/error.h"
 #include "csrc/core/layout.h"
 #include "csrc/torch/call.h"
 

@@ -64,8 +64,7 @@ at::Tensor residual_keys(const at::Tensor& keys, int64_t position, const at::Ten
   check_finite(check, source, "keys", heads, dim);
 
   // The same pages take kResidualTokens tokens after the other.
-  const int64_t num_pages =
-      (std::min(kResidualTokens, source.num_tokens) + kPageTokens - 1) / kPageTokens;
+  const int64_t num_pages = page_count(std::min(kResidualTokens, source.num_tokens));
   at::Tensor pages = at::empty({num_pages, layout.k_page_bytes()}, keys.options().dtype(at::kByte));
   std::vector<int32_t> table(num_pages);
   std::iota(table.begin(), table.end(), 0);

@@ -78,7 +78,7 @@ std::tuple<at::Tensor, at::Tensor> gather(const at::Tensor& k_pages, const at::T
                      num_pages);
     }
   }
-  const int64_t pages = batch * ((count + kPageTokens - 1) / kPageTokens);
+  const int64_t pages = batch * (page_count(count));
   at::Tensor k_out = at::empty({pages, k_pages.size(1)}, k_pages.options());
   at::Tensor v_out = at::empty({pages, v_pages.size(1)}, v_pages.options());
   if (pages == 0) return {k_out, v_out};

@@ -177,8 +177,8 @@ class Checker {
     if (!page_table.is_cpu()) return;
     for (int64_t b = 0; b < page_table.size(0); ++b) {
       const int64_t len = cache_seqlens.const_data_ptr<int32_t>()[b];
-      page_ids(page_table.const_data_ptr<int32_t>() + b * page_table.size(1), 0,
-               (len + kPageTokens - 1) / kPageTokens, num_pages);
+      page_ids(page_table.const_data_ptr<int32_t>() + b * page_table.size(1), 0, page_count(len),
+               num_pages);
     }
   }
 

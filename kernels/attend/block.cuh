@@ -34,7 +34,7 @@ inline constexpr int kPagesPlanBytes = static_cast<int>(sizeof(PagesPlan<Scores>
 template <typename Parts>
 SVDQ_DEVICE void copy_keys(uint8_t* to, const uint8_t* keys, const HeadPlan& head, int threads) {
   Parts::for_each(head, [&]<int kWidth>(int count) {
-    const int bytes = count * kWidth * kPageTokens / 8;
+    const int bytes = band_bytes(kWidth, count);
     copy_lines<kWidth>(to, keys, bytes, thread_index(), threads);
     to += bytes;
     keys += bytes;

@@ -28,7 +28,7 @@ SVDQ_HOST_DEVICE constexpr int decode_swizzle(int i) {
 template <typename Parts>
 SVDQ_DEVICE uint8_t* copy_decode_keys(uint8_t* to, const uint8_t* keys, const HeadPlan& head) {
   Parts::for_each(head, [&]<int kWidth>(int count) {
-    const int pieces = count * kWidth * kPageTokens / 8 / 16;
+    const int pieces = band_bytes(kWidth, count) / 16;
     for (int i = lane_index(); i < pieces; i += kWarpSize)
       copy_async(to + decode_swizzle<kWidth>(i) * 16, keys + i * 16);
     to += pieces * 16;
@@ -113,7 +113,7 @@ class FoldedDecode {
           MmaHalf::run(score[s], a, b.word);
         }
       }
-      keys += count * kWidth * kPageTokens / 8;
+      keys += band_bytes(kWidth, count);
     });
     SVDQ_UNROLL
     for (int s = 0; s < kGroups; ++s) {
@@ -214,7 +214,7 @@ class ReconstructedDecode {
           for (int t = 0; t < kChunkTiles; ++t) MmaHalf::run(key[s][t], a, b[t]);
         }
       }
-      keys += count * kWidth * kPageTokens / 8;
+      keys += band_bytes(kWidth, count);
     });
 
     SVDQ_UNROLL

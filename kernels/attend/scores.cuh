@@ -46,7 +46,7 @@ class FoldedScores {
         const Words2 b = load(&s_.weights[step][lane_index()]);
         MmaHalf::run(sum, a, b.word);
       }
-      keys += count * kWidth * kPageTokens / 8;
+      keys += band_bytes(kWidth, count);
     });
     SVDQ_UNROLL
     for (int e = 0; e < 4; ++e) score[e] = sum[e] * unit_[e & 1] + offset_[e & 1];
@@ -150,7 +150,7 @@ class ReconstructedScores {
             MmaHalf::run(key[group][t], a[group], b.word);
         }
       }
-      keys += count * kWidth * kPageTokens / 8;
+      keys += band_bytes(kWidth, count);
     });
 
     SVDQ_UNROLL

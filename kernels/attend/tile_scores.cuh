@@ -85,7 +85,7 @@ class FoldedTiles {
         const Words4 a = load(&query[lane_index()]);
         add_code_scores<kWidth>(keys, count / kQuad, i, a, score);
       }
-      keys += count * kWidth * kPageTokens / 8;
+      keys += band_bytes(kWidth, count);
     });
     SVDQ_UNROLL
     for (int tile = 0; tile < 2 * kGroups; ++tile) {
@@ -220,7 +220,7 @@ class ReconstructedTiles {
             MmaHalf::run(key[group][t], a[group], b.word);
         }
       }
-      codes += count * kWidth * kPageTokens / 8;
+      codes += band_bytes(kWidth, count);
     });
     SVDQ_UNROLL
     for (int t = 0; t < kKeyTiles; ++t) {

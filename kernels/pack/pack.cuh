@@ -116,7 +116,7 @@ pack_keys_kernel(PackKeysParams p, TokenRows keys, HeadTable heads, PageIds ids,
   for_each_part(head, [&]<int kWidth>(int count) {
     write_lines<kWidth, false>(s, span, channel, count / kQuad * kGroups, lines);
     channel += count;
-    lines += count * kWidth * kPageTokens / 8;
+    lines += band_bytes(kWidth, count);
   });
 }
 

@@ -22,7 +22,7 @@ SVDQ_DEVICE void for_each_coded_band(const HeadPlan& head, const uint8_t* page, 
   const auto band = [&]<int kWidth>(int count) {
     fn.template operator()<kWidth>(first, count, lines);
     first += count;
-    lines += count * kWidth * kPageTokens / 8;
+    lines += band_bytes(kWidth, count);
   };
   for_each_band(head.pre, band);
   for_each_band(head.post, band);

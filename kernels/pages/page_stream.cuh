@@ -30,8 +30,7 @@ SVDQ_DEVICE PageRange page_range(const PackedKeys& keys, int sequence, int split
   const bool valid = length >= 0 && length <= max_pages * kPageTokens;
   int first = split * split_pages, last = first + split_pages;
   if (first < keys.sink_tokens / kPageTokens) first = keys.sink_tokens / kPageTokens;
-  if (last > (length + kPageTokens - 1) / kPageTokens)
-    last = (length + kPageTokens - 1) / kPageTokens;
+  if (last > page_count(length)) last = page_count(length);
   if (keys.sink_tokens >= length || !valid) last = 0;
   return {first, last, length, valid};
 }

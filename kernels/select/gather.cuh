@@ -36,7 +36,7 @@ class GatherBlock {
     constexpr int kUnits = 8 / kWidth;
     constexpr uint32_t kMask = ((1u << kWidth) - 1) * 0x01010101u;
     uint8_t* to = p_.k_out + out_ * p_.layout.k_page_bytes + offset;
-    const int lanes = count * kWidth * kPageTokens / 8 / 4;
+    const int lanes = band_bytes(kWidth, count) / 4;
     for (int i = thread_index(); i < lanes; i += kGatherThreads) {
       uint32_t lane = 0;
       SVDQ_UNROLL
@@ -155,7 +155,7 @@ gather_kernel(GatherParams p, HeadTable heads) {
       bands.count[w] = part == 0 ? head.pre.count[w] : head.post.count[w];
     for_each_band(bands, [&]<int kWidth>(int count) {
       block.template keys<kWidth>(offset, count);
-      offset += count * kWidth * kPageTokens / 8;
+      offset += band_bytes(kWidth, count);
     });
   }
   if constexpr (kValueBits == 0) {
@@ -167,8 +167,8 @@ gather_kernel(GatherParams p, HeadTable heads) {
 }
 
 inline LaunchShape gather_launch(const GatherParams& p) {
-  return {static_cast<int>((p.num_slots + kPageTokens - 1) / kPageTokens), p.layout.num_heads,
-          p.batch, kGatherThreads, static_cast<int>(sizeof(GatherPlan))};
+  return {static_cast<int>(page_count(p.num_slots)), p.layout.num_heads, p.batch, kGatherThreads,
+          static_cast<int>(sizeof(GatherPlan))};
 }
 
 }  // namespace svdq::device

@@ -91,7 +91,7 @@ struct SequencePages {
 SVDQ_DEVICE SequencePages sequence_pages(const SelectParams& p, int sequence) {
   const int length = load(&p.keys.cache_seqlens[sequence]);
   const bool valid = length >= 0 && length <= p.keys.table_stride * kPageTokens;
-  return {length, valid ? (length + kPageTokens - 1) / kPageTokens : 0, valid};
+  return {length, valid ? page_count(length) : 0, valid};
 }
 
 }  // namespace svdq::device

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "csrc/core/backend.h"
-#include "csrc/core/check.h"
+#include "csrc/core/error.h"
 #include "csrc/core/layout.h"
 #include "csrc/core/scalar.h"
 

@@ -38,7 +38,7 @@ class AttendReference {
       query[d] = number(p_.queries.data, p_.queries.dtype, at * dim + d);
     std::vector<SeenKey> seen;
     for (int slot = p_.keys.sink_tokens; slot < p_.keys.cache_seqlens[b]; ++slot)
-      if (slot_of(b, h, slot) != device::kNoSlot) seen.push_back(packed(b, h, slot, query));
+      if (slot_of(b, h, slot) != kNoSlot) seen.push_back(packed(b, h, slot, query));
     const int64_t hidden = p_.causal ? p_.queries.length - 1 - r % p_.queries.length : 0;
     for (int64_t e = 0; e < p_.window.lens[b] - hidden; ++e) seen.push_back(exact(b, h, e, query));
     return combine(seen);

@@ -110,7 +110,7 @@ TEST_P(AttendGathered, BadSlotsAreSaid) {
       AttendParams p = testing::captured_params(problem);
       const int64_t room = p.keys.table_stride * kPageTokens;
       std::vector<int32_t> slots(p.token_slots, p.token_slots + 4 * room);
-      std::fill_n(slots.begin() + room, room, device::kNoSlot);
+      std::fill_n(slots.begin() + room, room, kNoSlot);
       slots[room] = device::kBadSlot;
       p.token_slots = slots.data();
       const testing::AttendAnswer got = run(p, nullptr);

@@ -73,7 +73,7 @@ TEST_P(Capture, SelectAndGatherNeverWait) {
   select.budget = 3;
   select.slots = slots.data();
   gpu::select(select, blind);
-  EXPECT_EQ(slots.read(), std::vector<int32_t>(3, device::kNoSlot));
+  EXPECT_EQ(slots.read(), std::vector<int32_t>(3, kNoSlot));
 }
 
 SVDQ_KERNEL_TESTS(Capture);

@@ -118,7 +118,7 @@ inline void attend_task(const AttendPlan& plan, int64_t index, const AttendScrat
                       plan.head(head_task(next.head).h).page_bytes(), plan.v_head_bytes);
   };
   // Visit all heads of one page where nothing is prepared per chunk: they lie next to each other.
-  Walk walk{heads, plan.has_pre() ? kRunPages : 1, last, first};
+  Walk walk{heads, plan.has_pre() ? kChunkPages : 1, last, first};
   for (Walk next = walk.next(); !walk.done(); walk = next, next = next.next()) {
     const AttendTask task = head_task(walk.head);
     const RowBlock rows = sub_block(s.rows, walk.head * count, dim, groups);

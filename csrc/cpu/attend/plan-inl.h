@@ -23,7 +23,7 @@ namespace svdq::SVDQ_TARGET_NAME {
 // Query rows of one task, a multiple of kTileRows. The outputs of more would not fit the nearest cache.
 inline constexpr int64_t kTaskRows = 64;
 // Blocks of a split are a multiple of this, small enough to keep all cores busy with one KV head.
-inline constexpr int64_t kMinSplitBlocks = kRunPages;
+inline constexpr int64_t kMinSplitBlocks = kChunkPages;
 // Wanted number of tasks: as few as keep the cores of a large machine busy. A task takes all heads of its pages if
 // there are enough tasks then, as heads lie next to each other in the pools.
 inline constexpr int64_t kTargetTasks = 32;

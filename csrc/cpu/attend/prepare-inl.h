@@ -54,7 +54,7 @@ inline void prepare_head(const AttendPlan& plan, int64_t sequence_head) {
 }
 
 // Pages of a task that computes angles.
-inline constexpr int64_t kAngleTaskPages = 4 * kRunPages;
+inline constexpr int64_t kAngleTaskPages = 4 * kChunkPages;
 
 // Rotations to the first positions and the middles of pages chunk * kAngleTaskPages and on of sequence b.
 inline void prepare_page_angles(const AttendPlan& plan, int64_t b, int64_t chunk) {
@@ -68,7 +68,7 @@ inline void prepare_page_angles(const AttendPlan& plan, int64_t b, int64_t chunk
     float* start = plan.starts + (b * plan.angle_pages() + page) * 2 * rotary_pairs;
     for (int i = 0; i < 2 * rotary_pairs; ++i) start[i] = static_cast<float>(rotation[i]);
     if (plan.absorbs) set_middle(plan.slow, rotation, rotary_pairs, plan.page_middle(b, page));
-    advance_rotation(rotation, plan.angles.page_turn(), rotary_pairs);
+    advance_rotation(rotation, plan.angles.page_rotation(), rotary_pairs);
   }
 }
 

@@ -48,9 +48,9 @@ constexpr float node_weight(int k, int page) {
 }
 
 struct NodeWeights {
-  float of[kRunPages][kNodes];
+  float of[kChunkPages][kNodes];
   constexpr NodeWeights() : of{} {
-    for (int page = 0; page < kRunPages; ++page) {
+    for (int page = 0; page < kChunkPages; ++page) {
       for (int k = 0; k < kNodes; ++k) of[page][k] = node_weight(k, page);
     }
   }

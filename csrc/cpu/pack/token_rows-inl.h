@@ -37,7 +37,7 @@ inline void add_angles(const RopeTable& table, int64_t block, int offset, float*
   const float *base_cos = table.base_cos(block), *base_sin = table.base_sin(block);
   const float *off_cos = table.offsets().row_cos(offset),
               *off_sin = table.offsets().row_sin(offset);
-  for (int i = 0; i < table.half(); ++i) {
+  for (int i = 0; i < table.rotary_pairs(); ++i) {
     cosines[i] = base_cos[i] * off_cos[i] - base_sin[i] * off_sin[i];
     sines[i] = base_sin[i] * off_cos[i] + base_cos[i] * off_sin[i];
   }
@@ -98,7 +98,7 @@ inline TokenBlock token_block(const TokenSource& source, int64_t block) {
 inline void load_rows(const TokenSource& keys, int head, int head_dim, const TokenBlock& block,
                       const RopeTable& table, const float* shift, float* rows) {
   const int first = block.first, count = block.count;
-  const int rotary_pairs = table.half();
+  const int rotary_pairs = table.rotary_pairs();
   with_dtype(keys.dtype, [&]<DataType kType>() {
     float cosines[kMaxHeadDim / 2], sines[kMaxHeadDim / 2];
     for (int r = 0; r < count; ++r) {

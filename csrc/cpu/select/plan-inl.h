@@ -19,9 +19,9 @@ namespace svdq::SVDQ_TARGET_NAME {
 
 // Pages of a task, which visits all heads of each: the heads of a page lie on few pages of virtual memory, so a task
 // needs few address translations.
-inline constexpr int64_t kSelectChunkPages = kRunPages;
+inline constexpr int64_t kSelectChunkPages = kChunkPages;
 // Pages of a task that computes angles.
-inline constexpr int64_t kSelectAnglePages = 4 * kRunPages;
+inline constexpr int64_t kSelectAnglePages = 4 * kChunkPages;
 
 // Sizes that all tasks share, and the memory they use.
 struct SelectPlan {
@@ -40,7 +40,7 @@ struct SelectPlan {
 
   int64_t pages(int64_t b) const { return ceil_div(p.keys.cache_seqlens[b], kPageTokens); }
   int64_t max_pages() const { return p.keys.table_stride; }
-  int64_t angle_pages() const { return round_up(max_pages(), kRunPages); }
+  int64_t angle_pages() const { return round_up(max_pages(), kChunkPages); }
   int num_pairs() const { return slow.count; }
   int64_t tiles() const { return ceil_div(rows, kTileRows); }
   const float* page_angles(int64_t b, int64_t page) const {
@@ -95,7 +95,7 @@ inline SelectPlan make_select_plan(const SelectParams& p) {
 inline void prepare_middle_angles(const SelectPlan& plan, int64_t b, int64_t chunk) {
   const SelectParams& p = plan.p;
   const int64_t first = chunk * kSelectAnglePages;
-  const int64_t last = std::min(first + kSelectAnglePages, round_up(plan.pages(b), kRunPages));
+  const int64_t last = std::min(first + kSelectAnglePages, round_up(plan.pages(b), kChunkPages));
   const int count = plan.num_pairs();
   if (first >= last || count == 0) return;
   float frequencies[kMaxHeadDim / 2];

@@ -111,7 +111,7 @@ inline void for_each_score(const SelectPlan& plan, const SelectHead& head, int64
                            int64_t last, const Fn& fn) {
   const ProxyQuery query = plan.proxy_query(head.sequence_head);
   const int pairs = plan.num_pairs(), size = head.proxy.tile(), quick = plan.slow.quick;
-  const int64_t chunk = first / kRunPages * kRunPages;
+  const int64_t chunk = first / kChunkPages * kChunkPages;
   const bool smooth = last - first > kNodes && quick < pairs;
   for (int row = 0; row < plan.rows; row += kTileRows) {
     const float* fixed = query.fixed + int64_t{row / kTileRows} * size;

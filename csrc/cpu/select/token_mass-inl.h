@@ -72,7 +72,7 @@ inline void estimate_mass(const SelectPlan& plan, const SelectHead& head, int64_
   const float* norms = plan.norms + head.sequence_head * plan.rows;
   float* token_mass = plan.token_mass + head.sequence_head * plan.max_pages() * kPageTokens;
   const int64_t pages = plan.pages(head.b);
-  for (int64_t chunk = first; chunk < last; chunk += kRunPages) {
+  for (int64_t chunk = first; chunk < last; chunk += kChunkPages) {
     const auto add = [&]<int kRows>(int64_t page, int64_t row, int part,
                                     const F32(&s)[kRows][kGroups]) {
       // Prefetch the proxy channels of a later page.
@@ -95,7 +95,7 @@ inline void estimate_mass(const SelectPlan& plan, const SelectHead& head, int64_
         store(at, done ? select_lanes(mask_lanes(mask, tokens_at(g, part)), sum, splat(-1)) : sum);
       }
     };
-    for_each_score(plan, head, chunk, std::min(chunk + kRunPages, last), add);
+    for_each_score(plan, head, chunk, std::min(chunk + kChunkPages, last), add);
   }
 }
 
