@@ -118,7 +118,7 @@ def test_faults_of_the_program_keep_their_traceback(monkeypatch):
     def broken():
         raise ZeroDivisionError
 
-    monkeypatch.setattr("svdq_bench.speed.machine.describe", broken)
+    monkeypatch.setattr("svdq_bench.speed.machine.describe_machine", broken)
     assert isinstance(invoke("info").exception, ZeroDivisionError)
 
 

@@ -29,7 +29,7 @@ def info() -> None:
         "processor": f"{facts['cpu']}, {facts['threads']} threads",
         "memory": f"{facts['memory_bytes'] / 1e9:.1f} GB"
         + (f", last-level cache {cache_bytes / 1e6:.0f} MB" if cache_bytes else ""),
-        "torch": machine.package_version("torch") or "not installed",
+        "torch": machine.torch_version() or "not installed",
         "transformers": machine.package_version("transformers") or "not installed",
         "python": facts["python"],
     }

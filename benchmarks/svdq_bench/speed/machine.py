@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
+import re
 from importlib import metadata
 from pathlib import Path
 
@@ -64,6 +66,16 @@ def last_level_cache_bytes(folder: Path = CACHE_INFO) -> int | None:
         text = file.read_text().strip()
         sizes.append(int(text[:-1]) * units[text[-1]] if text[-1:] in units else int(text))
     return max(sizes, default=None)
+
+
+def torch_version() -> str | None:
+    """torch's own version, which names its CUDA release, read without importing it."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
+    found = re.search(r"^__version__ = '([^']+)'", text, re.M)
+    return found[1] if found else package_version("torch")
 
 
 def package_version(name: str) -> str | None:
