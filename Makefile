@@ -15,9 +15,6 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 COMPAT := 4.57
 COMPAT_TESTS := $(wildcard tests/cache/*.py tests/hf/*.py)
 
-# From the first Python test on, the extension has the emulated backend.
-export SVDQ_EMULATION := $(if $(wildcard $(STAMPS)/emulation),1,$(SVDQ_EMULATION))
-
 CXX_FILES := $(wildcard $(foreach d,kernels kernels/* csrc/* csrc/*/*,$(addprefix $(d)/*.,h cuh cpp cu)))
 CXX_TESTS := $(wildcard tests/*/*.h tests/*/*.cpp tools/*.cpp)
 say = @printf '\n== %s\n'
@@ -66,14 +63,14 @@ test-emulated: build/cpp/CMakeCache.txt
 	@$(call run_tests,build/cpp,svdq_kernel_tests)
 
 # On a machine with a GPU, the tests of the CUDA kernels run on it.
-test-cuda: $(STAMPS)/emulation
+test-cuda:
 	$(say) 'CUDA kernels on a GPU'
 	@if [ '$(SVDQ_CUDA)' != 0 ] && nvidia-smi -L 2> /dev/null; then \
 	  $(submake) setup; \
 	  $(call build,build/cpp,svdq_cuda_tests); build/cpp/svdq_cuda_tests --gtest_brief=1; \
 	else echo 'Skipped: there is no GPU. The CUDA kernels ran emulated.'; fi
 
-test-python: $(STAMPS)/emulation
+test-python:
 	@+$(submake) setup
 	$(say) 'Python tests'
 	@$(pytest)
@@ -117,7 +114,7 @@ sanitize: build/sanitize/CMakeCache.txt  ## the C++ tests and emulated kernels u
 	@$(call build,build/sanitize,svdq_kernel_tests)
 	@$(call run_tests,build/sanitize,svdq_kernel_tests,$(SANITIZE_OPTIONS))
 
-test-compat: $(STAMPS)/emulation  ## the Hugging Face tests on the oldest supported transformers
+test-compat:  ## the Hugging Face tests on the oldest supported transformers
 	@+$(submake) -j 3 setup $(STAMPS)/transformers-$(COMPAT)
 	$(say) 'Hugging Face tests on transformers $(COMPAT)'
 	@PYTHONPATH=$(VENV)/transformers-$(COMPAT) $(BIN)/python -c \
@@ -125,7 +122,7 @@ test-compat: $(STAMPS)/emulation  ## the Hugging Face tests on the oldest suppor
 	@PYTHONPATH=$(VENV)/transformers-$(COMPAT) $(pytest) $(COMPAT_OPTIONS) $(COMPAT_TESTS)
 
 clean:  ## remove everything built, keep the packages of .venv
-	rm -rf build python/svdq/*.so python/*.egg-info $(STAMPS)/{extension,svdq,emulation}
+	rm -rf build python/svdq/*.so python/*.egg-info $(STAMPS)/{extension,svdq}
 
 # --- sections of .ci/run, each of which also runs alone ---
 
@@ -198,9 +195,6 @@ $(STAMPS)/tools: pyproject.toml build_tools/requirements.py $(STAMPS)/packages
 # Installing compiles nothing any more: it finds the objects of the extension.
 $(STAMPS)/svdq: pyproject.toml $(STAMPS)/packages $(STAMPS)/extension
 	@$(alone) $(PIP) --no-build-isolation --no-deps -e .
-	@touch $@
-
-$(STAMPS)/emulation: | $(STAMPS)/system
 	@touch $@
 
 # Names of the sources, renewed when one comes or goes.

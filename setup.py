@@ -4,7 +4,8 @@ CMake builds all that does not need torch (CMakeLists.txt, in build/cpp, where t
 built too); here the operators of csrc/torch are compiled and linked with it.
 
 - SVDQ_CUDA, SVDQ_CUDA_ARCHS: CUDA kernels (build_tools/cuda_toolkit.py has the defaults).
-- SVDQ_EMULATION=1: the backend "emulated", which runs the CUDA kernels on the CPU, for tests.
+- SVDQ_EMULATION: the backend "emulated", which runs the CUDA kernels on the CPU; 0 leaves it out, 1
+  insists, unset it is there where Boost.Context is.
 """
 
 import json
@@ -28,6 +29,24 @@ SOURCES = ["csrc/torch/*.cpp"]
 def find_files(*patterns: str) -> list[str]:
     """Files that match, relative to the repository root."""
     return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern))
+
+
+def wants_emulation() -> bool:
+    """True if the emulated backend is built; says in one line where it cannot be."""
+    wanted = os.environ.get("SVDQ_EMULATION", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"SVDQ_EMULATION is 0, 1 or unset, got {wanted!r}")
+    if wanted == "0":
+        return False
+    probe = [os.environ.get("CXX", "g++"), "-x", "c++", "-std=c++20", "-fsyntax-only", "-"]
+    source = "#include <boost/context/fiber.hpp>\n"
+    if subprocess.run(probe, input=source, text=True, capture_output=True).returncode == 0:
+        return True
+    missing = "boost/context/fiber.hpp is missing (Debian: libboost-context-dev)"
+    if wanted == "1":
+        raise SystemExit(f"svdq: SVDQ_EMULATION=1, but {missing}")
+    print(f"svdq: built without the emulated backend: {missing}", flush=True)
+    return False
 
 
 # The flags hold for every source, so none of them asks for an instruction set: code that needs one
@@ -64,7 +83,7 @@ class Build(BuildExtension):
     def build_extensions(self) -> None:
         ext, info = self.extensions
         targets = ["svdq_core", "svdq_cpu"]
-        if os.environ.get("SVDQ_EMULATION") == "1":
+        if wants_emulation():
             targets.append("svdq_emulator")
             ext.define_macros.append(("SVDQ_WITH_EMULATION", None))
             ext.extra_link_args.append("-lboost_context")
