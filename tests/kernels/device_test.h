@@ -116,7 +116,7 @@ class KernelTest : public ::testing::TestWithParam<Run> {
             allocate, &memory};
   }
   std::vector<std::unique_ptr<DeviceMemory>> memory_;
-  Stream stream_{context(memory_)};
+  Stream stream_{context(memory_), "test"};
 #else
   using Stream = emulator::Stream;
   Stream& stream() { return stream_; }
