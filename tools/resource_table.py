@@ -11,6 +11,7 @@ tables stay.
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -133,7 +134,10 @@ def per_token(emulator: str, rope: str, q_len: int = 1) -> tuple[str, dict[str, 
 
 def sass_ratio(kernel: Kernel) -> float:
     """Instructions in the text of the kernel's SASS, over those in the text of its PTX."""
-    tool = str(Path(read_build()["compiler"]).with_name("cuobjdump"))
+    beside = Path(read_build()["compiler"]).with_name("cuobjdump")
+    tool = str(beside) if beside.exists() else shutil.which("cuobjdump")
+    if tool is None:
+        raise FileNotFoundError(f"no cuobjdump at {beside} or on the PATH")
 
     def dump(*options: str) -> str:
         command = [tool, *options, str(kernel.object)]
