@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from svdq.config.sparsity import DEFAULT_CHANNELS
-from svdq_bench.cli import options
+from svdq_bench.cli import demo, options
+from svdq_bench.speed import machine
 
 HEAVY = ("torch", "transformers", "numpy", "matplotlib", "safetensors", "svdq")
 RUN = """
@@ -35,6 +36,7 @@ def run(arguments, before=""):
     ("arguments", "code", "text"),
     [
         (["--help"], 0, "Usage"),
+        (["--version"], 0, f"svdq {machine.package_version('svdq') or 'not installed'}"),
         (["eval", "perplexity", "--help"], 0, "--k-bits"),
         (["bench", "attend", "--help"], 0, "--kv-len"),
         (["info"], 0, "packed format"),
@@ -62,3 +64,22 @@ def test_without_its_packages_the_command_names_the_extra():
 
 def test_options_repeat_the_library_s_default():
     assert options.DEFAULT_CHANNELS == DEFAULT_CHANNELS
+
+
+@pytest.mark.parametrize(
+    ("flags", "computes"),
+    [
+        ("fma avx2 avx512f avx512_bf16", True),
+        ("avx512f amx_tile amx_bf16", True),
+        ("asimd bf16 i8mm", True),
+        ("fma avx2 avx512f", False),
+        ("", False),
+    ],
+)
+def test_the_demo_computes_in_the_processor_s_numbers(flags, computes, tmp_path, monkeypatch):
+    info = tmp_path / "cpuinfo"
+    info.write_text(f"model name\t: no bfloat16\nflags\t\t: {flags}\n")
+    monkeypatch.setattr(machine, "CPU_INFO", info)
+    dtype, reason = demo.choose_dtype()
+    assert dtype.value == ("bfloat16" if computes else "float32")
+    assert ("emulates" in reason) != computes

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from svdq_bench.cli import bench, calibrate, demo, errors, evaluate, info, table
+from svdq_bench.speed import machine
 
 app = typer.Typer(
     name="svdq",
@@ -25,10 +26,23 @@ app.command("table")(table.table)
 app.command("info")(info.info)
 
 
+def show_version(asked: bool) -> None:
+    """Print the version and end, if asked to."""
+    if asked:
+        print(f"svdq {machine.package_version('svdq') or 'not installed as a distribution'}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     traceback: Annotated[
         bool, typer.Option("--traceback", help="Show where an error about your input arose.")
+    ] = False,
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=show_version, is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None:
     """Options that come before the command's name."""

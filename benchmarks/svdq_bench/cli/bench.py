@@ -1,4 +1,4 @@
-"""``svdq bench``: speed, always beside what it is compared with, in the same run."""
+"""``svdq bench``: speed, always in the same run as what it is compared with."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from svdq_bench.cli.progress import quiet_transformers, step_progress
 from svdq_bench.cli.table import report
 
 app = typer.Typer(
-    help="Measure speed beside torch and the model, in one run.", no_args_is_help=True
+    help="Measure speed against torch and the model, in one run.", no_args_is_help=True
 )
 
 
@@ -66,7 +66,7 @@ def attend(
     json_file: JsonFile = None,
     markdown: Markdown = False,
 ) -> None:
-    """Time one decode step over packed pages, beside torch's attention in bfloat16 and float32."""
+    """Time one decode step over packed pages, against torch's attention in bfloat16 and float32."""
     from svdq_bench.quality.methods import parse_schedule
     from svdq_bench.quality.models import DTYPES
     from svdq_bench.speed import ggml
@@ -127,7 +127,7 @@ def prefill(
     json_file: JsonFile = None,
     markdown: Markdown = False,
 ) -> None:
-    """Time fitting and packing a prompt's keys and values, beside the model's prefill of it."""
+    """Time fitting and packing a prompt's keys and values, against the model's prefill of it."""
     from svdq_bench.quality import models
     from svdq_bench.quality.methods import parse_schedule
     from svdq_bench.speed.prefill import bench_prefill

@@ -57,7 +57,7 @@ COLUMNS: dict[str, list[tuple[str, str, Callable[[Any], str]]]] = {
         ("bits", "bits", _bits),
         ("all_in_bits", "bits, all in", _bits),
         ("relative_error", "relative error", _number(4)),
-        ("ratio_min", "times smaller: least", _number(1)),
+        ("ratio_min", "times smaller: min", _number(1)),
         ("ratio_median", "median", _number(1)),
         ("ratio_mean", "mean", _number(1)),
         ("score_ratio_median", "of scores, median", _number(1)),

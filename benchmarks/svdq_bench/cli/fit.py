@@ -63,7 +63,7 @@ def fit(
     json_file: JsonFile = None,
     markdown: Markdown = False,
 ) -> None:
-    """Time fitting and packing a layer's synthetic keys, beside their decomposition in torch.
+    """Time fitting and packing a layer's synthetic keys, against their decomposition in torch.
 
     The share of the prefill is that of a layer's operations at the rate of torch's matrix products
     in the same run.

@@ -1,4 +1,4 @@
-"""``svdq bench generate``: a whole model, prefill and decoding, beside transformers' caches."""
+"""``svdq bench generate``: a whole model, prefill and decoding, against transformers' caches."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def generate(
     json_file: JsonFile = None,
     markdown: Markdown = False,
 ) -> None:
-    """Time prefill and decode steps of a model with svdq, beside transformers' own caches."""
+    """Time prefill and decode steps of a model with svdq, against transformers' own caches."""
     from svdq_bench.quality import models
     from svdq_bench.quality.methods import CacheSettings
     from svdq_bench.speed import generate as benchmark

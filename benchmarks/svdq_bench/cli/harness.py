@@ -117,7 +117,7 @@ def harness(
     html_file: HtmlFile = None,
     markdown: Markdown = False,
 ) -> None:
-    """Tasks of lm-evaluation-harness, contexts compressed, beside the full cache.
+    """Tasks of lm-evaluation-harness, contexts compressed, against the full cache.
 
     Needs the package lm_eval ('pip install svdq\\[harness]'). A context is prefilled exactly and
     compressed; the model goes on from there with each continuation, or generates.

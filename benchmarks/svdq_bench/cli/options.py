@@ -120,9 +120,10 @@ Peers = Annotated[
     list[str],
     typer.Option(
         "--peer",
-        help="Another method beside svdq: per-channel, kivi, think or quantized (transformers' "
-        "own QuantizedCache). Alone, its setting is chosen to take the first preset's true bits; "
-        "or say it: per-channel:2, kivi:2:32, think:0.5, quantized:quanto:4:64. Repeatable.",
+        help="Another method in addition to svdq: per-channel, kivi, think or quantized "
+        "(transformers' own QuantizedCache). Alone, its setting is chosen to take the first "
+        "preset's true bits; or say it: per-channel:2, kivi:2:32, think:0.5, "
+        "quantized:quanto:4:64. Repeatable.",
         rich_help_panel=CACHE_PANEL,
         show_default=False,
     ),
@@ -175,7 +176,7 @@ SparseBudgets = Annotated[
     typer.Option(
         "--sparse-budget",
         help="Packed tokens that a step of one token attends to in each KV head: a number (2048) "
-        "or a share (1/32); repeatable. Each is tested beside the same cache without a budget; "
+        "or a share (1/32); repeatable. Each is tested against the same cache without a budget; "
         "all of these are fed token by token.",
         rich_help_panel=SPARSE_PANEL,
         show_default=False,
@@ -185,7 +186,7 @@ SparseScorers = Annotated[
     list[ScorerName],
     typer.Option(
         "--sparse-scorer",
-        help="What chooses them: the leading channels of the codes, or mean keys of chunks; "
+        help="Scorer that chooses them: the proxy channels of the codes, or mean keys of chunks; "
         "repeatable.",
         rich_help_panel=SPARSE_PANEL,
     ),

@@ -55,7 +55,7 @@ def sparse(
     json_file: JsonFile = None,
     markdown: Markdown = False,
 ) -> None:
-    """Time one decode step with a budget of packed tokens, beside all of them and beside torch.
+    """Time one decode step with a budget of packed tokens, against all of them and against torch.
 
     Pages hold random codes, whose best tokens lie anywhere: the worst case for memory. The columns
     select, gather and attend split the step, in calls apart from the timed ones.

@@ -101,7 +101,7 @@ def sparsity(
     html_file: HtmlFile = None,
     markdown: Markdown = False,
 ) -> None:
-    """Share of the true attention mass that scorers find, beside what is possible.
+    """Share of the true attention mass that scorers find, against what is possible.
 
     A context is prefilled exactly and all its keys are packed. Then late queries of it choose among
     the tokens before their window. Mass is the softmax probability under the exact keys, mean over

@@ -37,11 +37,11 @@ def _terminal(
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     for index, heading in enumerate(headings):
         # Headings may wrap in a narrow terminal, but not inside of words or numbers.
-        least = max(map(len, [*heading.split(), *(row[index] for row in body)]))
+        min_width = max(map(len, [*heading.split(), *(row[index] for row in body)]))
         if index == 0 or transposed:
             table.add_column(heading, justify="right" if index else "left", overflow="fold")
         else:
-            table.add_column(heading, justify="right", min_width=least)
+            table.add_column(heading, justify="right", min_width=min_width)
     for row in body:
         table.add_row(*row)
     return table
@@ -174,7 +174,7 @@ def report(
     from svdq_bench.speed import machine
 
     facts = machine.describe()
-    # There are many rows that are only drawn, and others beside them that name the machine.
+    # There are many rows that are only drawn, and others next to them that name the machine.
     rows = [row if row["benchmark"] in DRAWN_ONLY else row | {"machine": facts} for row in rows]
     if markdown:
         typer.echo(markdown_table(rows))

@@ -113,9 +113,9 @@ def make_prompt(
 
 def check_new_tokens(new_tokens: int) -> None:
     """Refuse answers too short to time."""
-    least = BLOCK_TOKENS + 2
-    if new_tokens < least:
-        raise ValueError(f"expected at least {least} new tokens to time, got {new_tokens}")
+    min_tokens = BLOCK_TOKENS + 2
+    if new_tokens < min_tokens:
+        raise ValueError(f"expected at least {min_tokens} new tokens to time, got {new_tokens}")
 
 
 class TokenClock(BaseStreamer):
@@ -235,8 +235,8 @@ def run_demo(
     -------
     rows : one per cache: method, perplexity, kl and top1_agreement on the held-back text,
         cache_bytes after the prefill, cache_ratio, prefill_seconds (read once for both),
-        compress_seconds, decode_ms (median, see
-        ``BLOCK_TOKENS``), decode_mean_ms, tokens_per_second, text, and the settings.
+        compress_seconds, decode_ms (median, see ``BLOCK_TOKENS``), decode_mean_ms,
+        tokens_per_second, text, and the settings.
     full, compressed : the runs themselves, for the picture.
     """
     check_new_tokens(new_tokens)

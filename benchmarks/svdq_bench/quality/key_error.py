@@ -276,9 +276,9 @@ def _cache_errors(method: CacheSettings, prefix: Prefix) -> Iterator[LayerError]
         keys = prefix.cache.layers[layer].keys[0, :, sinks : sinks + count]
         errors = _errors(keys, decoded, prefix.query_energy[layer])
         dim = packed.layout.head_dim
-        core = packed.layout.pre_bands or [()] * len(packed.layout.bands)
-        heads = zip(packed.layout.bands, core, strict=True)
-        bits = ((_code_bits(tail) + _code_bits(own)) / dim for tail, own in heads)
+        pre_bands = packed.layout.pre_bands or [()] * len(packed.layout.bands)
+        heads = zip(packed.layout.bands, pre_bands, strict=True)
+        bits = ((_code_bits(post) + _code_bits(pre)) / dim for post, pre in heads)
         yield LayerError(layer, *errors, tuple(bits), all_in_bits)
 
 

@@ -25,7 +25,7 @@ def full_cache_bytes(cache: DynamicCache, num_tokens: int | None = None) -> int:
 def svdq_cache_bytes(cache: SVDqCache, num_tokens: int) -> int:
     """Bytes that a cache like this takes right after a prefill of one sequence of ``num_tokens``.
 
-    Pages, exact rows, bases, scales, means, page tables and lengths: all that ``memory_report``
+    Pages, window, bases, scales, means, page tables and lengths: all that ``memory_report``
     counts. The cache must have packed a prefill already; its layouts tell the sizes. Sliding-window
     layers count with their windows (transformers frees the rest of a prefill there at the next
     token).

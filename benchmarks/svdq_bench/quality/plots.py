@@ -245,14 +245,14 @@ def bits_heat(rows: Sequence[dict]) -> Figure:
     methods = list(dict.fromkeys(row.get("method") for row in rows))
     height = 1.6 + 0.35 * len(heads)
     figure = _figure(max(5, 1 + 0.38 * len(layers)), height * len(methods))
-    most = max(row["bits"] for row in rows)
+    max_bits = max(row["bits"] for row in rows)
     panels = figure.subplots(len(methods), squeeze=False)[:, 0]
     for axes, method in zip(panels, methods, strict=True):
         values = np.full((len(heads), len(layers)), np.nan)
         for row in rows:
             if row.get("method") == method:
                 values[heads.index(row["head"]), layers.index(row["layer"])] = row["bits"]
-        image = _heat(axes, values, 0, most, "viridis", "{:.2g}")
+        image = _heat(axes, values, 0, max_bits, "viridis", "{:.2g}")
         axes.set_xticks(range(len(layers)), layers)
         axes.set_yticks(range(len(heads)), heads)
         axes.set(xlabel="layer", ylabel="KV head")

@@ -1,4 +1,4 @@
-"""One decode step: attention over packed pages beside torch's scaled dot product attention.
+"""One decode step: attention over packed pages against torch's scaled dot product attention.
 
 All cases run in one process, interleaved, each rotating among several copies ("layers") of its keys
 and values so that a call finds as little of them in a cache as a decode step of a whole model
@@ -22,7 +22,7 @@ from svdq.store.packed import PackedStore
 from svdq_bench.speed import ggml, machine
 from svdq_bench.speed.timing import Timing, time_interleaved
 
-CORE_CHANNELS = 8  # of rope="hybrid"
+PRE_CHANNELS = 8  # of rope="hybrid"
 TORCH_DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -104,14 +104,14 @@ def page_layout(shape: Shape, schedule: Sequence[int], rope: str, v_bits: int) -
     """Layout of the pages to attend over; ``ValueError`` for shapes that pages cannot have."""
     dim, heads = shape.head_dim, shape.num_kv_heads
     hybrid = rope in ("hybrid", "rotated-mean")
-    core, tail = scheduled_bands(dim, schedule, CORE_CHANNELS if rope == "hybrid" else 0)
+    pre, post = scheduled_bands(dim, schedule, PRE_CHANNELS if rope == "hybrid" else 0)
     return PageLayout(
         dim,
-        (tail,) * heads,
+        (post,) * heads,
         "hybrid" if hybrid else rope,
         v_bits,
         default_group_size(dim),
-        pre_bands=(core,) * heads if hybrid else (),
+        pre_bands=(pre,) * heads if hybrid else (),
     )
 
 
@@ -219,7 +219,7 @@ def bench_attend(
     working_set_bytes : bytes that a case's copies take together, at least; None for twice the
         last-level cache and no less than 300 MB.
     begin : called with the name of every step as it begins: one, then ``repeats + WARMUP``.
-    dtypes : those of queries, exact rows and torch's keys and values.
+    dtypes : those of queries, window and torch's keys and values.
 
     Returns
     -------

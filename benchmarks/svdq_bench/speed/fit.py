@@ -1,4 +1,4 @@
-"""Fitting and packing one layer's prompt, beside the singular value decomposition it stands for.
+"""Fitting and packing one layer's prompt, against the singular value decomposition it stands for.
 
 Keys are synthetic; the prefill that they are compared with is a count of operations at the rate of
 matrix products that torch reaches in the same run. No model is needed.
@@ -44,7 +44,7 @@ class Prompt:
         return self.keys.nbytes + self.values.nbytes
 
     @property
-    def core(self) -> PreChannels | None:
+    def pre_channels(self) -> PreChannels | None:
         """The pre-RoPE channels that :func:`svdq.fit.bases.fit_bases` takes."""
         return PreChannels.of(self.store.layout, self.store.codec.inv_freq)
 
@@ -75,7 +75,7 @@ def stage_calls(prompt: Prompt) -> dict[str, Callable[[int], object]]:
     """The functions that fit and pack a prompt, by stage and as the cache does, and an append."""
     keys, values, store = prompt.keys, prompt.values, prompt.store
     layout, inv_freq = store.layout, store.codec.inv_freq
-    bases = fit_bases(keys, prompt.core, inv_freq=inv_freq)
+    bases = fit_bases(keys, prompt.pre_channels, inv_freq=inv_freq)
     next_keys, next_values = keys[:, :PAGE_TOKENS], values[:, :PAGE_TOKENS]
     next_errors = torch.empty(next_keys.shape[:2])
 
@@ -88,7 +88,7 @@ def stage_calls(prompt: Prompt) -> dict[str, Callable[[int], object]]:
         ops.pack_values_(store.pool.v_pages, next_values, layout, prompt.table, 0)
 
     return {
-        "fit_basis": lambda index: fit_bases(keys, prompt.core, inv_freq=inv_freq),
+        "fit_basis": lambda index: fit_bases(keys, prompt.pre_channels, inv_freq=inv_freq),
         "fit_quantizer": lambda index: store.fit(0, keys, 0, clip=True, bases=bases),
         "pack_keys": lambda index: pack(keys, None),
         "pack_values": lambda index: ops.pack_values_(

@@ -1,4 +1,4 @@
-"""A model's prefill and decoding with svdq caches beside transformers' own, in the same run.
+"""A model's prefill and decoding with svdq caches against transformers' own, in the same run.
 
 Every cache is prefilled with the same prompt, then all take turns in blocks of decode steps, so
 that a busy moment of the machine meets each of them. A step is one forward pass of one token, the

@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 
 CACHE_INFO = Path("/sys/devices/system/cpu/cpu0/cache")
+CPU_INFO = Path("/proc/cpuinfo")
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86, x86 and Arm
 
 
 def describe() -> dict[str, str | int | None]:
@@ -41,16 +43,16 @@ def describe_machine() -> dict[str, str | int | None]:
 def computes_bfloat16() -> bool:
     """True if the processor has bfloat16 products; elsewhere a library emulates them, slowly."""
     try:
-        flags = Path("/proc/cpuinfo").read_text()
+        words = CPU_INFO.read_text().split()
     except OSError:
         return False
-    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+    return not BFLOAT16_FLAGS.isdisjoint(words)
 
 
 def cpu_name() -> str:
     """Name of the processor, as the operating system gives it."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in CPU_INFO.read_text().splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""One decode step that attends to the best tokens alone, beside all of them and beside torch.
+"""One decode step that attends to the best tokens alone, against all of them and against torch.
 
 Pages hold random codes, so that the chosen tokens lie anywhere, which is the worst case for memory.
 Real keys are chosen closer together: on SmolLM2 the chosen tokens lie in half as many groups of 8
@@ -138,7 +138,7 @@ def stage_times(call: Callable[[int], object], repeats: int = STAGE_REPEATS) -> 
     Returns
     -------
     select_ms : until the codes of the chosen tokens begin to be copied; gather_ms : copying them;
-    attend_ms : attending to the copies and the exact rows.
+    attend_ms : attending to the copies and the window.
     """
     stages = []
     for index in range(repeats):
@@ -202,7 +202,7 @@ def bench_sparse(
     query = torch.randn(1, shape.num_qo_heads, 1, shape.head_dim, dtype=DTYPE)
     rows = exact_rows(shape)
     packed = shape.packed_tokens - shape.sink_tokens
-    sparse: dict[str, str] = {}  # case to the dense case beside it
+    sparse: dict[str, str] = {}  # case to the dense case that it is compared with
     for rope, alike in itertools.product(ropes, ALIKE):
         store = random_store(shape, schedule, rope, v_bits, alike)
         stores = _copies(store, working_set_bytes)
