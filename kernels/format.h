@@ -1,4 +1,4 @@
-// The packed format, version 2. This header is the only place that knows where a code, a scale or
+// The packed format, version 3. This header is the only place that knows where a code, a scale or
 // a page lies; CPU kernels, CUDA kernels, bindings, tests and Python read it from here.
 //
 // A page holds 64 consecutive tokens ("slots") of one sequence, for all KV heads of one layer. Keys
@@ -7,8 +7,8 @@
 // holds the token at position s + first_position.
 //
 //   key page   | head 0: pre: 8-bit band | 4-bit | 2-bit | 1-bit | post: 8-bit ... | head 1: ... |
-//   value page | head 0: scales, zero points, codes | head 1: ... |    (2- and 4-bit values)
-//              | head 0: 64 x head_dim numbers      | head 1: ... |    (16- and 32-bit values)
+//   value page | head 0: 64 scales, codes        | head 1: ... |    (2-, 3- and 4-bit values)
+//              | head 0: 64 x head_dim numbers   | head 1: ... |    (16- and 32-bit values)
 //
 // Codes are stored in lines of 64 bytes ("quad layout"): 16 lanes of 4 bytes. One unit is 16 lanes
 // x 4 codes of one width; a width below 8 puts 8 / width units into a line, unit k in the bits
@@ -35,7 +35,18 @@
 //         + post_mean + sum_post (code_j - mid(width_j)) * scale_j * basis_j,
 //
 // where one of the two lines is absent for "pre" (the second) and "post" (the first; its mean is
-// then that of the post-RoPE part); a value as v = zero + code * scale   per (token, group).
+// then that of the post-RoPE part).
+//
+// A token's values of a head are rotated by a fixed orthogonal matrix Q before they are coded
+// (kernels/rotation.h), and have one scale, a byte: with codes of `bits` bits
+//
+//   v_t = Q^T ((code_t - mid(bits)) * scale_t).
+//
+// 3-bit codes are in two planes of lines, their low two bits first, then their high bit.
+//
+// What is said here is how "plain" codes lie in pages. The layout names the coding of keys and of
+// values (KeyCoding, ValueCoding): another arrangement of bytes is another coding with a number of its own, and
+// pages of the older ones stay as they are.
 #pragma once
 
 #include <cstdint>
@@ -48,7 +59,7 @@
 
 namespace svdq {
 
-inline constexpr int kFormatVersion = 2;
+inline constexpr int kFormatVersion = 3;
 inline constexpr int kPageTokens = 64;
 inline constexpr int kLineBytes = 64;
 inline constexpr int kLanes = 16;                        // 32-bit lanes of a line
@@ -160,33 +171,69 @@ SVDQ_HOST_DEVICE constexpr void put_code(uint8_t* codes, CodeAddress at, int wid
   codes[at.byte] = static_cast<uint8_t>((codes[at.byte] & ~mask) | (code << at.shift));
 }
 
-// Offsets inside the value page of one head. Scales and zero points are IEEE half, [v_groups, 64]
-// each; exact values (bits 16 or 32) are [64, head_dim] in the model's dtype and have neither.
+// How keys and values became bytes. The numbers are part of the format.
+enum class KeyCoding : int { kPlain = 0 };
+enum class ValueCoding : int {
+  kNumbers = 0,  // as they are, 16 or 32 bits
+  kPlain = 1,    // rotated, equal steps, a scale a token: 2, 3 or 4 bits
+};
+
+inline constexpr int kValueBits[] = {4, 3, 2};  // of packed values
+
+// Bits of a value's code in the first plane of lines; the others are in the second.
+SVDQ_HOST_DEVICE constexpr int low_plane_width(int bits) { return bits == 3 ? 2 : bits; }
+
+// Offsets inside the value page of one head. Packed values have 64 scales and then their codes;
+// exact ones are [64, head_dim] in the model's dtype.
 struct ValueLayout {
-  int bits;        // 2, 4: packed; 16, 32: exact
-  int group_size;  // channels that share a scale and zero point, a multiple of 16 dividing head_dim
+  int bits;  // 2, 3, 4: packed; 16, 32: exact
   int head_dim;
 
   SVDQ_HOST_DEVICE constexpr bool packed() const { return bits <= 4; }
-  SVDQ_HOST_DEVICE constexpr int groups() const { return packed() ? head_dim / group_size : 0; }
-  SVDQ_HOST_DEVICE constexpr int64_t scale_offset() const { return 0; }
-  SVDQ_HOST_DEVICE constexpr int64_t zero_offset() const {
-    return int64_t{groups()} * kPageTokens * 2;
-  }
-  SVDQ_HOST_DEVICE constexpr int64_t code_offset() const {
-    return int64_t{groups()} * kPageTokens * 4;
+  SVDQ_HOST_DEVICE constexpr int scale_bytes() const { return packed() ? kPageTokens : 0; }
+  SVDQ_HOST_DEVICE constexpr int64_t code_offset() const { return scale_bytes(); }
+  // The second plane of 3-bit codes.
+  SVDQ_HOST_DEVICE constexpr int64_t high_plane_offset() const {
+    return code_offset() + band_bytes(low_plane_width(bits), int64_t{head_dim});
   }
   SVDQ_HOST_DEVICE constexpr int64_t page_bytes() const {
-    return code_offset() + int64_t{head_dim} * kPageTokens * bits / 8;
+    return code_offset() + band_bytes(bits, int64_t{head_dim});
   }
 };
-static_assert(ValueLayout{4, 64, 128}.page_bytes() == 2 * 64 * 4 + 128 * 64 / 2);
-static_assert(ValueLayout{16, 128, 128}.page_bytes() == 64 * 128 * 2);
+static_assert(ValueLayout{4, 128}.page_bytes() == 64 + 128 * 64 / 2);
+static_assert(ValueLayout{3, 64}.high_plane_offset() == 64 + 64 * 64 / 4);
+static_assert(ValueLayout{16, 128}.page_bytes() == 64 * 128 * 2);
+
+// Code of channel `channel` and slot `token` in the value page of one head.
+SVDQ_HOST_DEVICE constexpr int get_value_code(const uint8_t* page, ValueLayout value, int channel,
+                                              int token) {
+  const int low = low_plane_width(value.bits), high = value.bits - low;
+  const int code =
+      get_code(page + value.code_offset(), value_code_address(low, channel, token), low);
+  if (high == 0) return code;
+  const CodeAddress at = value_code_address(high, channel, token);
+  return code | get_code(page + value.high_plane_offset(), at, high) << low;
+}
+
+// The scale of a token's values is an IEEE half without its sign and its last seven bits: five bits of exponent and
+// three of mantissa, 2^-17 to 61440, and 0.
+inline constexpr int kScaleShift = 7;
+inline constexpr int kLargestScale = 0xf7;  // below it lie no infinities
+
+SVDQ_HOST_DEVICE constexpr uint16_t scale_as_half(int byte) {
+  return static_cast<uint16_t>(byte << kScaleShift);
+}
+// Byte of a scale that is not negative, rounded to half before: to nearest, ties to even.
+SVDQ_HOST_DEVICE constexpr int scale_byte(uint16_t half) {
+  const int rounded = (half + 63 + (half >> kScaleShift & 1)) >> kScaleShift;
+  return rounded < kLargestScale ? rounded : kLargestScale;
+}
+static_assert(scale_byte(0x3c00) == 0x78 && scale_as_half(0x78) == 0x3c00, "1 is exact");
 
 // The integers that describe a layer's pages wherever they are passed or saved ("layout"):
-// [version, num_kv_heads, head_dim, rope_mode, v_bits, v_group_size,
-//  then per head: pre-RoPE counts of kWidths, post-RoPE counts of kWidths].
+// [version, num_kv_heads, head_dim, rope_mode, key coding, value coding,
+//  then per head: pre-RoPE counts of kWidths, post-RoPE counts of kWidths, bits of a value].
 inline constexpr int kLayoutHeader = 6;
-inline constexpr int kLayoutPerHead = 2 * kNumWidths;
+inline constexpr int kLayoutPerHead = 2 * kNumWidths + 1;
 
 }  // namespace svdq

@@ -11,13 +11,15 @@ namespace svdq {
 
 enum class DataType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// Channels of one head and where they lie. Core and post-RoPE channels follow each other in the basis
-// and in the page.
+// Channels of one head and where they and its values lie. pre-RoPE and post-RoPE channels follow each other in the
+// basis and in the page.
 struct HeadPlan {
   Bands pre;
   Bands post;
   int first_channel;  // row of this head's first channel in basis and scale
   int64_t k_offset;   // byte of this head's codes inside a key page
+  ValueLayout value;
+  int64_t v_offset;  // byte of this head's values inside a value page
 
   SVDQ_HOST_DEVICE constexpr int page_bytes() const { return pre.page_bytes() + post.page_bytes(); }
   SVDQ_HOST_DEVICE constexpr int rank() const { return pre.rank() + post.rank(); }
@@ -35,11 +37,15 @@ struct LayoutView {
   int num_heads;
   int head_dim;
   RopeMode rope;
-  ValueLayout value;
+  ValueCoding value_coding;
   int rank;  // R
   int64_t k_page_bytes;
   int64_t v_page_bytes;
   const HeadPlan* heads;  // [H]
+
+  SVDQ_HOST_DEVICE constexpr bool packs_values() const {
+    return value_coding == ValueCoding::kPlain;
+  }
 };
 
 // Rotation of pair i (channels i and i + rotary_pairs) at position p: angle p * inv_freq[i]. rotary_pairs == 0:
@@ -241,7 +247,7 @@ SVDQ_HOST_DEVICE constexpr int64_t select_sample_stride(int64_t pages) {
 }
 
 // Copies the codes of selected tokens, keys and values, into pages of their own: token i of head h
-// is slot slots[h][i]. Codes, scales and zero points of tokens without a slot become zeros.
+// is slot slots[h][i]. Codes and scales of tokens without a slot become zeros.
 struct GatherParams {
   LayoutView layout;
   int batch;

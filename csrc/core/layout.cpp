@@ -5,13 +5,15 @@
 namespace svdq {
 namespace {
 
-ValueLayout parse_value(int64_t bits, int64_t group_size, int64_t head_dim) {
-  SVDQ_CHECK(bits == 2 || bits == 4 || bits == 16 || bits == 32,
-             "layout: v_bits must be 2, 4, 16 or 32, got ", bits);
-  SVDQ_CHECK(group_size > 0 && group_size % kLanes == 0 && head_dim % group_size == 0,
-             "layout: v_group_size must be a multiple of ", kLanes, " that divides head_dim ",
-             head_dim, ", got ", group_size);
-  return {static_cast<int>(bits), static_cast<int>(group_size), static_cast<int>(head_dim)};
+ValueLayout parse_value(int64_t bits, ValueCoding coding, int64_t head, int64_t head_dim) {
+  if (coding == ValueCoding::kPlain) {
+    SVDQ_CHECK(bits >= 2 && bits <= 4, "layout: head ", head,
+               " must have values of 2, 3 or 4 bits, got ", bits);
+  } else {
+    SVDQ_CHECK(bits == 16 || bits == 32, "layout: head ", head,
+               " must have values of 16 or 32 bits, got ", bits);
+  }
+  return {static_cast<int>(bits), static_cast<int>(head_dim)};
 }
 
 Bands parse_bands(const int64_t* counts, int64_t head) {
@@ -48,12 +50,25 @@ Layout::Layout(const std::vector<int64_t>& ints) {
   SVDQ_CHECK(ints[3] >= 0 && ints[3] <= 2,
              "layout: rope mode must be 0 (pre), 1 (post) or 2 (hybrid), got ", ints[3]);
   rope_ = static_cast<RopeMode>(ints[3]);
-  value_ = parse_value(ints[4], ints[5], ints[2]);
+  SVDQ_CHECK(ints[4] == static_cast<int>(KeyCoding::kPlain),
+             "layout: this build reads keys of coding 0 (plain), got ", ints[4]);
+  SVDQ_CHECK(ints[5] == 0 || ints[5] == 1,
+             "layout: this build reads values of coding 0 (numbers) or 1 (plain), got ", ints[5]);
+  head_dim_ = static_cast<int>(ints[2]);
+  value_coding_ = static_cast<ValueCoding>(ints[5]);
 
   for (int64_t h = 0; h < num_heads; ++h) {
     const int64_t* counts = ints.data() + kLayoutHeader + h * kLayoutPerHead;
-    HeadPlan head{parse_bands(counts, h), parse_bands(counts + kNumWidths, h), rank_,
-                  k_page_bytes_};
+    const ValueLayout value = parse_value(counts[2 * kNumWidths], value_coding_, h, head_dim_);
+    SVDQ_CHECK(value.packed() || h == 0 || value.bits == heads_[0].value.bits,
+               "layout: exact values must have as many bits in every head, got ", value.bits,
+               " in head ", h, " and ", heads_[0].value.bits, " in head 0");
+    HeadPlan head{parse_bands(counts, h),
+                  parse_bands(counts + kNumWidths, h),
+                  rank_,
+                  k_page_bytes_,
+                  value,
+                  v_page_bytes_};
     SVDQ_CHECK((head.pre.rank() == 0 || rope_ != RopeMode::kPost) &&
                    (head.post.rank() == 0 || rope_ != RopeMode::kPre),
                "layout: head ", h, " has channels that its rope mode does not use");
@@ -64,16 +79,18 @@ Layout::Layout(const std::vector<int64_t>& ints) {
     rank_ += head.rank();
     pre_rank_ += head.pre.rank();
     k_page_bytes_ += head.page_bytes();
+    v_page_bytes_ += value.page_bytes();
     heads_.push_back(head);
-    pre_heads_.push_back({head.pre, Bands{}, head.first_channel, head.k_offset});
-    post_heads_.push_back({Bands{}, head.post, head.first_post_channel(), head.post_offset()});
+    pre_heads_.push_back({head.pre, Bands{}, head.first_channel, head.k_offset, value, head.v_offset});
+    post_heads_.push_back({Bands{}, head.post, head.first_post_channel(), head.post_offset(), value,
+                           head.v_offset});
   }
   SVDQ_CHECK(rank_ > 0, "layout: no head has a coded channel");
 }
 
 LayoutView Layout::view() const {
-  return {num_heads(), head_dim(),    rope_,          value_,
-          rank_,       k_page_bytes_, v_page_bytes(), heads_.data()};
+  return {num_heads(), head_dim_,     rope_,         value_coding_,
+          rank_,       k_page_bytes_, v_page_bytes_, heads_.data()};
 }
 
 LayoutView Layout::pre_view() const {

@@ -22,21 +22,25 @@ class Layout {
   LayoutView post_view() const;
 
   int num_heads() const { return static_cast<int>(heads_.size()); }
-  int head_dim() const { return value_.head_dim; }
+  int head_dim() const { return head_dim_; }
   int rank() const { return rank_; }
   int pre_rank() const { return pre_rank_; }
   int post_rank() const { return rank_ - pre_rank_; }
   RopeMode rope() const { return rope_; }
-  const ValueLayout& value() const { return value_; }
+  bool packs_values() const { return value_coding_ == ValueCoding::kPlain; }
+  // Of a value of each head.
+  int value_bits(int head) const { return heads_[head].value.bits; }
   int64_t k_page_bytes() const { return k_page_bytes_; }
-  int64_t v_page_bytes() const { return value_.page_bytes() * num_heads(); }
+  int64_t v_page_bytes() const { return v_page_bytes_; }
 
  private:
   RopeMode rope_;
-  ValueLayout value_;
+  ValueCoding value_coding_;
+  int head_dim_ = 0;
   int rank_ = 0;
   int pre_rank_ = 0;
   int64_t k_page_bytes_ = 0;
+  int64_t v_page_bytes_ = 0;
   std::vector<HeadPlan> heads_;
   std::vector<HeadPlan> pre_heads_;
   std::vector<HeadPlan> post_heads_;

@@ -1,10 +1,12 @@
 #include "csrc/core/unpack.h"
 
 #include <algorithm>
+#include <cmath>
 #include <initializer_list>
 
 #include "csrc/core/rope_table.h"
 #include "csrc/core/scalar.h"
+#include "kernels/rotation.h"
 
 namespace svdq {
 namespace {
@@ -71,6 +73,26 @@ void rotate_forward(double* key, const double* rotation, int rotary_pairs) {
   }
 }
 
+// row [D] = Q^T row (kernels/rotation.h), by the definition.
+void unrotate_values(double* row, int dim) {
+  const int block = rotation_block(dim), blocks = dim / block;
+  for (int j = 0; blocks > 1 && j < block; ++j) {
+    double sum = 0;
+    for (int i = 0; i < blocks; ++i) sum += row[i * block + j];
+    for (int i = 0; i < blocks; ++i) row[i * block + j] -= 2 * sum / blocks;
+  }
+  for (int stride = 1; stride < block; stride *= 2) {
+    for (int d = 0; d < dim; ++d) {
+      if (d & stride) continue;
+      const double a = row[d], b = row[d + stride];
+      row[d] = a + b;
+      row[d + stride] = a - b;
+    }
+  }
+  const double norm = 1 / std::sqrt(static_cast<double>(block));
+  for (int d = 0; d < dim; ++d) row[d] *= norm * static_cast<double>(rotation_sign(d));
+}
+
 }  // namespace
 
 void unpack_codes(const UnpackCodesParams& params, const Executor& executor) {
@@ -128,27 +150,25 @@ void unpack_keys(const UnpackKeysParams& params, const Executor& executor) {
 
 void unpack_values(const UnpackValuesParams& params, const Executor& executor) {
   const UnpackParams& p = params.packed;
-  const DataType dtype = params.dtype;
-  float* values = params.values;
-  const ValueLayout& value = p.layout.value;
   const int dim = p.layout.head_dim;
   for_each(executor, p.num_tokens, [&](int64_t t) {
     const Slot slot = find_slot(p, t, p.layout.v_page_bytes);
     for (int h = 0; h < p.layout.num_heads; ++h) {
-      const uint8_t* page = slot.page + h * value.page_bytes();
-      float* to = values + (h * p.num_tokens + t) * dim;
-      for (int d = 0; d < dim; ++d) {
-        if (!value.packed()) {
-          to[d] = load_scalar(page, dtype, int64_t{slot.token} * dim + d);
-          continue;
-        }
-        const int64_t at = int64_t{d / value.group_size} * kPageTokens + slot.token;
-        const float scale = load_scalar(page + value.scale_offset(), DataType::kFloat16, at);
-        const float zero = load_scalar(page + value.zero_offset(), DataType::kFloat16, at);
-        const int code = get_code(page + value.code_offset(),
-                                  value_code_address(value.bits, d, slot.token), value.bits);
-        to[d] = zero + static_cast<float>(code) * scale;
+      const ValueLayout& value = p.layout.heads[h].value;
+      const uint8_t* page = slot.page + p.layout.heads[h].v_offset;
+      float* to = params.values + (h * p.num_tokens + t) * dim;
+      if (!value.packed()) {
+        for (int d = 0; d < dim; ++d)
+          to[d] = load_scalar(page, params.dtype, int64_t{slot.token} * dim + d);
+        continue;
       }
+      double rotated[kMaxHeadDim];
+      const double mid = static_cast<double>(mid_code(value.bits));
+      const double scale = static_cast<double>(half_to_float(scale_as_half(page[slot.token])));
+      for (int d = 0; d < dim; ++d)
+        rotated[d] = (get_value_code(page, value, d, slot.token) - mid) * scale;
+      unrotate_values(rotated, dim);
+      for (int d = 0; d < dim; ++d) to[d] = static_cast<float>(rotated[d]);
     }
   });
 }

@@ -14,6 +14,7 @@
 #include "csrc/core/error.h"
 #include "csrc/core/layout.h"
 #include "csrc/torch/call.h"
+#include "kernels/rotation.h"
 
 namespace py = pybind11;
 
@@ -100,10 +101,19 @@ PYBIND11_MODULE(_C, m) {
       "value_code_bytes",
       [](const std::vector<int64_t>& ints) {
         const Layout layout(ints);
-        const ValueLayout& value = layout.value();
-        return (value.page_bytes() - value.code_offset()) * layout.num_heads();
+        const LayoutView view = layout.view();
+        int64_t bytes = view.v_page_bytes;
+        for (int h = 0; h < view.num_heads; ++h) bytes -= view.heads[h].value.scale_bytes();
+        return bytes;
       },
-      py::arg("layout"), "Bytes of a value page without its scales and zero points.");
+      py::arg("layout"), "Bytes of a value page without its scales.");
+  format.attr("VALUE_BITS") = std::vector<int>(std::begin(kValueBits), std::end(kValueBits));
+  format.attr("SCALE_SHIFT") = kScaleShift;
+  format.attr("LARGEST_SCALE") = kLargestScale;
+  format.def("value_step", &value_step, py::arg("bits"),
+             "Distance between codes of values, in root mean squares of the rotated numbers.");
+  format.def("rotation_sign", &rotation_sign, py::arg("channel"),
+             "Sign of a channel before the Hadamard matrix of the values' rotation.");
 
   m.attr("MAX_SELECT_CHANNELS") = kMaxSelectChannels;
   // Precision that the CPU backends keep when they absorb pre-RoPE channels into queries.

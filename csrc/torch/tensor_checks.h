@@ -207,17 +207,16 @@ class Checker {
   // The pool of value pages: bytes where values are packed, numbers of a float type of that size
   // where they are exact.
   DataType value_pool(const at::Tensor& v_pages, const Layout& layout) const {
-    const ValueLayout& value = layout.value();
     on_device(v_pages, "v_pages");
     contiguous(v_pages, "v_pages");
-    if (value.packed()) {
+    if (layout.packs_values()) {
       dtype(v_pages, "v_pages", at::kByte);
       shape(v_pages, "v_pages", {-1, layout.v_page_bytes()});
       return DataType::kFloat32;
     }
     const DataType type = float_type(v_pages, "v_pages");
-    TORCH_CHECK_VALUE(v_pages.element_size() * 8 == value.bits, op_,
-                      ": v_pages must have numbers of ", value.bits, " bits, got ",
+    TORCH_CHECK_VALUE(v_pages.element_size() * 8 == layout.value_bits(0), op_,
+                      ": v_pages must have numbers of ", layout.value_bits(0), " bits, got ",
                       v_pages.scalar_type());
     shape(v_pages, "v_pages", {-1, layout.v_page_bytes() / v_pages.element_size()});
     return type;

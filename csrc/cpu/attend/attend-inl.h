@@ -65,17 +65,12 @@ inline void absorb_chunk(const AttendPlan& plan, const AttendTask& task, const A
 // Writes the partial results of one head's rows.
 inline void store_partial(const AttendPlan& plan, const AttendTask& task, const RowBlock& rows,
                           int64_t split) {
-  const int dim = plan.p.keys.layout.head_dim, groups = plan.v_groups;
+  const int dim = plan.p.keys.layout.head_dim;
   for (int64_t r = 0; r < task.rows; ++r) {
     const int64_t at = (task.sequence_head * plan.rows + task.row + r) * plan.splits + split;
     float* out = plan.partial_out + at * dim;
     for (int d = 0; d < dim; d += kVecLanes) {
-      F32 value = load<F32>(rows.out + r * dim + d);
-      if (groups) {
-        const int64_t group = r * groups + d / plan.p.keys.layout.value.group_size;
-        value += reduce_add(load<F32>(rows.middle_sum + group * kVecLanes));
-      }
-      store(out + d, value);
+      store(out + d, load<F32>(rows.out + r * dim + d));
     }
     plan.partial_max[at] = rows.max[r];
     plan.partial_sum[at] = reduce_add(load<F32>(rows.sum + r * kVecLanes));
@@ -85,7 +80,7 @@ inline void store_partial(const AttendPlan& plan, const AttendTask& task, const 
 // Attends one task's rows over its blocks and stores their partial results.
 inline void attend_task(const AttendPlan& plan, int64_t index, const AttendScratch& s) {
   const AttendParams& p = plan.p;
-  const int dim = p.keys.layout.head_dim, groups = plan.v_groups;
+  const int dim = p.keys.layout.head_dim;
   // Find the task's heads, rows, split and sequence.
   const auto take = [&](int64_t count) {
     const int64_t rest = index % count;
@@ -100,7 +95,7 @@ inline void attend_task(const AttendPlan& plan, int64_t index, const AttendScrat
     const int64_t h = first_head + i;
     return AttendTask{b, h, b * p.keys.layout.num_heads + h, row, count};
   };
-  reset_rows(s.rows, static_cast<int>(heads * count), dim, groups);
+  reset_rows(s.rows, static_cast<int>(heads * count), dim);
 
   // Visit its blocks.
   const int64_t first = split * plan.split_blocks;
@@ -114,15 +109,21 @@ inline void attend_task(const AttendPlan& plan, int64_t index, const AttendScrat
   const auto prefetcher = [&](const Walk& next) {
     if (!is_page(next)) return Prefetcher({}, {}, 0, 0);
     const Walk after = next.next();
-    return Prefetcher(pointers(next), pointers(is_page(after) ? after : next),
-                      plan.head(head_task(next.head).h).page_bytes(), plan.v_head_bytes);
+    const HeadPlan& head = plan.head(head_task(next.head).h);
+    return Prefetcher(pointers(next), pointers(is_page(after) ? after : next), head.page_bytes(),
+                      head.value.page_bytes());
+  };
+  // Once after a head's pages, before its window.
+  const auto finish = [&](const RowBlock& rows) {
+    if (p.keys.layout.packs_values()) finish_packed(rows, count, dim);
   };
   // Visit all heads of one page where nothing is prepared per chunk: they lie next to each other.
   Walk walk{heads, plan.has_pre() ? kChunkPages : 1, last, first};
   for (Walk next = walk.next(); !walk.done(); walk = next, next = next.next()) {
     const AttendTask task = head_task(walk.head);
-    const RowBlock rows = sub_block(s.rows, walk.head * count, dim, groups);
+    const RowBlock rows = sub_block(s.rows, walk.head * count, dim);
     if (walk.block >= pages) {
+      if (walk.block == pages && first < pages) finish(rows);
       attend_window(plan, task, s, rows, walk.block - pages);
       continue;
     }
@@ -134,8 +135,11 @@ inline void attend_task(const AttendPlan& plan, int64_t index, const AttendScrat
                 lines);
   }
   // Store the partial results.
-  for (int64_t i = 0; i < heads; ++i)
-    store_partial(plan, head_task(i), sub_block(s.rows, i * count, dim, groups), split);
+  for (int64_t i = 0; i < heads; ++i) {
+    const RowBlock rows = sub_block(s.rows, i * count, dim);
+    if (first < last && last <= pages) finish(rows);
+    store_partial(plan, head_task(i), rows, split);
+  }
 }
 
 // Tiles the call, prepares its operands, attends every task and merges the splits.

@@ -143,17 +143,17 @@ inline void attend_page_rows(const AttendPlan& plan, const AttendTask& task, con
                              const RowBlock& head_rows, int64_t first, const PageVisit& visit,
                              Prefetcher& next) {
   const AttendParams& p = plan.p;
-  const int dim = p.keys.layout.head_dim, groups = plan.v_groups;
-  const RowBlock rows = sub_block(head_rows, first, dim, groups);
+  const int dim = p.keys.layout.head_dim;
+  const RowBlock rows = sub_block(head_rows, first, dim);
   const uint64_t mask = visit.mask;
   // Score the page.
   next.fetch(next.share(kScoresShare));
   page_scores<kRows>(plan, task, s, first, visit);
   // Update the softmax and accumulate 16- or 32-bit values.
-  if (!p.keys.layout.value.packed()) {
+  if (!p.keys.layout.packs_values()) {
     uint64_t masks[kRows];
     for (int r = 0; r < kRows; ++r) masks[r] = mask;
-    if (softmax_rows<kRows>(rows, s.scores, masks, dim, groups, s.probabilities))
+    if (softmax_rows<kRows>(rows, s.scores, masks, dim, s.probabilities))
       accumulate_uncompressed<kRows>(s.probabilities, visit.lines.values, p.v_dtype, 0, mask, dim,
                                      rows.out);
     return;
@@ -161,14 +161,10 @@ inline void attend_page_rows(const AttendPlan& plan, const AttendTask& task, con
   // Mask, update the softmax and quantize probabilities.
   next.fetch(next.share(kScoresShare));
   if (mask != ~uint64_t{0}) mask_scores<kRows>(mask, s.scores);
-  quantize_probs<kRows>(rows, s.scores, p.keys.layout.value, groups, s.value_scales, next,
-                        s.scaled_probs);
+  const ValueLayout& value = plan.head(task.h).value;
+  quantize_probs<kRows>(rows, s.scores, value, *s.value_scales, next, s.scaled_probs);
   // Accumulate packed values.
-  const uint8_t* codes = visit.lines.values + plan.v_code_offset;
-  if (p.keys.layout.value.bits == 4)
-    accumulate_packed<4, kRows>(p.keys.layout.value, groups, codes, s.scaled_probs, next, rows.out);
-  if (p.keys.layout.value.bits == 2)
-    accumulate_packed<2, kRows>(p.keys.layout.value, groups, codes, s.scaled_probs, next, rows.out);
+  accumulate_packed<kRows>(value, visit.lines.values, s.scaled_probs, next, rows.out);
 }
 
 // Attends the page with all rows of the task.
@@ -191,9 +187,8 @@ inline void attend_page(const AttendPlan& plan, const AttendTask& task, const At
   if (visit.interleaved.used()) reconstruct_page(plan, task, s, visit);
   if (visit.interleaved.used() || visit.interleaved.num_means)
     unrotate_queries(plan, task, s, visit.page);
-  if (p.keys.layout.value.packed())
-    load_value_scales(p.keys.layout.value, plan.v_groups, visit.lines.values, visit.mask,
-                      s.value_scales);
+  if (p.keys.layout.packs_values())
+    load_value_scales(visit.lines.values, visit.mask, *s.value_scales);
   for (int64_t first = 0; first < task.rows; first += kTileRows) {
     with_count<kTileRows>(static_cast<int>(task.rows - first), [&]<int kRows>() {
       attend_page_rows<kRows>(plan, task, s, rows, first, visit, next);

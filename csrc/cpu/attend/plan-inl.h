@@ -63,9 +63,6 @@ struct AttendPlan {
   float* partial_sum = nullptr;  // [B, H, rows, splits]
   int lanes = 0;                 // lanes of the head with the largest pre-RoPE rank
   bool absorbs = false;          // slow pairs of pre-RoPE channels into the queries
-  // Copies of the value layout's numbers, which it computes by division.
-  int v_groups;
-  int64_t v_code_offset, v_head_bytes;
 
   bool gathered() const { return p.token_slots != nullptr; }
   bool has_pre() const { return p.keys.layout.rope != RopeMode::kPost; }
@@ -150,10 +147,7 @@ inline AttendPlan make_plan(const AttendParams& p, const PageAngles& angles) {
   AttendPlan plan{.p = p,
                   .angles = angles,
                   .slow = slow_pairs(p.keys.codec.rope),
-                  .rows = p.queries.num_heads / p.keys.layout.num_heads * p.queries.length,
-                  .v_groups = p.keys.layout.value.groups(),
-                  .v_code_offset = p.keys.layout.value.code_offset(),
-                  .v_head_bytes = p.keys.layout.value.page_bytes()};
+                  .rows = p.queries.num_heads / p.keys.layout.num_heads * p.queries.length};
   plan.row_chunks = ceil_div(plan.rows, kTaskRows);
   if (plan.has_pre()) {
     plan.absorbs = plan.rows <= kAbsorbRows && !plan.gathered();

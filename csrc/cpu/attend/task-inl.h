@@ -37,8 +37,8 @@ struct AttendScratch {
   float* page_query;  // [rows, D], unrotated by the page's first position
   float* scores;      // [kTileRows, 64]
   float (*probabilities)[kPageTokens];  // [kTileRows], for uncompressed values
-  ScaledProbs* scaled_probs;            // [kTileRows, v_groups]
-  ValueScales* value_scales;            // [v_groups]
+  ScaledProbs* scaled_probs;            // [kTileRows]
+  ValueScales* value_scales;            // of the page
   float* nodes;                         // [tiles, kNodes, 2, lanes]
   AbsorbedPage absorbed;                // of a tile
   float* token_cos_sin;                 // [rotary_pairs, 2, 64], of gathered tokens
@@ -47,7 +47,7 @@ struct AttendScratch {
 
 // Lays the scratch of one worker out from `base` (null: only to measure); returns its bytes.
 inline int64_t carve_scratch(const AttendPlan& plan, uint8_t* base, AttendScratch& s) {
-  const int64_t dim = plan.p.keys.layout.head_dim, groups = plan.v_groups;
+  const int64_t dim = plan.p.keys.layout.head_dim;
   const int64_t rows = std::min(plan.rows, kTaskRows), all_rows = plan.task_heads * rows;
   int64_t bytes = 0;
   carve(s.codes, base, bytes, dim * kPageTokens);
@@ -55,8 +55,8 @@ inline int64_t carve_scratch(const AttendPlan& plan, uint8_t* base, AttendScratc
   carve(s.page_query, base, bytes, round_up(rows, kTileRows) * dim);
   carve(s.scores, base, bytes, kTileRows * kPageTokens);
   carve(s.probabilities, base, bytes, kTileRows);
-  carve(s.scaled_probs, base, bytes, kTileRows * groups);
-  carve(s.value_scales, base, bytes, groups);
+  carve(s.scaled_probs, base, bytes, kTileRows);
+  carve(s.value_scales, base, bytes, 1);
   if (plan.absorbs) {
     carve(s.nodes, base, bytes, plan.tiles() * kNodes * 2 * plan.lanes);
     carve(s.absorbed.high, base, bytes, kDegrees * plan.lanes);
@@ -67,7 +67,7 @@ inline int64_t carve_scratch(const AttendPlan& plan, uint8_t* base, AttendScratc
     carve(s.token_cos_sin, base, bytes, 2 * plan.p.keys.codec.rope.rotary_pairs * kPageTokens);
   carve(s.rows.max, base, bytes, all_rows);
   carve(s.rows.sum, base, bytes, all_rows * kVecLanes);
-  carve(s.rows.middle_sum, base, bytes, all_rows * groups * kVecLanes);
+  carve(s.rows.middle_sum, base, bytes, all_rows * kVecLanes);
   carve(s.rows.out, base, bytes, all_rows * dim);
   return bytes;
 }
@@ -104,7 +104,7 @@ inline PagePointers page_pointers(const AttendPlan& plan, const AttendTask& task
   const LayoutView& layout = plan.p.keys.layout;
   const int64_t id = plan.p.keys.page_table[task.b * plan.p.keys.table_stride + page];
   return {plan.p.keys.pages + id * layout.k_page_bytes + plan.head(task.h).k_offset,
-          plan.p.v_pages + id * layout.v_page_bytes + task.h * plan.v_head_bytes};
+          plan.p.v_pages + id * layout.v_page_bytes + plan.head(task.h).v_offset};
 }
 
 // A visit of a task to a page of one head.

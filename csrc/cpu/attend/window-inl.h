@@ -22,7 +22,7 @@ namespace svdq::SVDQ_TARGET_NAME {
 inline void attend_window(const AttendPlan& plan, const AttendTask& task, const AttendScratch& s,
                           const RowBlock& head_rows, int64_t block) {
   const AttendParams& p = plan.p;
-  const int dim = p.keys.layout.head_dim, groups = plan.v_groups;
+  const int dim = p.keys.layout.head_dim;
   const int64_t begin = block * kPageTokens;
   const int count =
       static_cast<int>(std::min<int64_t>(kPageTokens, plan.window_len(task.b) - begin));
@@ -44,10 +44,10 @@ inline void attend_window(const AttendPlan& plan, const AttendTask& task, const 
       if (any == 0) return;
 
       // Score, update the softmax, accumulate values.
-      const RowBlock rows = sub_block(head_rows, first, dim, groups);
+      const RowBlock rows = sub_block(head_rows, first, dim);
       const float* query = plan.query + (task.sequence_head * plan.rows + task.row + first) * dim;
       uncompressed_scores<kRows>(query, dim, p.window.keys, p.window.dtype, at, count, s.scores);
-      if (!softmax_rows<kRows>(rows, s.scores, masks, dim, groups, s.probabilities)) return;
+      if (!softmax_rows<kRows>(rows, s.scores, masks, dim, s.probabilities)) return;
       accumulate_uncompressed<kRows>(s.probabilities, p.window.values, p.window.dtype, at, any, dim,
                                      rows.out);
     });

@@ -1,88 +1,68 @@
-// The pack_values stage: values become codes in the quad layout, with a scale and a zero point per token and group.
+// The pack_values stage: values are rotated and become codes in the quad layout, with a scale for each token of a head.
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
 #include "csrc/core/parallel.h"
 #include "csrc/cpu/lanes-inl.h"
 #include "csrc/cpu/numbers-inl.h"
+#include "csrc/cpu/pack/rotation-inl.h"
 #include "csrc/cpu/pack/token_rows-inl.h"
 #include "csrc/cpu/pages/page_span-inl.h"
 #include "csrc/cpu/simd-inl.h"
 #include "csrc/cpu/tasks-inl.h"
 #include "kernels/format.h"
 #include "kernels/params.h"
+#include "kernels/rotation.h"
 
 #include "csrc/cpu/target_begin-inl.h"
 
 namespace svdq::SVDQ_TARGET_NAME {
 
-// Minimum and maximum of each group of rows first .. first + count - 1, [groups, 64] by slot.
-inline void find_value_extremes(const float* rows, ValueLayout value, int first, int count,
-                                float* group_min, float* group_max) {
-  for (int g = 0; g < value.groups(); ++g) {
-    for (int t = first; t < first + count; t += kVecLanes) {
-      F32 low[kVecLanes], high[kVecLanes];
-      const int block = std::min(kVecLanes, first + count - t);
-      for (int r = 0; r < kVecLanes; ++r) {
-        // Repeat the last row in place of rows past the end.
-        const float* row =
-            rows + (t + std::min(r, block - 1)) * value.head_dim + g * value.group_size;
-        low[r] = high[r] = load<F32>(row);
-        for (int d = kVecLanes; d < value.group_size; d += kVecLanes) {
-          low[r] = min(low[r], load<F32>(row + d));
-          high[r] = max(high[r], load<F32>(row + d));
-        }
-      }
-      transpose(low);
-      transpose(high);
-      for (int i = 1; i < kVecLanes; ++i) {
-        low[0] = min(low[0], low[i]);
-        high[0] = max(high[0], high[i]);
-      }
-      // A vector may run into the next group, which is written later, or into the padding behind the last one.
-      store(group_min + g * kPageTokens + t, low[0]);
-      store(group_max + g * kPageTokens + t, high[0]);
-    }
+// Sum of kLanes partial sums, halves first: one order on all machines.
+inline float sum_lanes(const float (&partial)[kLanes]) {
+  float sum[kLanes];
+  std::memcpy(sum, partial, sizeof(sum));
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
   }
+  return sum[0];
 }
 
-// Replaces rows by their codes and writes the scale and zero point of each token's groups, rounded to half.
-// group_min and group_max come from find_value_extremes.
-template <int kWidth>
-inline void quantize_values(ValueLayout value, PageSpan span, const float* group_min,
-                            const float* group_max, float* rows, uint8_t* page) {
-  const F32 max_code = splat(2 * mid_code(kWidth));
-  uint16_t* scales = reinterpret_cast<uint16_t*>(page + value.scale_offset());
-  uint16_t* zeros = reinterpret_cast<uint16_t*>(page + value.zero_offset());
-  const int end = span.first + span.count;
-  for (int g = 0; g < value.groups(); ++g) {
-    for (int t = span.first; t < end; t += kVecLanes) {
-      const int at = g * kPageTokens + t, block = std::min(kVecLanes, end - t);
-      uint16_t scale[kVecLanes], zero[kVecLanes];
-      store_half(scale, (load<F32>(group_max + at) - load<F32>(group_min + at)) / max_code);
-      store_half(zero, load<F32>(group_min + at));
-      const F32 rounded = load_half(scale);
-      float inverse[kVecLanes], centre[kVecLanes];
-      store(inverse, rounded > F32{} ? splat(1.0f) / rounded : F32{});
-      store(centre, load_half(zero));
-      std::memcpy(scales + at, scale, sizeof(uint16_t) * block);
-      std::memcpy(zeros + at, zero, sizeof(uint16_t) * block);
-      for (int r = 0; r < block; ++r) {
-        float* row = rows + (t + r) * value.head_dim;
-        for (int d = g * value.group_size; d < (g + 1) * value.group_size; d += kVecLanes) {
-          const F32 code = (load<F32>(row + d) - splat(centre[r])) * splat(inverse[r]);
-          store(row + d, (F32)round_to_int(min(max(code, F32{}), max_code)));
-        }
-      }
+// Replaces a rotated row by its codes, 32-bit integers; returns the byte of its scale. Partial sums of the channels of a lane ascend,
+// one fused multiply-add each.
+inline int quantize_value_row(float* row, ValueLayout value) {
+  alignas(kLineBytes) float partial[kLanes];
+  const auto sum_of = [&](const auto& add) {
+    for (int part = 0; part < kParts; ++part) {
+      F32 sum{};
+      for (int d = part * kVecLanes; d < value.head_dim; d += kLanes)
+        add(sum, load<F32>(row + d));
+      store(partial + part * kVecLanes, sum);
     }
-  }
+    return sum_lanes(partial);
+  };
+  const float square = sum_of([](F32& sum, F32 x) { sum += x * x; });
+  const float step =
+      value_step(value.bits) * std::sqrt(square / static_cast<float>(value.head_dim));
+  const float inverse = step > 0 ? 1.0f / step : 0.0f;
+  const F32 middle = splat(mid_code(value.bits)), top = splat(2 * mid_code(value.bits));
+  const auto code_of = [&](F32 x) {
+    return round_to_int(min(max(x * inverse + middle, F32{}), top));
+  };
+  const float product =
+      sum_of([&](F32& sum, F32 x) { sum += x * (to_float(code_of(x)) - middle); });
+  for (int d = 0; d < value.head_dim; d += kVecLanes)
+    store(row + d, code_of(load<F32>(row + d)));
+  return step > 0 ? scale_byte(float_to_half(std::min(square / product, 65504.0f))) : 0;
 }
 
-// Writes codes [64, D] by slot into their lines; bits of slots outside the span stay.
-template <int kWidth, bool kFull>
+// Writes one plane of codes [64, D] by slot, their bits from kShift on, into its lines; bits of slots outside the span
+// stay.
+template <int kWidth, int kShift, bool kFull>
 inline void write_value_lines(const float* codes, int dim, PageSpan span, uint8_t* lines) {
   constexpr int kLineTiles = 8 / kWidth;
   constexpr uint32_t kTileMask = (1u << kWidth) - 1;
@@ -99,7 +79,8 @@ inline void write_value_lines(const float* codes, int dim, PageSpan span, uint8_
           if (!kFull && (slot < span.first || slot >= span.first + span.count)) {
             keep |= kTileMask << (8 * e + k * kWidth);
           } else {
-            bits |= load<U32>(codes + slot * dim + channel) << (8 * e + k * kWidth);
+            bits |= (load<U32>(codes + slot * dim + channel) >> kShift & kTileMask)
+                    << (8 * e + k * kWidth);
           }
         }
       }
@@ -107,11 +88,6 @@ inline void write_value_lines(const float* codes, int dim, PageSpan span, uint8_
       store(to, bits);
     }
   }
-}
-
-// Floats of a worker: rows, and extremes of groups of 16 channels or more.
-inline int64_t value_scratch(int64_t head_dim) {
-  return kPageTokens * head_dim + 2 * (kPageTokens * head_dim / kLanes + kLanes);
 }
 
 template <DataType kType>
@@ -125,28 +101,39 @@ inline void load_value_rows(const TokenSource& values, int h, int dim, PageSpan 
   }
 }
 
-template <int kWidth>
+template <bool kFull>
+inline void write_value_planes(const float* codes, const ValueLayout& value, const PageSpan& span,
+                               uint8_t* page) {
+  uint8_t* lines = page + value.code_offset();
+  if (value.bits == 4) write_value_lines<4, 0, kFull>(codes, value.head_dim, span, lines);
+  if (value.bits == 3) {
+    write_value_lines<2, 0, kFull>(codes, value.head_dim, span, lines);
+    write_value_lines<1, 2, kFull>(codes, value.head_dim, span, page + value.high_plane_offset());
+  }
+  if (value.bits == 2) write_value_lines<2, 0, kFull>(codes, value.head_dim, span, lines);
+}
+
 inline void pack_value_page(const PackValuesParams& p, int h, const PageSpan& span, float* rows,
                             uint8_t* page) {
-  const ValueLayout& value = p.layout.value;
+  const ValueLayout& value = p.layout.heads[h].value;
   const int dim = value.head_dim;
-  float* group_min = rows + kPageTokens * dim;
-  float* group_max = group_min + kPageTokens * dim / kLanes + kLanes;
   with_dtype(p.values.dtype, [&]<DataType kType>() {
     load_value_rows<kType>(p.values, h, dim, span, rows + span.first * dim);
   });
-  find_value_extremes(rows, value, span.first, span.count, group_min, group_max);
-  quantize_values<kWidth>(value, span, group_min, group_max, rows, page);
-  uint8_t* lines = page + value.code_offset();
+  for (int slot = span.first; slot < span.first + span.count; ++slot) {
+    float* row = rows + slot * dim;
+    rotate_value_row(row, dim);
+    page[slot] = static_cast<uint8_t>(quantize_value_row(row, value));
+  }
   if (span.full()) {
-    write_value_lines<kWidth, true>(rows, dim, span, lines);
+    write_value_planes<true>(rows, value, span, page);
   } else {
-    write_value_lines<kWidth, false>(rows, dim, span, lines);
+    write_value_planes<false>(rows, value, span, page);
   }
 }
 
 inline void copy_value_page(const PackValuesParams& p, int h, const PageSpan& span, uint8_t* page) {
-  const int64_t size = p.layout.value.bits / 8;
+  const int64_t size = p.layout.heads[h].value.bits / 8;
   for (int r = 0; r < span.count; ++r) {
     const int64_t from = h * p.values.head_stride + (span.token + r) * p.values.token_stride;
     std::memcpy(page + int64_t{span.first + r} * p.layout.head_dim * size,
@@ -156,18 +143,15 @@ inline void copy_value_page(const PackValuesParams& p, int h, const PageSpan& sp
 
 inline void pack_values(const PackValuesParams& p, const Executor& executor) {
   const int64_t num_pages = spanned_pages(p.slot, p.values.num_tokens);
-  const int64_t worker_size = value_scratch(p.layout.head_dim);
+  const int64_t worker_size = int64_t{kPageTokens} * p.layout.head_dim;
   const AlignedBuffer scratch(sizeof(float) * executor.workers() * worker_size);
   for_each_task(executor, p.layout.num_heads * num_pages, [&](int64_t task, int worker) {
     const int h = static_cast<int>(task / num_pages);
     const PageSpan span = page_span(p.page_table, p.slot, p.values.num_tokens, task % num_pages);
-    uint8_t* page = p.pages + span.page * p.layout.v_page_bytes + h * p.layout.value.page_bytes();
+    uint8_t* page = p.pages + span.page * p.layout.v_page_bytes + p.layout.heads[h].v_offset;
     float* rows = scratch.as<float>() + worker * worker_size;
-    // Pack the span in its width, or copy 16- and 32-bit values.
-    if (p.layout.value.bits == 4) {
-      pack_value_page<4>(p, h, span, rows, page);
-    } else if (p.layout.value.bits == 2) {
-      pack_value_page<2>(p, h, span, rows, page);
+    if (p.layout.packs_values()) {
+      pack_value_page(p, h, span, rows, page);
     } else {
       copy_value_page(p, h, span, page);
     }

@@ -72,11 +72,11 @@ inline void gather_keys(const HeadPlan& head, const TokenAddress* addresses, uin
   }
 }
 
-// Copies the codes of packed values line by line: a line has 8 / kWidth code tiles, a tile a byte for each of four
-// tokens.
+// Copies one plane of the codes of packed values, which begins at `plane`, line by line: a line has 8 / kWidth code
+// tiles, a tile a byte for each of four tokens.
 template <int kWidth>
-inline void gather_value_codes(const ValueLayout& value, const TokenAddress* addresses,
-                               uint8_t* to) {
+inline void gather_value_plane(const ValueLayout& value, int64_t plane,
+                               const TokenAddress* addresses, uint8_t* to) {
   constexpr int kLineTokens = 8 / kWidth * kQuad;
   constexpr int kBlockBytes = kPageTokens / kLineTokens * kLineBytes;
   constexpr uint32_t kMask = (1u << kWidth) - 1;
@@ -85,14 +85,14 @@ inline void gather_value_codes(const ValueLayout& value, const TokenAddress* add
     return token % kQuad * 8 + token / kQuad % (8 / kWidth) * kWidth;
   };
   const int blocks = value.head_dim / kLanes;
-  uint8_t* codes = to + value.code_offset();
+  uint8_t* codes = to + plane;
   for (int first = 0; first < kPageTokens; first += kLineTokens) {
     const uint8_t* source[kLineTokens];
     int down[kLineTokens], up[kLineTokens], count = 0;
     for (int t = first; t < first + kLineTokens; ++t) {
       if (addresses[t].token < 0) continue;
       source[count] =
-          addresses[t].values + value.code_offset() + addresses[t].token / kLineTokens * kLineBytes;
+          addresses[t].values + plane + addresses[t].token / kLineTokens * kLineBytes;
       down[count] = shift(addresses[t].token);
       up[count++] = shift(t);
     }
@@ -122,26 +122,18 @@ inline void gather_values(const ValueLayout& value, const TokenAddress* addresse
     }
     return;
   }
-  for (const int64_t offset : {value.scale_offset(), value.zero_offset()}) {
-    for (int group = 0; group < value.groups(); ++group) {
-      uint16_t* packed_cos_sin = reinterpret_cast<uint16_t*>(to + offset) + group * kPageTokens;
-      for (int t = 0; t < kPageTokens; ++t) {
-        packed_cos_sin[t] = 0;
-        if (addresses[t].token < 0) continue;
-        std::memcpy(packed_cos_sin + t,
-                    addresses[t].values + offset + (group * kPageTokens + addresses[t].token) * 2,
-                    2);
-      }
-    }
-  }
-  if (value.bits == 4) gather_value_codes<4>(value, addresses, to);
-  if (value.bits == 2) gather_value_codes<2>(value, addresses, to);
+  for (int t = 0; t < kPageTokens; ++t)
+    to[t] = addresses[t].token < 0 ? uint8_t{0} : addresses[t].values[addresses[t].token];
+  const int64_t low = value.code_offset();
+  if (value.bits == 4) gather_value_plane<4>(value, low, addresses, to);
+  if (value.bits <= 3) gather_value_plane<2>(value, low, addresses, to);
+  if (value.bits == 3) gather_value_plane<1>(value, value.high_plane_offset(), addresses, to);
 }
 
 // Prefetches the lines that hold a token.
-inline void prefetch_codes(const HeadPlan& head, const ValueLayout& value,
-                           const TokenAddress& from) {
+inline void prefetch_codes(const HeadPlan& head, const TokenAddress& from) {
   if (from.token < 0) return;
+  const ValueLayout& value = head.value;
   const uint32_t token = static_cast<uint32_t>(from.token);
   const uint8_t* lines = from.keys;
   for (const Bands* bands : {&head.pre, &head.post}) {
@@ -157,15 +149,15 @@ inline void prefetch_codes(const HeadPlan& head, const ValueLayout& value,
     for (int64_t at = 0; at < bytes; at += kLineBytes) prefetch_line(row + at);
     return;
   }
-  for (int group = 0; group < value.groups(); ++group) {
-    const int64_t at = int64_t{group * kPageTokens + from.token} * 2;
-    prefetch_line(from.values + value.scale_offset() + at);
-    prefetch_line(from.values + value.zero_offset() + at);
-  }
-  const int block_lines = kPageTokens * value.bits / 32;  // 16 channels of 64 tokens
-  const uint8_t* line = from.values + value.code_offset() + token * value.bits / 32 * kLineBytes;
-  for (int block = 0; block < value.head_dim / kLanes; ++block, line += block_lines * kLineBytes)
-    prefetch_line(line);
+  prefetch_line(from.values);  // scales
+  const auto prefetch_plane = [&](int width, int64_t plane) {
+    const int block_lines = kPageTokens * width / 32;  // 16 channels of 64 tokens
+    const uint8_t* line = from.values + plane + token * width / 32 * kLineBytes;
+    for (int block = 0; block < value.head_dim / kLanes; ++block, line += block_lines * kLineBytes)
+      prefetch_line(line);
+  };
+  prefetch_plane(low_plane_width(value.bits), value.code_offset());
+  if (value.bits == 3) prefetch_plane(1, value.high_plane_offset());
 }
 
 // Copies the codes of each list's tokens, page by page.
@@ -180,7 +172,7 @@ inline void gather(const GatherParams& p, const Executor& executor) {
       if (i >= p.num_slots || slots[i] == kNoSlot) continue;
       const int64_t id = p.page_table[b * p.table_stride + slots[i] / kPageTokens];
       addresses[t] = {p.k_pages + id * layout.k_page_bytes + layout.heads[h].k_offset,
-                      p.v_pages + id * layout.v_page_bytes + h * layout.value.page_bytes(),
+                      p.v_pages + id * layout.v_page_bytes + layout.heads[h].v_offset,
                       slots[i] % kPageTokens};
     }
   };
@@ -200,14 +192,14 @@ inline void gather(const GatherParams& p, const Executor& executor) {
         TokenAddress* ahead = addresses[next % 2];
         find(b, next % heads, first + next / heads, ahead);
         for (int t = 0; t < kPageTokens; ++t)
-          prefetch_codes(layout.heads[next % heads], layout.value, ahead[t]);
+          prefetch_codes(layout.heads[next % heads], ahead[t]);
       }
       // Copy the codes of this page.
       const int64_t row = b * pages + page;
       gather_keys(layout.heads[h], addresses[visit % 2],
                   p.k_out + row * layout.k_page_bytes + layout.heads[h].k_offset);
-      gather_values(layout.value, addresses[visit % 2],
-                    p.v_out + row * layout.v_page_bytes + h * layout.value.page_bytes());
+      gather_values(layout.heads[h].value, addresses[visit % 2],
+                    p.v_out + row * layout.v_page_bytes + layout.heads[h].v_offset);
     }
   });
 }
