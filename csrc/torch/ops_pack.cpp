@@ -88,7 +88,7 @@ void pack_values_(at::Tensor& v_pages, const at::Tensor& values, const at::Tenso
   const Layout layout = check.layout(layout_ints);
   const TokenSource source = check.tokens(values, "values", layout.num_heads(), layout.head_dim());
   check.value_pool(v_pages, layout);
-  const bool packed = layout.value().packed();
+  const bool packed = layout.packs_values();
   if (!packed) check.dtype(values, "values", v_pages.scalar_type());
   check.pages(page_table, slot, source.num_tokens, v_pages.size(0));
   check_within(check, source, "values", layout.num_heads(), layout.head_dim(),

@@ -12,6 +12,8 @@ FORMAT_VERSION: int = _C.format.VERSION
 PAGE_TOKENS: int = _C.format.PAGE_TOKENS
 WIDTHS: tuple[int, ...] = tuple(_C.format.WIDTHS)
 ROPE_MODES: tuple[str, ...] = tuple(_C.format.ROPE_MODES)
+VALUE_BITS: tuple[int, ...] = tuple(_C.format.VALUE_BITS)  # of packed values
+PLAIN_KEYS, EXACT_VALUES, PLAIN_VALUES = 0, 0, 1  # KeyCoding, ValueCoding of kernels/format.h
 NO_SLOT: int = _C.format.NO_SLOT  # stands for no token in lists of slots
 
 Bands = tuple[int, int, int, int]  # channels of one head at each width of WIDTHS
@@ -36,8 +38,8 @@ class PageLayout:
     rope : ``"pre"`` codes un-rotated keys (the paper), ``"post"`` codes rotated keys, ``"hybrid"``
         codes ``pre_bands`` of the un-rotated keys and, as ``bands``, what those leave of the
         rotated keys.
-    v_bits : 2 or 4 (packed per token and group), 16 or 32 (values exact in the model's dtype).
-    v_group_size : channels that share a value scale; a multiple of 16 dividing head_dim.
+    v_bits : bits of a value, of each KV head or one number for all: 2, 3 or 4 (rotated and packed,
+        a scale a token), or 16 or 32 (exact, in the model's dtype) for all heads. Kept as a tuple.
     version : format version of the pages.
     pre_bands : per KV head, like ``bands``, for ``"hybrid"`` alone. None (the default) for all
         heads is the "rotated mean": the un-rotated keys' mean is rotated, all channels are
@@ -47,8 +49,7 @@ class PageLayout:
     head_dim: int
     bands: tuple[Bands, ...]
     rope: str = "pre"
-    v_bits: int = 4
-    v_group_size: int = 64
+    v_bits: int | tuple[int, ...] = 4
     version: int = FORMAT_VERSION
     pre_bands: tuple[Bands, ...] = ()
 
@@ -65,6 +66,15 @@ class PageLayout:
                 f"pre_bands must have one entry for each of {len(self.bands)} heads, got "
                 f"{len(self.pre_bands)}"
             )
+        v_bits = self.v_bits
+        if isinstance(v_bits, int):
+            v_bits = (v_bits,) * len(self.bands)
+        if len(v_bits) != len(self.bands):
+            raise ValueError(
+                f"v_bits must be one number or one for each of {len(self.bands)} heads, got "
+                f"{self.v_bits}"
+            )
+        object.__setattr__(self, "v_bits", tuple(int(n) for n in v_bits))
         for name in ("bands", "pre_bands"):
             bands = tuple(tuple(int(n) for n in head) for head in getattr(self, name))
             object.__setattr__(self, name, bands)
@@ -82,23 +92,37 @@ class PageLayout:
     def ints(self) -> list[int]:
         """The integers that describe it to operators (``kLayoutHeader`` in kernels/format.h)."""
         rope = ROPE_MODES.index(self.rope)
-        header = [self.version, len(self.bands), self.head_dim, rope, self.v_bits]
-        head_ints = [n for head in self.head_bands for part in head for n in part]
-        return [*header, self.v_group_size, *head_ints]
+        header = [self.version, len(self.bands), self.head_dim, rope, PLAIN_KEYS]
+        header.append(PLAIN_VALUES if self.packs_values else EXACT_VALUES)
+        for (pre, post), v_bits in zip(self.head_bands, self.v_bits, strict=True):
+            header += [*pre, *post, v_bits]
+        return header
 
     @classmethod
     def from_ints(cls, ints: Sequence[int]) -> PageLayout:
         """Inverse of :attr:`ints`; raises ``ValueError`` for integers that are no valid layout."""
         ints = [int(n) for n in ints]
         _C.check_layout(ints)
-        version, num_heads, head_dim, rope, v_bits, v_group_size = ints[:6]
+        version, num_heads, head_dim, rope = ints[:4]
         n = len(WIDTHS)
-        heads = [ints[6 + 2 * n * h : 6 + 2 * n * (h + 1)] for h in range(num_heads)]
-        pre, post = (tuple(tuple(h[at]) for h in heads) for at in (slice(n), slice(n, None)))
+        size = 2 * n + 1  # integers of a head
+        heads = [ints[6 + size * h : 6 + size * (h + 1)] for h in range(num_heads)]
+        pre, post = (tuple(tuple(h[at]) for h in heads) for at in (slice(n), slice(n, 2 * n)))
         mode = ROPE_MODES[rope]
         bands = pre if mode == "pre" else post
         pre_bands = pre if mode == "hybrid" else ()
-        return cls(head_dim, bands, mode, v_bits, v_group_size, version, pre_bands)
+        v_bits = tuple(head[-1] for head in heads)
+        return cls(head_dim, bands, mode, v_bits, version, pre_bands)
+
+    @functools.cached_property
+    def packs_values(self) -> bool:
+        """True if values are packed, False if they are exact."""
+        return all(bits in VALUE_BITS for bits in self.v_bits)
+
+    @functools.cached_property
+    def mean_v_bits(self) -> float:
+        """Code bits per value number, without scales."""
+        return sum(self.v_bits) / len(self.v_bits)
 
     @property
     def num_kv_heads(self) -> int:
@@ -144,7 +168,7 @@ class PageLayout:
 
     @functools.cached_property
     def v_code_bytes(self) -> int:
-        """Bytes of one value page without its scales and zero points."""
+        """Bytes of one value page without its scales."""
         return _C.format.value_code_bytes(self.ints)
 
     def proxy_page_bytes(self, channels: int) -> int:

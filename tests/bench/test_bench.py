@@ -50,13 +50,13 @@ def test_timing_units():
 
 
 @pytest.mark.parametrize("rope", ["pre", "post"])
-@pytest.mark.parametrize("v_bits", [2, 4])
+@pytest.mark.parametrize("v_bits", [2, 3, 4])
 def test_packed_case_counts_what_it_reads(rope, v_bits):
     case = packed_case(SHAPE, SCHEDULE, rope, v_bits, torch.bfloat16)
     out = case.call(0)
     assert out.shape == (1, 4, 1, 64)
     assert out.isfinite().all()
-    layout = PageLayout(64, ((0, 16, 8, 0),) * 2, rope, v_bits, 64)
+    layout = PageLayout(64, ((0, 16, 8, 0),) * 2, rope, v_bits)
     pages = -(-(300 - 32) // 64)
     exact = 2 * 2 * (4 + 32) * 64 * 2
     basis = layout.rank * (64 * 2 + 4) + 2 * 64 * 4

@@ -154,7 +154,7 @@ def test_command_writes_rows(tmp_path):
         (("--budget", "0"), "a budget must be"),
         (("--sparse-channels", "6"), "sparse_channels must be"),
         (("--preset", "16"), "packs nothing"),
-        (("--v-bits", "3"), "v_bits must be 2 or 4"),
+        (("--v-bits", "5"), "v_bits must be 4, 3 or 2"),
         (("--head-dim", "100"), "multiple of 16"),
     ],
 )

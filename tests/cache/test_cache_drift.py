@@ -8,7 +8,7 @@ import torch
 from cache_support import Driver, assert_same_state, decoded, plain_attention, snapshot
 from svdq import SVDqCache
 
-COARSE_TOLERANCE = 1e-2  # see test_cache.py
+COARSE_TOLERANCE = 2e-2  # derived in test_cache.py
 SETTINGS = {"schedule": [4, 4, 2, 0, 0, 0, 0, 0], "rope": "post", "residual_length": 0}
 
 

@@ -91,8 +91,8 @@ def path(tmp_path):
 
 
 def test_another_format_version(path):
-    rewrite(path, version="1")
-    with pytest.raises(ValueError, match="has format version 1, this svdq reads 2"):
+    rewrite(path, version="2")
+    with pytest.raises(ValueError, match="has format version 2, this svdq reads 3"):
         SVDqCache.load(path, CONFIGS["llama"])
 
 
@@ -128,7 +128,7 @@ def test_a_model_of_another_shape(path, change, message):
 def test_pages_of_another_layout(path):
     with safe_open(path, "pt") as file:
         layers = json.loads(file.metadata()["layers"])
-    layers[0]["stores"][0]["layout"][5] = 32  # value groups
+    layers[0]["stores"][0]["layout"][14] = 2  # bits of the first head's values
     rewrite(path, layers=json.dumps(layers))
     with pytest.raises(ValueError, match="pages have layout"):
         SVDqCache.load(path, CONFIGS["llama"])

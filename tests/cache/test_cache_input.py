@@ -7,7 +7,6 @@ from transformers import MistralConfig
 from cache_support import CONFIGS, FINE, Driver, assert_same_state, snapshot
 from svdq import SVDqCache, ops
 from svdq.config.presets import PRESETS, preset_bits, resolve_keys
-from svdq.config.settings import default_group_size
 from svdq.hf.attention import svdq_attention
 
 
@@ -197,7 +196,7 @@ def test_tokens_that_are_used_twice():
         ({"schedule": [8, 3]}, "schedule must be widths"),
         ({"k_bits": 16, "v_bits": 4}, "exact keys come with exact values"),
         ({"preset": "exact", "v_bits": 2}, "exact keys come with exact values"),
-        ({"v_bits": 3}, "v_bits must be one of"),
+        ({"v_bits": 5}, "v_bits must be one of"),
         ({"v_bits": "full"}, "v_bits must be one of"),
         ({"rope": "half"}, "rope must be one of"),
         ({"rope": "hybrid", "pre_channels": 4}, "pre_channels must be a positive multiple of 8"),
@@ -216,14 +215,15 @@ def test_settings_that_make_no_sense(settings, message):
 @pytest.mark.parametrize(("v_bits", "dtype"), [(16, torch.float32), (32, torch.bfloat16)])
 def test_value_bits_that_the_model_does_not_have(v_bits, dtype):
     driver = Driver(1, dtype, v_bits=v_bits)
-    with pytest.raises(ValueError, match=f"v_bits must be 2, 4, .* got {v_bits}"):
+    with pytest.raises(ValueError, match=f"v_bits must be 4, 3, 2, .* got {v_bits}"):
         driver.feed(3)
     assert driver.cache.get_seq_length() == 0
 
 
-def test_group_that_does_not_divide_the_head():
-    with pytest.raises(ValueError, match="group"):
-        Driver(1, v_group_size=48).feed(3)
+def test_groups_of_values_are_no_more():
+    with pytest.warns(FutureWarning, match="v_group_size is ignored: values have one scale"):
+        cache = SVDqCache(CONFIGS["llama"], v_group_size=32)
+    assert cache.settings == SVDqCache(CONFIGS["llama"]).settings
 
 
 def test_model_without_full_attention():
@@ -239,8 +239,3 @@ def test_schedules():
     assert resolve_keys(lambda_=0.1) == (None, None)
     assert resolve_keys(schedule=[4, 0]) == ((4, 0), None)
     assert [preset_bits(name) for name in PRESETS] == [2.25, 2.0, 1.25, 16.0]
-
-
-def test_default_group_sizes():
-    sizes = {32: 32, 64: 64, 80: 80, 96: 96, 112: 112, 128: 128 // 2, 160: 80, 192: 64, 256: 64}
-    assert {dim: default_group_size(dim) for dim in sizes} == sizes

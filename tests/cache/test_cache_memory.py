@@ -70,7 +70,7 @@ def test_parts_are_what_the_format_says():
     assert report.key_mean == 2 * 2 * 64 * 4
     assert report.key_gain == 2 * 2 * 64 * (2 + 4) + 2 * 4  # gain, energies, tokens seen
     assert report.value_codes == packed * 64 * 4 / 8
-    assert report.value_scales == packed * 2 * 2  # half scale and zero point per token, one group
+    assert report.value_scales == packed  # a byte for each token of a head
     assert report.sink_keys == report.sink_values == 2 * 8 * 2 * 64 * 2
     assert report.window_keys == report.window_values == 2 * 80 * 2 * 64 * 2
     assert report.page_tables == 2 * 5 * 4

@@ -56,7 +56,7 @@ def test_no_other_bands_cost_less(price, overhead):
         # it, one granule is off by what a bit costs or saves there, at most its price.
         pairs = price * GRANULE * (1 + overhead)
         assert cost_of(head, bands, price, overhead) <= best * (1 + 1e-9) + pairs
-        PageLayout(32, (tuple(bands), (4, 0, 0, 0)), v_group_size=32)  # the format takes them
+        PageLayout(32, (tuple(bands), (4, 0, 0, 0)))  # the format takes them
 
 
 def test_the_wider_of_two_equal_channels_never_comes_later():

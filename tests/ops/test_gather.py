@@ -33,7 +33,7 @@ def random_slots(seqlens, heads, count, sinks=0):
     return slots
 
 
-@pytest.mark.parametrize("v_bits", [2, 4, 16, 32])
+@pytest.mark.parametrize("v_bits", [2, 3, 4, 16, 32])
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
 def test_codes_are_copied(rope, head_dim, v_bits, backend):
@@ -90,6 +90,7 @@ CASES = {rope: {"rope": rope, "seqlens": [300], "first_positions": [7]} for rope
     "head-dim-512": {"rope": "pre", "head_dim": 512, "heads": 1, "seqlens": [150]},
     "exact-values": {"rope": "pre", "v_bits": 32},
     "2-bit-values": {"rope": "post", "v_bits": 2},
+    "3-bit-values": {"rope": "post", "v_bits": 3},
     "far-apart": {"rope": "pre", "seqlens": [5000], "heads": 1, "count": 200},
     "one-query-head": {"rope": "hybrid", "group": 1},
     "eight-query-heads": {"rope": "pre", "group": 8},

@@ -15,17 +15,26 @@ PRE_BANDS = ((4, 4, 0, 0), (0, 0, 0, 0), (0, 0, 4, 8))
 
 @pytest.mark.parametrize("rope", ["pre", "post"])
 def test_ints_round_trip(rope):
-    layout = PageLayout(128, BANDS, rope, v_bits=2, v_group_size=32)
-    assert layout.ints[:6] == [2, 3, 128, ["pre", "post"].index(rope), 2, 32]
+    layout = PageLayout(128, BANDS, rope, v_bits=2)
+    assert layout.ints[:6] == [3, 3, 128, ["pre", "post"].index(rope), 0, 1]
     coded = layout.ints[6:10] if rope == "pre" else layout.ints[10:14]
     assert coded == [16, 32, 16, 0]
+    assert [layout.ints[6 + 9 * h + 8] for h in range(3)] == [2, 2, 2]
     assert PageLayout.from_ints(layout.ints) == layout
+
+
+def test_heads_may_have_values_of_different_bits():
+    layout = PageLayout(128, BANDS, "pre", v_bits=(4, 3, 2))
+    assert PageLayout.from_ints(layout.ints) == layout
+    assert (layout.v_bits, layout.mean_v_bits, layout.packs_values) == ((4, 3, 2), 3, True)
+    exact = PageLayout(128, BANDS, "pre", v_bits=16)
+    assert (exact.v_bits, exact.packs_values) == ((16, 16, 16), False)
 
 
 @pytest.mark.parametrize("pre_bands", [PRE_BANDS, ()], ids=["pre-channels", "rotated-mean"])
 def test_hybrid_ints_round_trip(pre_bands):
-    layout = PageLayout(128, BANDS, "hybrid", v_bits=2, v_group_size=32, pre_bands=pre_bands)
-    assert layout.ints[:6] == [2, 3, 128, 2, 2, 32]
+    layout = PageLayout(128, BANDS, "hybrid", v_bits=2, pre_bands=pre_bands)
+    assert layout.ints[:6] == [3, 3, 128, 2, 0, 1]
     assert layout.ints[6:14] == [*(pre_bands[0] if pre_bands else [0] * 4), 16, 32, 16, 0]
     assert PageLayout.from_ints(layout.ints) == layout
 
@@ -46,21 +55,22 @@ def test_parts():
 
 
 def test_sizes():
-    layout = PageLayout(128, BANDS, "pre", v_bits=4, v_group_size=64)
+    layout = PageLayout(128, BANDS, "pre", v_bits=4)
     bits = [16 * 8 + 32 * 4 + 16 * 2, 4 * 4 + 8 * 2 + 24]
     assert (layout.num_kv_heads, layout.rank) == (3, 64 + 36)
     assert layout.k_bits == sum(bits) / (3 * 128)
     assert layout.k_page_bytes == _C.k_page_bytes(layout.ints) == sum(bits) * 64 // 8
-    assert layout.v_page_bytes == _C.v_page_bytes(layout.ints) == 3 * (2 * 64 * 4 + 128 * 64 // 2)
+    assert layout.v_page_bytes == _C.v_page_bytes(layout.ints) == 3 * (64 + 128 * 64 // 2)
 
 
 WRONG_LAYOUTS = {
     "rope": ({"rope": "both"}, "rope"),
     "head_dim-72": ({"head_dim": 72}, "head_dim.*72"),
     "head_dim-528": ({"head_dim": 528}, "head_dim.*528"),
-    "v_bits-3": ({"v_bits": 3}, "v_bits.*3"),
-    "v_group_size-24": ({"v_group_size": 24}, "v_group_size.*24"),
-    "v_group_size-48": ({"v_group_size": 48}, "v_group_size.*48"),
+    "v_bits-5": ({"v_bits": 5}, "head 0 must have values of 16 or 32 bits, got 5"),
+    "v_bits-of-two-heads": ({"v_bits": (4, 2)}, "one for each of 3 heads"),
+    "packed-and-exact": ({"v_bits": (4, 16, 2)}, "head 0 must have values of 16 or 32 bits, got 4"),
+    "exact-of-two-sizes": ({"v_bits": (16, 32, 16)}, "32 in head 1 and 16 in head 0"),
     "no-heads": ({"bands": ()}, "num_kv_heads"),
     "no-channels": ({"bands": ((0, 0, 0, 0),)}, "channel"),
     "too-many-channels": ({"bands": ((64, 64, 4, 0),)}, "132"),
@@ -95,8 +105,10 @@ def test_wrong_layouts(change, message):
         (2, 0, "head_dim"),
         (3, 3, "rope"),
         (3, 1, "rope mode"),
-        (4, 64, "v_bits"),
-        (5, 0, "v_group_size"),
+        (4, 1, "keys of coding 0"),
+        (5, 2, "values of coding 0"),
+        (5, 0, "head 0 must have values of 16 or 32 bits, got 4"),
+        (14, 16, "head 0 must have values of 2, 3 or 4 bits, got 16"),
         (6, 2**40, "head 0"),
         (10, 4, "rope mode"),
     ],
@@ -108,7 +120,7 @@ def test_wrong_ints(at, value, message):
         PageLayout.from_ints(ints)
 
 
-@pytest.mark.parametrize("ints", [[], [2], [2, 1, 128, 0, 4, 64]])
+@pytest.mark.parametrize("ints", [[], [3], [3, 1, 128, 0, 0, 1]])
 def test_too_few_ints(ints):
     with pytest.raises(ValueError, match="integers"):
         PageLayout.from_ints(ints)
@@ -141,7 +153,7 @@ def test_allocate_bits_gives_no_channel_less_than_asked():
         schedule = choice.tolist()
         bands = ops.allocate_bits(torch.rand(1, head_dim), schedule)
         assert_same(bands, reference.allocate_bits(torch.rand(1, head_dim), schedule))
-        layout = PageLayout(head_dim, (tuple(bands[0].tolist()),), v_group_size=16)  # it is valid
+        layout = PageLayout(head_dim, (tuple(bands[0].tolist()),))  # it is valid
         given = reference.channel_widths(layout).tolist() + [0] * (head_dim - layout.rank)
         asked = [schedule[channel * groups // head_dim] for channel in range(head_dim)]
         # Only 1-bit channels at the very end that fill no line may miss out, seven at most.

@@ -219,33 +219,29 @@ def value_errors(cache: Cache, b: int, h: int, p: Tensor) -> Tensor:
     layout = cache.layout
     slots = cache.sink_tokens + p.shape[-1]
     total = torch.zeros(*p.shape[:2], layout.head_dim, dtype=torch.float64)
-    if layout.v_bits > 8 or p.shape[-1] == 0:
+    if not layout.packs_values or p.shape[-1] == 0:
         return total
     parts = reference.value_parts(cache.v_pages, layout, cache.page_table[b], 0, slots)
-    scale, _, codes = (part[h].double() for part in parts)
+    scale, codes = reference.scales_of(parts[0][h]), parts[1][h].double()
+    # What rounding a probability times its scale moves the output by: multiples of these rows.
+    rows = (codes - (2.0 ** layout.v_bits[h] - 1) / 2) @ reference.rotation(layout.head_dim)
     padded = torch.cat([torch.zeros(*p.shape[:2], cache.sink_tokens).double(), p], dim=-1)
     for start in range(0, slots, PAGE_TOKENS):
         page = slice(max(start, cache.sink_tokens), start + PAGE_TOKENS)
         if page.start >= min(page.stop, slots):
             continue
         if uses_halves():
-            scales = scale[page].repeat_interleave(layout.v_group_size, dim=-1)
-            terms = padded[..., page, None] * (scales * codes[page])  # [g, L, tokens, D]
-            variance = terms.square().sum(-2) * HALF_VARIANCE
+            values = rows[page] * scale[page, None]
+            variance = (padded[..., page, None] * values).square().sum(-2) * HALF_VARIANCE
             if p.shape[0] * p.shape[1] <= 8:  # decoding: probabilities alone are halves, too
-                values = reference.unpack_values(
-                    cache.v_pages, layout, cache.page_table[b], page.start, codes[page].shape[0]
-                )[h].double()
-                variance += (padded[..., page, None] * values).square().sum(-2) * HALF_VARIANCE
+                variance *= 2
                 total += 2.0**-25 * values.abs().sum(0)
             total += SIGMAS * variance.sqrt()
-            largest = padded[..., page].amax(-1)[..., None] * scales.amax(0)
-            total += 2.0**-37 * largest * codes[page].sum(0)
+            largest = padded[..., page].amax(-1)[..., None] * scale[page].amax()
+            total += 2.0**-37 * largest * codes[page].sum(0).norm()
             continue
-        largest = padded[..., page].amax(-1, keepdim=True) * scale[page].amax(0)  # [g, L, groups]
-        step = largest.repeat_interleave(layout.v_group_size, dim=-1) / PROBABILITY_STEPS
-        middle = (2.0**layout.v_bits - 1) / 2
-        total += SIGMAS * step / 2 * (codes[page] - middle).square().sum(0).sqrt()
+        step = padded[..., page].amax(-1, keepdim=True) * scale[page].amax() / PROBABILITY_STEPS
+        total += SIGMAS * step / 2 * rows[page].square().sum(0).sqrt()
     return total
 
 

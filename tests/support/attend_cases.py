@@ -23,7 +23,7 @@ class Case:
     seqlens: tuple[int, ...] = (150,)
     window_lens: tuple[int, ...] = (20,)
     dtype: torch.dtype = FLOAT32
-    v_bits: int = 4
+    v_bits: int | tuple[int, ...] = 4
     bands: tuple = ()  # instead of a schedule
     pre_bands: tuple = ()  # of a hybrid case
     options: dict = field(default_factory=dict, hash=False)  # of make_cache
@@ -94,7 +94,12 @@ CASES = {
     "splits": Case(PAPER_1_25, seqlens=(4097,), window_lens=(70,), heads=1),
     "splits-pre": pre(schedule=PAPER_1_25, seqlens=(4250, 40), window_lens=(70, 9), heads=1),
     "2-bit-values": Case(v_bits=2),
-    "2-bit-values-in-groups": pre(v_bits=2, head_dim=96),
+    "2-bit-values-of-96": pre(v_bits=2, head_dim=96),
+    "3-bit-values": Case(v_bits=3),
+    "3-bit-values-of-128": pre(v_bits=3, head_dim=128, group=4),
+    "3-bit-values-of-80": Case(v_bits=3, head_dim=80, q_len=3),
+    "values-differ-by-head": Case(v_bits=(4, 2), head_dim=128, group=4),
+    "values-differ-by-head-pre": pre(v_bits=(3, 4, 2), heads=3, q_len=17, window_lens=(90,)),
     "bfloat16-values": Case(v_bits=16, options={"v_dtype": BFLOAT16}),
     "float16-values": pre(v_bits=16, options={"v_dtype": FLOAT16}),
     "float32-values": Case(v_bits=32),

@@ -74,7 +74,6 @@ def make_layout(
     says otherwise.
     """
     bands = reference.allocate_bits(torch.zeros(num_heads, head_dim), schedule)
-    options.setdefault("v_group_size", 64 if head_dim % 64 == 0 else 16)
     if rope == "hybrid":
         options.setdefault("pre_bands", ((4, 4, 0, 0),) * num_heads)
     return PageLayout(head_dim, tuple(map(tuple, bands.tolist())), rope, **options)
@@ -87,9 +86,9 @@ def make_k_pages(layout: PageLayout, num_pages: int) -> Tensor:
 
 def make_v_pages(layout: PageLayout, num_pages: int, dtype: torch.dtype | None = None) -> Tensor:
     """A pool of value pages, every number of which is NaN until it is written."""
-    if layout.v_bits <= 4:
+    if layout.packs_values:
         return torch.full((num_pages, layout.v_page_bytes), 255, dtype=torch.uint8)
-    dtype = dtype or {16: torch.bfloat16, 32: torch.float32}[layout.v_bits]
+    dtype = dtype or {16: torch.bfloat16, 32: torch.float32}[layout.v_bits[0]]
     return torch.full((num_pages, layout.v_page_bytes // dtype.itemsize), torch.nan, dtype=dtype)
 
 

@@ -12,6 +12,7 @@ from svdq_bench.cli.options import (
     CACHE_PANEL,
     MODEL_PANEL,
     SHAPE_PANEL,
+    VALUE_BITS,
     Clip,
     Dtype,
     GgufFile,
@@ -77,8 +78,8 @@ def attend(
     schedule = parse_schedule(preset)
     if schedule is None:
         raise ValueError(f"bench attend times packed keys; {preset!r} packs nothing")
-    if v_bits not in (2, 4):
-        raise ValueError(f"v_bits must be 2 or 4, got {v_bits}")
+    if v_bits not in VALUE_BITS:
+        raise ValueError(f"v_bits must be 4, 3 or 2, got {v_bits}")
     if model_shape is not None:
         model = find_shape(model_shape)
         num_qo_heads, num_kv_heads = model.num_qo_heads, model.num_kv_heads

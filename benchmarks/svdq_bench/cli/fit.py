@@ -9,6 +9,7 @@ import typer
 from svdq_bench.cli.errors import reports_errors
 from svdq_bench.cli.options import (
     SHAPE_PANEL,
+    VALUE_BITS,
     Dtype,
     JsonFile,
     KeyBits,
@@ -81,8 +82,8 @@ def fit(
     bits = parse_schedule(schedule)
     if bits is None:
         raise ValueError(f"bench fit times packing; {schedule!r} packs nothing")
-    if v_bits not in (2, 4):
-        raise ValueError(f"v_bits must be 2 or 4, got {v_bits}")
+    if v_bits not in VALUE_BITS:
+        raise ValueError(f"v_bits must be 4, 3 or 2, got {v_bits}")
     shape = find_shape(model_shape)
     shape = replace(
         shape,

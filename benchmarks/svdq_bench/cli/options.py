@@ -136,10 +136,11 @@ KeyBits = Annotated[
         rich_help_panel=CACHE_PANEL,
     ),
 ]
+VALUE_BITS = (4, 3, 2)  # svdq.layout.VALUE_BITS, which importing would take seconds
 ValueBits = Annotated[
     str,
     typer.Option(
-        help="Bits per value: 4 or 2 in per-token groups, 'exact' as the model computes them.",
+        help="Bits per value: 4, 3 or 2, 'exact' as the model computes them.",
         rich_help_panel=CACHE_PANEL,
     ),
 ]
@@ -216,7 +217,7 @@ Ropes = Annotated[
     typer.Option(help="Where keys are coded; repeatable.", rich_help_panel=CACHE_PANEL),
 ]
 PackedValueBits = Annotated[
-    int, typer.Option(help="Bits per value, 4 or 2.", rich_help_panel=CACHE_PANEL)
+    int, typer.Option(help="Bits per value: 4, 3 or 2.", rich_help_panel=CACHE_PANEL)
 ]
 Window = Annotated[
     int, typer.Option(min=0, help="Last tokens that stay exact.", rich_help_panel=CACHE_PANEL)

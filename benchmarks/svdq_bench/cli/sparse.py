@@ -10,6 +10,7 @@ from svdq_bench.cli.errors import reports_errors
 from svdq_bench.cli.options import (
     DEFAULT_CHANNELS,
     SPARSE_PANEL,
+    VALUE_BITS,
     HeadDim,
     JsonFile,
     KeyBits,
@@ -71,8 +72,8 @@ def sparse(
     schedule = parse_schedule(preset)
     if schedule is None:
         raise ValueError(f"bench sparse times packed keys; {preset!r} packs nothing")
-    if v_bits not in (2, 4):
-        raise ValueError(f"v_bits must be 2 or 4, got {v_bits}")
+    if v_bits not in VALUE_BITS:
+        raise ValueError(f"v_bits must be 4, 3 or 2, got {v_bits}")
     shapes = [
         Shape(num_qo_heads, num_kv_heads, head_dim, n, sink_tokens, residual_length) for n in kv_len
     ]

@@ -56,7 +56,7 @@ def _parse_value_bits(bits: str | int) -> int | str:
     if text == "exact":
         return text
     if not text.isdigit():
-        raise ValueError(f"value bits must be 4, 2, 16, 32 or 'exact', got {bits!r}")
+        raise ValueError(f"value bits must be 4, 3, 2, 16, 32 or 'exact', got {bits!r}")
     return int(text)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from svdq import _C, ops
-from svdq.config.bands import default_group_size, scheduled_bands
+from svdq.config.bands import scheduled_bands
 from svdq.layout import PageLayout
 from svdq.ops import Window
 from svdq.store.packed import PackedStore
@@ -110,7 +110,6 @@ def page_layout(shape: Shape, schedule: Sequence[int], rope: str, v_bits: int) -
         (post,) * heads,
         "hybrid" if hybrid else rope,
         v_bits,
-        default_group_size(dim),
         pre_bands=(pre,) * heads if hybrid else (),
     )
 

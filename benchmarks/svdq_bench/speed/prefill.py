@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from svdq import cache_argument, ops
-from svdq.config.bands import default_group_size
 from svdq.hf.rope import inverse_frequencies
 from svdq.layout import PAGE_TOKENS, PageLayout
 from svdq_bench.quality.models import check_length
@@ -115,7 +114,7 @@ def _compress(
         mean, components, variance = ops.fit_basis(keys, inv_freq)
     with stage("fit_quantizer"):
         bands = tuple(map(tuple, ops.allocate_bits(variance, list(schedule)).tolist()))
-        layout = PageLayout(dim, bands, rope, v_bits, default_group_size(dim))
+        layout = PageLayout(dim, bands, rope, v_bits)
         codec = ops.fit_quantizer(keys, mean, components, layout, inv_freq=inv_freq, clip=clip)
     num_pages = -(-tokens // PAGE_TOKENS)
     page_table = torch.arange(num_pages, dtype=torch.int32)

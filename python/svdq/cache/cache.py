@@ -45,7 +45,7 @@ class SVDqCache(Cache):
     profile : of the model, or its file (``svdq calibrate``): bits are allocated by it, so every
         prompt has pages of the same size and layers are packed as they are read.
     settings : keywords of :class:`svdq.Settings`: ``preset``, ``schedule``, ``k_bits``,
-        ``lambda_``, ``allocate_across``, ``query_weighted``, ``v_bits``, ``v_group_size``,
+        ``lambda_``, ``allocate_across``, ``query_weighted``, ``v_bits``,
         ``rope``, ``pre_channels``, ``clip``, ``outlier_fraction``, ``sink_tokens``,
         ``residual_length``, ``min_fit_tokens``, ``refit_drift``, ``sparse_budget``,
         ``sparse_scorer``, ``sparse_channels``.

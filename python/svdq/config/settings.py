@@ -9,23 +9,25 @@ from typing import Any
 
 import torch
 
-from svdq.config.bands import default_group_size, scheduled_bands
+from svdq.config.bands import scheduled_bands
 from svdq.config.presets import resolve_keys
 from svdq.config.sparsity import DEFAULT_CHANNELS, Sparsity
-from svdq.layout import PAGE_TOKENS, ROPE_MODES, WIDTHS, Bands, PageLayout
+from svdq.layout import PAGE_TOKENS, ROPE_MODES, VALUE_BITS, WIDTHS, Bands, PageLayout
 
 # The mode of the pages by the name in the settings: a rotated mean is a hybrid without pre-RoPE
 # channels.
 PAGE_ROPES = {mode: mode for mode in ROPE_MODES} | {"rotated-mean": "hybrid"}
 SCOPES = ("model", "layer", "head")
-V_BITS = (2, 4, 16, 32, "exact")
+V_BITS = (*VALUE_BITS, 16, 32, "exact")
 PRE_BITS = 4  # of every pre-RoPE channel of a hybrid where bits are allocated
 RENAMED = {"core_channels": "pre_channels"}  # settings of earlier versions
+REMOVED = {"v_group_size": "values have one scale for each token of a head"}
 
 
 def renamed(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings under today's names."""
-    return {RENAMED.get(name, name): value for name, value in settings.items()}
+    """Settings under today's names, without those that are no more."""
+    kept = {name: value for name, value in settings.items() if name not in REMOVED}
+    return {RENAMED.get(name, name): value for name, value in kept.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +54,8 @@ class Settings:
         ``"head"``, whose pages are then equally large.
     query_weighted : fit bases in units of attention score, see svdq/fit/key_gain.py. True by
         default, unless a ``preset`` or ``schedule`` is named: those are the paper's.
-    v_bits : 4 (default) or 2 bits per token and group, or exact: 16 or 32, whichever the model's
-        dtype has, or ``"exact"`` for either.
-    v_group_size : channels that share a value scale, a multiple of 16 that divides head_dim; about
-        64 by default.
+    v_bits : 4 (default), 3 or 2 bits a value, or exact: 16 or 32, whichever the model's dtype has,
+        or ``"exact"`` for either.
     rope : keys to code. ``"pre"``: un-rotated (the paper, most accurate); ``"post"``: as they come
         (fastest); ``"hybrid"``: the first ``pre_channels`` channels of the un-rotated keys, then
         what those leave of the keys as they come; ``"rotated-mean"``: the same with the mean of the
@@ -95,7 +95,6 @@ class Settings:
     allocate_across: str = "model"
     query_weighted: bool | None = None
     v_bits: int | str | None = None
-    v_group_size: int | None = None
     rope: str = "pre"
     pre_channels: int = 8
     clip: bool = True
@@ -116,6 +115,8 @@ class Settings:
             if new in options:
                 raise TypeError(f"give {new} or its old name {old}, not both")
             warnings.warn(f"{old} is now {new}", FutureWarning, stacklevel=3)
+        for old in REMOVED.keys() & options.keys():
+            warnings.warn(f"{old} is ignored: {REMOVED[old]}", FutureWarning, stacklevel=3)
         return cls(**renamed(options))
 
     def __post_init__(self) -> None:
@@ -172,7 +173,7 @@ class Settings:
 
     def _check_packed(self) -> None:
         """Refuse settings that need what others rule out."""
-        if not self.packs and self.v_bits in (2, 4):
+        if not self.packs and self.v_bits in VALUE_BITS:
             raise ValueError(f"exact keys come with exact values, got v_bits={self.v_bits}")
         if self.lambda_ is not None and self.allocate_across != "model":
             raise ValueError(
@@ -246,18 +247,16 @@ class Settings:
         """The pages of a layer whose heads have these bands; a hybrid has ``pre_bands`` too."""
         full_bits = dtype.itemsize * 8
         v_bits = full_bits if self.v_bits == "exact" else self.v_bits
-        if v_bits not in (2, 4, full_bits):
+        if v_bits not in (*VALUE_BITS, full_bits):
             raise ValueError(
-                f"v_bits must be 2, 4, {full_bits} or 'exact' for a model in {dtype}, got "
+                f"v_bits must be 4, 3, 2, {full_bits} or 'exact' for a model in {dtype}, got "
                 f"{v_bits!r}"
             )
-        group = default_group_size(head_dim) if self.v_group_size is None else self.v_group_size
         rope = PAGE_ROPES[self.rope]
         return PageLayout(
             head_dim,
             tuple(bands),
             rope,
             int(v_bits),
-            group,
             pre_bands=tuple(pre_bands) if rope == "hybrid" else (),
         )

@@ -55,11 +55,14 @@ def pack_keys_(
 def pack_values_(
     v_pages: Tensor, values: Tensor, layout: PageLayout, page_table: Tensor, slot: int
 ) -> None:
-    """Quantize values per token and group of ``layout.v_group_size`` channels, or copy them.
+    """Rotate and quantize values, with a scale for each token of a head, or copy them.
+
+    A packed token's code is unbiased along the token: up to the rounding of the scale to a byte,
+    the product of values and decoded values is the values' square (kernels/rotation.h).
 
     Parameters
     ----------
-    v_pages : [P, layout.v_page_bytes] uint8 for 2 and 4 bits; [P, H * 64 * D] in the values' dtype
+    v_pages : [P, layout.v_page_bytes] uint8 for packed values; [P, H * 64 * D] in the values' dtype
         for 16 (bfloat16, float16) and 32 (float32) bits; written.
     values : [H, T, D] float32, bfloat16 or float16, finite; last dimension contiguous.
     page_table, slot : as for :func:`pack_keys_`.

@@ -33,15 +33,21 @@ from svdq.reference.keys import (
 )
 from svdq.reference.pages import (
     key_code_addresses,
-    pack_values_,
-    quantize_values,
     unpack_codes,
-    unpack_values,
     value_code_addresses,
-    value_parts,
     write_codes_,
 )
 from svdq.reference.selection import gather, proxy_slices, select, token_masses
+from svdq.reference.values import (
+    decode_values,
+    pack_values_,
+    quantize_values,
+    rotation,
+    scale_bytes,
+    scales_of,
+    unpack_values,
+    value_parts,
+)
 
 __all__ = [
     "allocate_bits",
@@ -51,6 +57,7 @@ __all__ = [
     "channel_widths",
     "code_keys",
     "decode_keys",
+    "decode_values",
     "exact_codec",
     "fit_basis",
     "fit_keys",
@@ -69,6 +76,9 @@ __all__ = [
     "replace_keys",
     "residual_keys",
     "rotate",
+    "rotation",
+    "scale_bytes",
+    "scales_of",
     "select",
     "token_masses",
     "unpack_codes",

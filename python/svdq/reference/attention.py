@@ -10,7 +10,8 @@ from torch import Tensor
 from svdq.layout import NO_SLOT, PageLayout
 from svdq.ops import KeyCodec, PackedKeys, Window
 from svdq.reference.keys import _stored, code_keys, decode_keys
-from svdq.reference.pages import unpack_codes, unpack_values, write_codes_
+from svdq.reference.pages import unpack_codes, write_codes_
+from svdq.reference.values import unpack_values
 
 
 def pack_keys_(

@@ -8,7 +8,8 @@ from torch import Tensor
 from svdq.layout import NO_SLOT, PAGE_TOKENS, PageLayout, pages_of
 from svdq.ops import KeyCodec, PackedKeys
 from svdq.reference.keys import channel_widths, part_slices, rotate
-from svdq.reference.pages import unpack_codes, value_parts, write_codes_, write_value_parts_
+from svdq.reference.pages import unpack_codes, write_codes_
+from svdq.reference.values import value_parts, write_value_parts_
 
 SAMPLE_PAGES = 64
 SLOW_ANGLE = 1.0  # largest angle between a page's middle and its ends at which a pair counts
@@ -119,7 +120,7 @@ def gather(packed: PackedKeys, slots: Tensor) -> tuple[Tensor, Tensor]:
         codes = unpack_codes(k_pages, layout, packed.page_table[b], 0, stored)
         parts = value_parts(v_pages, layout, packed.page_table[b], 0, stored)
         new_codes = codes.new_zeros(count, layout.rank)
-        new_parts = [x.new_zeros(heads, count, x.shape[2]) for x in parts]
+        new_parts = [x.new_zeros(heads, count, *x.shape[2:]) for x in parts]
         for h in range(heads):
             valid = (slots[b, h] < NO_SLOT).nonzero()[:, 0]
             own = slots[b, h, valid].long()

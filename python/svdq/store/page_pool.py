@@ -48,7 +48,7 @@ class PagePool:
         page_data: PageData | None = None,
     ) -> None:
         self.device, self._page_data = device, page_data
-        packed_values = layout.v_bits <= 8
+        packed_values = layout.packs_values
         v_dtype = torch.uint8 if packed_values else dtype
         v_page = layout.num_kv_heads * PAGE_TOKENS * layout.head_dim
         if packed_values:
