@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from support import assert_same, make_k_pages, make_layout, make_v_pages
+from support import assert_same, make_k_pages, make_layout
 from svdq import _C, ops, reference
 from svdq.layout import (
     FORMAT_VERSION,
@@ -82,7 +82,7 @@ def golden_key_codes(width: int, num_channels: int) -> torch.Tensor:
 def golden_values() -> torch.Tensor:
     """[64, 32] values behind VALUE_PAGES: whole numbers with an odd sum in every token.
 
-    All their sums with signs are odd, so none of the rotated numbers is 0, which lies between codes.
+    Their sums with signs are odd too, so no rotated number is 0, which lies between codes.
     """
     token, channel = torch.arange(PAGE_TOKENS)[:, None], torch.arange(32)
     values = (3 * channel + 5 * token + channel * token // 7) % 23 - 11

@@ -26,7 +26,7 @@ def code_error(steps, head_dim, v_bits):
     Every stage of the rotation rounds numbers that are at most the row's length L, up to a common
     factor: a stage moves a number by at most L u. There is one stage for each doubling, one for a
     reflection with its sum of head_dim / block numbers, and one each for sign and norm. The step is
-    value_step * L / sqrt(D), its sum of D squares rounded at most D / 16 + 8 times; it divides once.
+    value_step * L / sqrt(D), its D squares rounded at most D / 16 + 8 times; it divides once.
     """
     block = head_dim & -head_dim
     stages = block.bit_length() + head_dim // block + 2
