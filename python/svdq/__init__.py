@@ -10,6 +10,7 @@ from svdq.cache.cache import SVDqCache
 from svdq.config import presets
 from svdq.config.settings import Settings
 from svdq.fit.profile import Profile
+from svdq.fit.value_loss import sample_positions
 from svdq.hf.arguments import cache_argument
 from svdq.hf.attention import register
 from svdq.layout import PageLayout
@@ -24,6 +25,7 @@ __all__ = [
     "cache_argument",
     "ops",
     "presets",
+    "sample_positions",
 ]
 
 register()

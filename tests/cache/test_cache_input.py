@@ -180,7 +180,7 @@ def test_tokens_that_are_used_twice():
         ({"preset": "paper-9"}, "preset must be one of"),
         (
             {"preset": "paper-1.25", "schedule": [4]},
-            "give one of preset, schedule, k_bits and lambda_",
+            "give one of preset, schedule, k_bits, kv_bits and lambda_",
         ),
         ({"preset": "paper-1.25", "k_bits": 16}, "give one of"),
         ({"k_bits": 9}, "k_bits must be above 0 and at most 8, or 16, got 9"),

@@ -9,10 +9,14 @@ from svdq.fit.allocation import (
     DISTORTION,
     GRANULE,
     Allocator,
+    Budget,
+    Demand,
     code_something,
     equal_budgets,
     overhead_bits,
     solve_lambda,
+    solve_widths,
+    value_widths,
     water_fill,
 )
 from svdq.layout import WIDTHS, PageLayout
@@ -112,16 +116,66 @@ def test_overhead_falls_with_the_tokens():
 
 def test_layers_wait_for_the_last_one():
     spectra = [make_spectrum(2, 64, seed) for seed in range(3)]
-    allocator, answers = Allocator(3, 0.7, None), {}
-    for layer in (2, 0):
-        allocator.ask(layer, spectra[layer], 0.0, 0.0, lambda x, i=layer: answers.update({i: x}))
+    allocator, answers = Allocator(3, Budget(k_bits=0.7)), {}
+
+    def ask(layer, spectrum, name):
+        allocator.ask(layer, Demand(spectrum), lambda x: answers.update({name: x.bands}))
+
+    ask(2, spectra[2], 2)
+    ask(0, spectra[0], 0)
     assert not answers
-    allocator.ask(1, spectra[1], 0.0, 0.0, lambda x: answers.update({1: x}))
+    ask(1, spectra[1], 1)
     price, expected = solve_lambda(spectra, 0.7)
     assert allocator.lambda_ == price
     assert all(torch.equal(answers[i], bands) for i, bands in enumerate(expected))
     # Later questions are answered at once, at the same price.
-    allocator.ask(0, spectra[0] * 2, 0.0, 0.0, lambda x: answers.update({"later": x}))
+    ask(0, spectra[0] * 2, "later")
     assert torch.equal(answers["later"], water_fill(spectra[0] * 2, price))
     allocator.reset()
     assert allocator.lambda_ is None
+
+
+def code_bits(widths):
+    """Bits of the codes of keys and of values, averages a number."""
+    keys = sum(bits_of(x.bands) for x in widths) / sum(64 * len(x.bands) for x in widths)
+    values = [bits for x in widths for bits in x.v_bits]
+    return keys, sum(values) / len(values)
+
+
+def make_demands():
+    """Two layers whose values lose little and much."""
+    losses = torch.tensor([1e-3, 2e-3]), torch.tensor([0.1, 1.0])
+    return [Demand(make_spectrum(2, 64, seed), value_loss=loss) for seed, loss in enumerate(losses)]
+
+
+@pytest.mark.parametrize("v_bits", [2.25, 2.5, 3.5])
+def test_values_get_bits_by_what_they_lose(v_bits):
+    _, widths = solve_widths(make_demands(), Budget(k_bits=1.0, v_bits=v_bits))
+    keys, values = code_bits(widths)
+    assert keys <= 1.0 and v_bits - 0.26 < values <= v_bits
+    every = [bits for x in widths for bits in x.v_bits]
+    assert every == sorted(every)  # as the losses are
+    _, expected = solve_lambda([x.spectrum for x in make_demands()], 1.0)
+    assert all(torch.equal(a.bands, b) for a, b in zip(widths, expected, strict=True))
+
+
+@pytest.mark.parametrize("kv_bits", [1.5, 2.0, 3.0])
+def test_one_budget_for_keys_and_values(kv_bits):
+    demands = make_demands()
+    price, widths = solve_widths(demands, Budget(kv_bits=kv_bits))
+    spent = sum(code_bits(widths)) / 2
+    assert kv_bits - 0.26 < spent <= kv_bits
+    # One price for both: nobody would trade bits of keys for bits of values.
+    for own, demand in zip(widths, demands, strict=True):
+        assert own.v_bits == value_widths(demand.value_loss, price, 64)
+        assert torch.equal(own.bands, water_fill(demand.spectrum, price))
+
+
+def test_budgets_that_are_used_up():
+    demand = Demand(make_spectrum(1, 64), taken=0.5, value_loss=torch.ones(1))
+    for budget, message in (
+        (Budget(k_bits=0.5), "k_bits=0.5 must be more than the 0.5 that pre-RoPE"),
+        (Budget(kv_bits=1.25), "kv_bits=1.25 must be more than 1.25: values take 2 bits"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Allocator(1, budget).ask(0, demand, lambda x: None)

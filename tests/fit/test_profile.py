@@ -1,5 +1,7 @@
 """Profiles: bit allocations known before a prompt is."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ def profile():
 def prefilled(model, tokens, **settings):
     prefix = read_prefix(model, tokens)
     cache = SVDqCache(model.config, **settings)
-    cache.prefill_from(prefix.cache, prefix.query_energy)
+    cache.prefill_from(prefix.cache, prefix.query_energy, prefix.samples)
     return cache
 
 
@@ -42,6 +44,18 @@ def test_spectra_are_those_that_caches_allocate_by(profile):
     assert not torch.equal(profile.spectra[0], own.spectra[0])
 
 
+def test_values_are_allocated_by_what_was_measured():
+    model, tokens = make_model("llama", "sdpa"), make_tokens(1, 400)
+    own = measure_profile(model, [tokens])
+    budgets = {"kv_bits": 2.0}, {"k_bits": 1.0, "v_bits": 2.5}
+    for settings in budgets:
+        settings = settings | {"residual_length": 0}  # as in what was measured
+        alone = prefilled(model, tokens, **settings)
+        assert layouts(alone) == layouts(prefilled(model, tokens, profile=own, **settings))
+    with pytest.raises(ValueError, match="does not say what values lose"):
+        SVDqCache(model.config, kv_bits=2.0, profile=replace(own, value_loss={}))
+
+
 @pytest.mark.parametrize("scope", ["model", "layer", "head"])
 def test_prompts_have_pages_of_one_size(profile, scope):
     model = make_model("llama", "sdpa")
@@ -56,6 +70,7 @@ def test_files(profile, tmp_path):
     assert (loaded.rope, loaded.pre_channels, loaded.query_weighted) == ("pre", 8, True)
     for layer, spectrum in profile.spectra.items():
         assert torch.equal(loaded.spectra[layer], spectrum)
+        assert torch.equal(loaded.value_loss[layer], profile.value_loss[layer])
     model, tokens = make_model("llama", "sdpa"), make_tokens(1, 400)
     cache = prefilled(model, tokens, lambda_=0.1, profile=tmp_path / "profile")
     assert layouts(cache) == layouts(prefilled(model, tokens, lambda_=0.1, profile=profile))
@@ -68,7 +83,7 @@ def test_files(profile, tmp_path):
 @pytest.mark.parametrize(
     ("family", "settings", "message"),
     [
-        ("llama", {}, "a profile allocates bits: give k_bits or lambda_"),
+        ("llama", {}, "a profile allocates bits: give k_bits, kv_bits or lambda_"),
         ("llama", {"k_bits": 1, "rope": "post"}, "the profile is for"),
         ("llama", {"k_bits": 1, "query_weighted": False}, "the profile is for"),
         ("gemma3", {"k_bits": 1}, r"the profile is of layers \[0, 1\], the model compresses \[1\]"),

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from svdq.cache.cache import SVDqCache
+from svdq.fit.allocation import Answer, Demand
 from svdq.fit.profile import Profile, mean_profile
 from svdq_bench.quality.prefix import read_prefix
 
-HIGH_BITS = 8  # what is measured does not depend on it
+HIGH_BITS = 4  # what is measured does not depend on it
 
 
 def measure_profile(
@@ -46,22 +46,25 @@ def measure_profile(
         prefix = read_prefix(model, window)
         cache = SVDqCache(
             model.config,
-            k_bits=HIGH_BITS,
+            kv_bits=HIGH_BITS,
             rope=rope,
             pre_channels=pre_channels,
             query_weighted=query_weighted,
             sink_tokens=sink_tokens,
             residual_length=0,
         )
-        spectra: dict[int, Tensor] = {}
+        demands: dict[int, Demand] = {}
         for layer in cache.svdq_layers:  # they tell their spectra and wait for an answer
-            layer.allocate = functools.partial(_note, spectra, layer.index)
-        cache.prefill_from(prefix.cache, prefix.query_energy)
-        if len(spectra) < len(cache.svdq_layers):
+            layer.allocate = functools.partial(_note, demands, layer.index)
+        cache.prefill_from(prefix.cache, prefix.query_energy, prefix.samples)
+        if len(demands) < len(cache.svdq_layers):
             raise ValueError(f"a prompt of {window.shape[1]} tokens is too short to fit a basis")
-        profiles.append(Profile(spectra, rope, pre_channels, query_weighted, window.shape[1]))
+        spectra = {i: demand.spectrum.cpu() for i, demand in demands.items()}
+        losses = {i: demand.value_loss for i, demand in demands.items()}
+        count = window.shape[1]
+        profiles.append(Profile(spectra, rope, pre_channels, query_weighted, count, losses))
     return mean_profile(profiles)
 
 
-def _note(spectra: dict[int, Tensor], layer: int, spectrum: Tensor, *_: Any) -> None:
-    spectra[layer] = spectrum.cpu()
+def _note(demands: dict[int, Demand], layer: int, demand: Demand, answer: Answer) -> None:
+    demands[layer] = demand

@@ -29,34 +29,42 @@ def parse_schedule(keys: str) -> Schedule | None:
     """
     argument = key_argument(keys)
     schedule, k_bits = resolve_keys(**argument)
-    if k_bits is not None or "lambda_" in argument:
+    if k_bits is not None or not argument.keys() <= {"preset", "schedule"}:
         raise ValueError(f"expected a preset ({', '.join(PRESETS)}) or a schedule, got {keys!r}")
     return schedule
 
 
 def key_argument(keys: str) -> dict:
     """The argument of ``SVDqCache`` that a user's words mean: a preset, a schedule ("4,4,2,0"), an
-    average to allocate ("0.7") or a price ("lambda=0.01")."""
+    average to allocate ("0.7"), one of keys and values together ("kv=2") or a price
+    ("lambda=0.01")."""
     if keys in PRESETS:
         return {"preset": keys}
     if re.fullmatch(r"\d+(\.\d+)?", keys):
         return {"k_bits": float(keys)}
+    if match := re.fullmatch(r"kv=(\d+(\.\d+)?)", keys):
+        return {"kv_bits": float(match[1])}
     if match := re.fullmatch(r"lambda=(\d+(\.\d+)?(e-?\d+)?)", keys):
         return {"lambda_": float(match[1])}
     if re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)+", keys):
         return {"schedule": tuple(int(width) for width in keys.split(","))}
     raise ValueError(
-        f"key bits must be a preset ({', '.join(PRESETS)}), an average to allocate like 0.7, a "
-        f"price like lambda=0.01, or a schedule like 4,4,2,0,0,0,0,0; got {keys!r}"
+        f"key bits must be a preset ({', '.join(PRESETS)}), an average to allocate like 0.7, one "
+        f"of keys and values like kv=2, a price like lambda=0.01, or a schedule like "
+        f"4,4,2,0,0,0,0,0; got {keys!r}"
     )
 
 
-def _parse_value_bits(bits: str | int) -> int | str:
+def _parse_value_bits(bits: str | float) -> float | str:
     text = str(bits)
     if text == "exact":
         return text
+    if re.fullmatch(r"[23]\.\d+", text):
+        return float(text)
     if not text.isdigit():
-        raise ValueError(f"value bits must be 4, 3, 2, 16, 32 or 'exact', got {bits!r}")
+        raise ValueError(
+            f"value bits must be 4, 3, 2, between them, 16, 32 or 'exact', got {bits!r}"
+        )
     return int(text)
 
 
@@ -96,7 +104,8 @@ class CacheSettings:
         resolve_keys(**key_argument(self.keys))
         if not 0 <= self.sink_tokens <= PAGE_TOKENS:
             raise ValueError(f"sink_tokens must be 0 .. {PAGE_TOKENS}, got {self.sink_tokens}")
-        if self.allocate_across != "model" and "k_bits" not in key_argument(self.keys):
+        allocates = key_argument(self.keys).keys() & {"k_bits", "kv_bits"}
+        if self.allocate_across != "model" and not allocates:
             raise ValueError(
                 f"keys {self.keys!r} have no bits to allocate across each {self.allocate_across}"
             )
@@ -111,7 +120,13 @@ class CacheSettings:
     def packs(self) -> bool:
         """True if keys are packed at all."""
         argument = key_argument(self.keys)
-        return "lambda_" in argument or resolve_keys(**argument) != (None, None)
+        allocates = "lambda_" in argument or "kv_bits" in argument
+        return allocates or resolve_keys(**argument) != (None, None)
+
+    @property
+    def allocates_both(self) -> bool:
+        """True if one average holds for keys and values."""
+        return "kv_bits" in key_argument(self.keys)
 
     @property
     def label(self) -> str:
@@ -136,7 +151,7 @@ class CacheSettings:
 
     def make_cache(self, config: PretrainedConfig) -> SVDqCache:
         """A new, empty cache."""
-        v_bits = self.v_bits if self.packs else None
+        v_bits = self.v_bits if self.packs and not self.allocates_both else None
         return SVDqCache(
             config,
             **key_argument(self.keys),
@@ -176,7 +191,7 @@ class CacheSettings:
     def compress(self, prefix: Prefix) -> SVDqCache:
         """A new cache of a context that was read exactly."""
         cache = self.make_cache(prefix.config)
-        cache.prefill_from(prefix.cache, prefix.query_energy)
+        cache.prefill_from(prefix.cache, prefix.query_energy, prefix.samples)
         return cache
 
     def columns(self) -> dict:
@@ -194,7 +209,7 @@ class CacheSettings:
             "clip": self.clip,
             "allocate_across": self.allocate_across,
             "query_weighted": self.query_weighted,
-            "v_bits": self.v_bits,
+            "v_bits": None if self.allocates_both else self.v_bits,
             "sink_tokens": self.sink_tokens,
             "residual_length": self.residual_length,
         }

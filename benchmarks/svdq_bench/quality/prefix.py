@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
-from svdq import cache_argument
+from svdq import cache_argument, sample_positions
 from svdq_bench.quality.implementation import attention
 from svdq_bench.quality.models import check_length
 
@@ -30,6 +30,7 @@ class _Recording:
     positions: list[int]
     energies: dict[int, Tensor] = field(default_factory=dict)
     queries: dict[int, Tensor] = field(default_factory=dict)
+    samples: dict[int, Tensor] = field(default_factory=dict)
 
 
 _recording: ContextVar[_Recording | None] = ContextVar("recording of queries", default=None)
@@ -49,6 +50,7 @@ class Prefix:
     first : [1, vocabulary] logits of the token after the context.
     queries : by layer, [Hq, N, D], queries of the positions that were asked for, rotated and times
         the softmax scale.
+    samples : the same of the positions that :func:`svdq.sample_positions` names.
     """
 
     config: PretrainedConfig
@@ -56,6 +58,7 @@ class Prefix:
     query_energy: list[Tensor | None]
     first: Tensor
     queries: dict[int, Tensor] = field(default_factory=dict)
+    samples: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -141,7 +144,7 @@ def read_prefix(
     ]
     if all(energy is None for energy in query_energy):
         raise ValueError(f"{model.config.model_type!r} has no full-attention layer to compress")
-    return Prefix(model.config, cache, query_energy, first, record.queries)
+    return Prefix(model.config, cache, query_energy, first, record.queries, record.samples)
 
 
 def fork(cache: DynamicCache, keys: dict[int, Tensor] | None = None) -> DynamicCache:
@@ -188,6 +191,8 @@ def _recording_attention(
     energy = (query[0].float() * scaling).square().mean(dim=1)
     if record.positions:
         record.queries[module.layer_idx] = query[0, :, record.positions] * scaling
+    some = sample_positions(query.shape[2])
+    record.samples[module.layer_idx] = query[0, :, some] * scaling
     record.energies[module.layer_idx] = energy.view(heads, -1, dim).mean(dim=1)
     return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
 

@@ -21,7 +21,7 @@ from svdq.cache.memory import MemoryReport, memory_report
 from svdq.cache.reads import ReadReport, read_report
 from svdq.cache.tensor_walk import held_bytes
 from svdq.config.settings import Settings
-from svdq.fit.allocation import Allocator
+from svdq.fit.allocation import Allocator, Budget
 from svdq.fit.profile import Profile
 from svdq.hf.rope import inverse_frequencies
 from svdq.ops.tensors import normal_tensors
@@ -45,7 +45,7 @@ class SVDqCache(Cache):
     profile : of the model, or its file (``svdq calibrate``): bits are allocated by it, so every
         prompt has pages of the same size and layers are packed as they are read.
     settings : keywords of :class:`svdq.Settings`: ``preset``, ``schedule``, ``k_bits``,
-        ``lambda_``, ``allocate_across``, ``query_weighted``, ``v_bits``,
+        ``kv_bits``, ``lambda_``, ``allocate_across``, ``query_weighted``, ``v_bits``,
         ``rope``, ``pre_channels``, ``clip``, ``outlier_fraction``, ``sink_tokens``,
         ``residual_length``, ``min_fit_tokens``, ``refit_drift``, ``sparse_budget``,
         ``sparse_scorer``, ``sparse_channels``.
@@ -75,7 +75,9 @@ class SVDqCache(Cache):
         self._allocator = None
         if self.settings.allocates:
             chosen = self.settings
-            self._allocator = Allocator(0, chosen.k_bits, chosen.lambda_, chosen.allocate_across)
+            v_bits = chosen.v_bits if chosen.allocates_values else None
+            budget = Budget(chosen.k_bits, v_bits, chosen.kv_bits)
+            self._allocator = Allocator(0, budget, chosen.lambda_, chosen.allocate_across)
         super().__init__(layers=self._layers(config))
         if profile is not None:
             self._use_profile(profile)
@@ -83,15 +85,12 @@ class SVDqCache(Cache):
     def _use_profile(self, profile: Profile | str | os.PathLike) -> None:
         settings = self.settings
         if self._allocator is None:
-            raise ValueError("a profile allocates bits: give k_bits or lambda_ with it")
+            raise ValueError("a profile allocates bits: give k_bits, kv_bits or lambda_ with it")
         if not isinstance(profile, Profile):
             profile = Profile.load(profile)
         layers = [layer.index for layer in self.svdq_layers]
         profile.check(layers, settings.rope, settings.pre_channels, settings.query_weighted)
-        dim = next(iter(profile.spectra.values())).shape[1]
-        self._allocator.known = profile.bands(
-            settings.k_bits, settings.lambda_, settings.allocate_across, settings.pre_bits(dim)
-        )
+        self._allocator.known = profile.widths(settings, self._allocator.budget)
 
     def _layers(self, config: PretrainedConfig) -> list:
         layers = DynamicCache(config=config).layers
@@ -168,13 +167,18 @@ class SVDqCache(Cache):
                 layer.crop(-remove)
 
     def prefill_from(
-        self, cache: DynamicCache, query_energy: Sequence[Tensor | None] | None = None
+        self,
+        cache: DynamicCache,
+        query_energy: Sequence[Tensor | None] | None = None,
+        queries: dict[int, Tensor] | None = None,
     ) -> None:
         """Compress the tokens of a full cache of the same model, without padding, into this one.
 
         Sliding-window layers are shared until either cache grows. ``query_energy`` holds, for each
         layer, the mean of the squared queries, rotated and times the softmax scale, over tokens and
-        the query heads of a KV head, [H, D]; allocation and key gain need it.
+        the query heads of a KV head, [H, D]; allocation and key gain need it. ``queries`` holds,
+        by layer, the queries at :func:`svdq.sample_positions` of the tokens, [Hq, N, D], rotated
+        and times the softmax scale; allocation of value bits needs them.
 
         Raises
         ------
@@ -197,7 +201,8 @@ class SVDqCache(Cache):
         for i, layer in enumerate(cache.layers):
             if isinstance(self.layers[i], SVDqLayer):
                 energy = query_energy[i] if query_energy is not None else None
-                self.layers[i].prefill_from(layer.keys, layer.values, energy)
+                own = None if queries is None else queries.get(i)
+                self.layers[i].prefill_from(layer.keys, layer.values, energy, own)
             else:
                 self.layers[i] = copy.copy(layer)
 

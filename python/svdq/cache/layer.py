@@ -188,11 +188,20 @@ class SVDqLayer(CacheLayerMixin):
         self.seq_length += length
         return out
 
-    def prefill_from(self, keys: Tensor, values: Tensor, energy: Tensor | None) -> None:
+    def prefill_from(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        energy: Tensor | None,
+        queries: Tensor | None = None,
+    ) -> None:
         """Take tokens that were attended elsewhere, [B, H, T, D] at positions 0 .. T - 1.
 
-        ``energy`` is that of the scaled queries, [H, D]; needed where ``settings`` say so.
+        ``energy`` is that of the scaled queries, [H, D], and ``queries`` those at sample_positions,
+        [Hq, N, D]; needed where ``settings`` say so.
         """
+        if queries is None and self.settings.allocates_values:
+            raise ValueError(f"layer {self.index}: to allocate bits of values, queries are needed")
         if energy is None and self.settings.needs_queries:
             raise ValueError(
                 f"layer {self.index}: to allocate bits or to apply gain to keys, query_energy is "
@@ -201,7 +210,7 @@ class SVDqLayer(CacheLayerMixin):
         self.update(keys, values)
         self.pending = 0
         try:
-            self.tokens.prefill(keys, values, energy)
+            self.tokens.prefill(keys, values, energy, queries)
         except BaseException:
             self.reset()
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from svdq.layout import WIDTHS
+from svdq.layout import VALUE_BITS, WIDTHS
 
 Schedule = tuple[int, ...]
 
@@ -19,6 +19,8 @@ PRESETS: dict[str, Schedule | None] = {
 DEFAULT_PRESET = "paper-1.25"
 EXACT_BITS = 16
 MAX_BITS = max(WIDTHS)
+# Averages of keys and values: values of the fewest bits alone, and the most bits of both.
+MIN_KV_BITS, MAX_KV_BITS = min(VALUE_BITS) / 2, (max(WIDTHS) + max(VALUE_BITS)) / 2
 
 
 def preset_bits(name: str) -> float:
@@ -32,10 +34,11 @@ def resolve_keys(
     schedule: Sequence[int] | None = None,
     k_bits: float | None = None,
     lambda_: float | None = None,
+    kv_bits: float | None = None,
 ) -> tuple[Schedule | None, float | None]:
-    """Resolve the settings of a cache to a bit schedule, or to the bits to allocate.
+    """Resolve the settings of a cache to a bit schedule, or to the key bits to allocate.
 
-    Both are None for exact keys, and with ``lambda_``.
+    Both are None for exact keys, and with ``lambda_`` or ``kv_bits``.
 
     Parameters
     ----------
@@ -44,22 +47,30 @@ def resolve_keys(
         zero.
     k_bits : 16 for exact keys, else above 0 and at most 8.
     lambda_ : price of a bit, above 0.
+    kv_bits : above 1 and at most 6.
 
     Raises
     ------
     ValueError
-        For more than one of the four, an unknown preset, a number out of range, or a schedule that
+        For more than one of the five, an unknown preset, a number out of range, or a schedule that
         is none.
     """
-    given = {"preset": preset, "schedule": schedule, "k_bits": k_bits, "lambda_": lambda_}
+    given = {"preset": preset, "schedule": schedule, "k_bits": k_bits}
+    given |= {"kv_bits": kv_bits, "lambda_": lambda_}
     given = {name: value for name, value in given.items() if value is not None}
     if len(given) > 1:
-        raise ValueError(f"give one of preset, schedule, k_bits and lambda_, got {given}")
+        raise ValueError(f"give one of preset, schedule, k_bits, kv_bits and lambda_, got {given}")
     if schedule is not None:
         return _check_schedule(schedule), None
     if lambda_ is not None:
         if not 0 < lambda_ < float("inf"):
             raise ValueError(f"lambda_ must be above 0, got {lambda_!r}")
+        return None, None
+    if kv_bits is not None:
+        if not MIN_KV_BITS < kv_bits <= MAX_KV_BITS:
+            raise ValueError(
+                f"kv_bits must be above {MIN_KV_BITS} and at most {MAX_KV_BITS}, got {kv_bits!r}"
+            )
         return None, None
     if k_bits is not None and k_bits != EXACT_BITS:
         if not 0 < k_bits <= MAX_BITS:

@@ -34,9 +34,9 @@ def renamed(settings: dict[str, Any]) -> dict[str, Any]:
 class Settings:
     """Settings of the compression of a cache.
 
-    At most one of ``preset``, ``schedule``, ``k_bits`` and ``lambda_`` is given. Afterwards
-    ``preset`` is None, except that it says ``"exact"`` where nothing is packed; any other preset
-    has become its ``schedule``.
+    At most one of ``preset``, ``schedule``, ``k_bits``, ``kv_bits`` and ``lambda_`` is given.
+    Afterwards ``preset`` is None, except that it says ``"exact"`` where nothing is packed; any
+    other preset has become its ``schedule``.
 
     Parameters
     ----------
@@ -48,14 +48,18 @@ class Settings:
     k_bits : code bits per key number on average, up to 8, allocated by water-filling; or 16 for
         exact keys and values. Instead of ``preset``. Where the average is over the model, a prompt
         stays exact until its last layer has been read.
+    kv_bits : code bits per number of keys and values together on average, above 1 and at most 6,
+        split between them, over layers and over heads by what they lose; instead of ``preset`` and
+        ``v_bits``.
     lambda_ : price of a bit in squared units of attention score; instead of ``k_bits``. Layers are
         packed as they are read.
     allocate_across : scope of the average ``k_bits``: ``"model"``, each ``"layer"``, or each
         ``"head"``, whose pages are then equally large.
     query_weighted : fit bases in units of attention score, see svdq/fit/key_gain.py. True by
         default, unless a ``preset`` or ``schedule`` is named: those are the paper's.
-    v_bits : 4 (default), 3 or 2 bits a value, or exact: 16 or 32, whichever the model's dtype has,
-        or ``"exact"`` for either.
+    v_bits : 4 (default), 3 or 2 bits a value; a number between 4 and 2 where key widths are
+        allocated: an average over the same scope, by what each head loses; or exact: 16 or 32,
+        whichever the model's dtype has, or ``"exact"`` for either.
     rope : keys to code. ``"pre"``: un-rotated (the paper, most accurate); ``"post"``: as they come
         (fastest); ``"hybrid"``: the first ``pre_channels`` channels of the un-rotated keys, then
         what those leave of the keys as they come; ``"rotated-mean"``: the same with the mean of the
@@ -91,6 +95,7 @@ class Settings:
     preset: str | None = None
     schedule: Sequence[int] | None = None
     k_bits: float | None = None
+    kv_bits: float | None = None
     lambda_: float | None = None
     allocate_across: str = "model"
     query_weighted: bool | None = None
@@ -121,15 +126,20 @@ class Settings:
 
     def __post_init__(self) -> None:
         named = self.preset is not None or self.schedule is not None
-        schedule, k_bits = resolve_keys(self.preset, self.schedule, self.k_bits, self.lambda_)
-        exact = schedule is None and k_bits is None and self.lambda_ is None
+        schedule, k_bits = resolve_keys(
+            self.preset, self.schedule, self.k_bits, self.lambda_, self.kv_bits
+        )
+        allocated = k_bits, self.kv_bits, self.lambda_
+        exact = schedule is None and all(x is None for x in allocated)
         self._set("preset", "exact" if exact else None)
         self._set("schedule", schedule)
         self._set("k_bits", k_bits)
         if self.query_weighted is None:
             self._set("query_weighted", not named and not exact)
-        if self.v_bits is None:
+        if self.v_bits is None and self.kv_bits is None:
             self._set("v_bits", "exact" if exact else 4)
+        if self.kv_bits is not None and self.v_bits is not None:
+            raise ValueError(f"kv_bits says the bits of values too, got v_bits={self.v_bits!r}")
         if isinstance(self.sparse_budget, Sequence):
             self._set("sparse_budget", tuple(self.sparse_budget))
         self._set("query_weighted", bool(self.query_weighted))
@@ -142,8 +152,12 @@ class Settings:
 
     def _check(self) -> None:
         """Refuse numbers and names out of range."""
-        if self.v_bits not in V_BITS:
-            raise ValueError(f"v_bits must be one of {V_BITS}, got {self.v_bits!r}")
+        average = isinstance(self.v_bits, float) and VALUE_BITS[-1] < self.v_bits < VALUE_BITS[0]
+        if self.v_bits is not None and self.v_bits not in V_BITS and not average:
+            raise ValueError(
+                f"v_bits must be one of {V_BITS} or between {VALUE_BITS[-1]} and {VALUE_BITS[0]}, "
+                f"got {self.v_bits!r}"
+            )
         if self.rope not in PAGE_ROPES:
             raise ValueError(f"rope must be one of {tuple(PAGE_ROPES)}, got {self.rope!r}")
         if self.pre_channels < 8 or self.pre_channels % 8:
@@ -173,6 +187,13 @@ class Settings:
 
     def _check_packed(self) -> None:
         """Refuse settings that need what others rule out."""
+        if self.allocates_values and not self.allocates:
+            raise ValueError(f"v_bits={self.v_bits} is an average: give k_bits or lambda_ with it")
+        if self.allocates_values and (self.allocate_across == "head" or self.lambda_ is not None):
+            raise ValueError(
+                "bits of values are allocated across the model or each layer, with k_bits or "
+                "kv_bits"
+            )
         if not self.packs and self.v_bits in VALUE_BITS:
             raise ValueError(f"exact keys come with exact values, got v_bits={self.v_bits}")
         if self.lambda_ is not None and self.allocate_across != "model":
@@ -211,7 +232,13 @@ class Settings:
     @property
     def allocates(self) -> bool:
         """True if widths follow from the keys."""
-        return self.k_bits is not None or self.lambda_ is not None
+        return any(x is not None for x in (self.k_bits, self.kv_bits, self.lambda_))
+
+    @property
+    def allocates_values(self) -> bool:
+        """True if the bits of values follow from what they lose."""
+        average = isinstance(self.v_bits, float) and not self.v_bits.is_integer()
+        return self.kv_bits is not None or average
 
     @property
     def packs(self) -> bool:
@@ -243,10 +270,16 @@ class Settings:
         head_dim: int,
         dtype: torch.dtype,
         pre_bands: Sequence[Bands] = (),
+        head_v_bits: tuple[int, ...] | None = None,
     ) -> PageLayout:
-        """The pages of a layer whose heads have these bands; a hybrid has ``pre_bands`` too."""
+        """The pages of a layer whose heads have these bands; a hybrid has ``pre_bands`` too.
+
+        ``head_v_bits`` are those that were allocated; None before they are, or where none are.
+        """
         full_bits = dtype.itemsize * 8
         v_bits = full_bits if self.v_bits == "exact" else self.v_bits
+        if self.allocates_values:
+            v_bits = VALUE_BITS[0]
         if v_bits not in (*VALUE_BITS, full_bits):
             raise ValueError(
                 f"v_bits must be 4, 3, 2, {full_bits} or 'exact' for a model in {dtype}, got "
@@ -257,6 +290,6 @@ class Settings:
             head_dim,
             tuple(bands),
             rope,
-            int(v_bits),
+            int(v_bits) if head_v_bits is None else head_v_bits,
             pre_bands=tuple(pre_bands) if rope == "hybrid" else (),
         )

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from svdq.config.settings import Settings
-from svdq.fit.allocation import overhead_bits
+from svdq.fit.allocation import Answer, Demand, Widths, overhead_bits
 from svdq.fit.bases import Bases, fit_bases, thinned
 from svdq.fit.key_gain import QueryEnergy, key_gain
 from svdq.fit.pre_channels import PreChannels
+from svdq.fit.value_loss import ValueLoss
 from svdq.layout import NO_BANDS, PageLayout
 from svdq.ops.tensors import normal_tensors
 
-# allocate(spectrum, overhead, taken, answer), see svdq.fit.allocation.Allocator.ask.
-Allocate = Callable[[Tensor, float, float, Callable[[Tensor], None]], None]
+# allocate(demand, answer), see svdq.fit.allocation.Allocator.ask.
+Allocate = Callable[[Demand, Answer], None]
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,14 @@ class LayerFit:
     dtype, device : of the keys.
     frequencies : maps the largest position in use to the layer's inverse frequencies; None for
         layers whose keys are packed as they come.
-    allocate : called as ``allocate(spectrum, overhead, taken, answer)`` for the layer's bands, see
+    allocate : called as ``allocate(demand, answer)`` for the layer's widths, see
         :meth:`svdq.fit.allocation.Allocator.ask`; None where a schedule says them.
 
     Attributes
     ----------
     layout : layout of the pages where a schedule says it, else None.
     energy : of the queries, where they matter.
+    value_loss : what coding the values costs, where their bits are allocated.
     gain : [B, H, D] bfloat16 that the stored keys of each sequence are multiplied by; None where
         the settings ask for none.
     waiting : fits of sequences that wait for their widths.
@@ -72,6 +74,7 @@ class LayerFit:
         self.frequencies, self.allocate = frequencies, allocate
         self.layout: PageLayout | None = None
         self.energy: QueryEnergy | None = None
+        self.value_loss: ValueLoss | None = None
         self.gain: Tensor | None = None
         self.waiting: dict[int, SequenceFit] = {}
         self._pre_layout: PageLayout | None = None  # a hybrid layout; only its pre-RoPE part counts
@@ -79,6 +82,9 @@ class LayerFit:
             self._make_layout()
         if settings.needs_queries:
             self.energy = QueryEnergy(batch, heads, dim, device)
+        if settings.allocates_values:
+            exact = settings.sink_tokens, settings.residual_length
+            self.value_loss = ValueLoss(batch, heads, exact, device)
         if settings.query_weighted:
             self.gain = torch.ones((batch, heads, dim), dtype=torch.bfloat16, device=device)
 
@@ -157,22 +163,25 @@ class LayerFit:
         """
         spectrum = torch.stack([fit.bases.spectrum for fit in self.waiting.values()]).mean(dim=0)
 
-        def receive(bands: Tensor) -> None:
+        def receive(widths: Widths) -> None:
             pre = (NO_BANDS,) * self.heads
             if self._pre_layout is not None:
                 pre = self._pre_layout.pre_bands
-            post = [tuple(head) for head in bands.tolist()]
-            answer(self.settings.layout(post, self.dim, self.dtype, pre))
+            post = [tuple(head) for head in widths.bands.tolist()]
+            layout = self.settings.layout(post, self.dim, self.dtype, pre, widths.v_bits)
+            answer(layout)
 
+        loss = None if self.value_loss is None else self.value_loss.mean()
         taken = self.settings.pre_bits(self.dim)
-        self.allocate(spectrum, overhead_bits(self.dim, num_tokens), taken, receive)
+        self.allocate(Demand(spectrum, overhead_bits(self.dim, num_tokens), taken, loss), receive)
 
     @normal_tensors
     def select(self, indices: list[int]) -> None:
         """Make sequence i a copy of the old sequence ``indices[i]``."""
         waiting = self.waiting
         self.waiting = {to: waiting[i] for to, i in enumerate(indices) if i in waiting}
-        if self.energy is not None:
-            self.energy.select(indices)
+        for measured in (self.energy, self.value_loss):
+            if measured is not None:
+                measured.select(indices)
         if self.gain is not None:
             self.gain = self.gain[indices]

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from svdq.config.settings import renamed
-from svdq.fit.allocation import (
-    code_something,
-    equal_budgets,
-    overhead_bits,
-    solve_lambda,
-    water_fill,
-)
+from svdq.config.settings import Settings, renamed
+from svdq.fit.allocation import Allocator, Budget, Demand, Widths, overhead_bits
 from svdq.ops.tensors import normal_tensors
 
 FORMAT, VERSION = "svdq-profile", "1"
@@ -38,6 +33,8 @@ class Profile:
     spectra : layer index -> [H, D] float32, score variances in descending order.
     rope, pre_channels, query_weighted : of the caches that the spectra are for.
     num_tokens : tokens of a prompt that they were measured on.
+    value_loss : layer index -> [H] float32, loss of values
+        (:class:`svdq.fit.value_loss.ValueLoss`); empty in files of earlier versions.
     """
 
     spectra: dict[int, Tensor]
@@ -45,28 +42,25 @@ class Profile:
     pre_channels: int
     query_weighted: bool
     num_tokens: int
+    value_loss: dict[int, Tensor] = field(default_factory=dict)
 
-    def bands(
-        self, k_bits: float | None, lambda_: float | None, scope: str = "model", taken: float = 0.0
-    ) -> dict[int, Tensor]:
-        """Bands of every layer, [H, 4] int32; arguments as for
-        :class:`svdq.fit.allocation.Allocator`.
-
-        ``taken`` is the part of ``k_bits`` that pre-RoPE channels take.
-        """
+    def widths(self, settings: Settings, budget: Budget) -> dict[int, Widths]:
+        """Widths of every layer for the settings of a cache and the budget that they name."""
         layers = sorted(self.spectra)
-        spectra = [self.spectra[i] for i in layers]
-        overhead = overhead_bits(spectra[0].shape[1], self.num_tokens)
-        if lambda_ is not None:
-            found = [water_fill(x, lambda_, overhead) for x in spectra]
-        elif scope == "head":
-            found = [equal_budgets(x, k_bits - taken) for x in spectra]
-        elif scope == "layer":
-            found = [solve_lambda([x], k_bits - taken, overhead)[1][0] for x in spectra]
-        else:
-            found = solve_lambda(spectra, k_bits - taken, overhead)[1]
-        pairs = zip(layers, spectra, found, strict=True)
-        return {i: code_something(bands, x) for i, x, bands in pairs}
+        dim = self.spectra[layers[0]].shape[1]
+        overhead, taken = overhead_bits(dim, self.num_tokens), settings.pre_bits(dim)
+        losses = self.value_loss if settings.allocates_values else {}
+        if settings.allocates_values and not losses:
+            raise ValueError(
+                "the profile does not say what values lose, so it cannot allocate their bits; "
+                "measure it again with 'svdq calibrate'"
+            )
+        allocator = Allocator(len(layers), budget, settings.lambda_, settings.allocate_across)
+        found: dict[int, Widths] = {}
+        for i in layers:
+            demand = Demand(self.spectra[i], overhead, taken, losses.get(i))
+            allocator.ask(i, demand, functools.partial(found.__setitem__, i))
+        return found
 
     def check(self, layers: Sequence[int], rope: str, pre_channels: int, weighted: bool) -> None:
         """Refuse layers or settings other than those of the spectra."""
@@ -103,6 +97,7 @@ class Profile:
             ),
         }
         tensors = {str(i): x.cpu().contiguous() for i, x in self.spectra.items()}
+        tensors |= {f"value_loss.{i}": x.contiguous() for i, x in self.value_loss.items()}
         save_file(tensors, path, metadata)
 
     @classmethod
@@ -115,12 +110,21 @@ class Profile:
                 raise ValueError(f"{path} is no svdq profile of version {VERSION}")
             settings = json.loads(metadata["settings"])
             names = list(file.keys())
-            spectra = {int(name): file.get_tensor(name) for name in names}
-        return cls(spectra, **renamed(settings))
+            spectra = {int(name): file.get_tensor(name) for name in names if name.isdigit()}
+            losses = {
+                int(name.split(".")[1]): file.get_tensor(name)
+                for name in names
+                if name.startswith("value_loss.")
+            }
+        return cls(spectra, **renamed(settings), value_loss=losses)
 
 
 def mean_profile(profiles: Sequence[Profile]) -> Profile:
     """The mean of profiles of several prompts, which have the same settings."""
     first = profiles[0]
-    spectra = {i: torch.stack([p.spectra[i] for p in profiles]).mean(0) for i in first.spectra}
-    return Profile(spectra, first.rope, first.pre_channels, first.query_weighted, first.num_tokens)
+
+    def mean(name: str) -> dict[int, Tensor]:
+        parts = [getattr(profile, name) for profile in profiles]
+        return {i: torch.stack([part[i] for part in parts]).mean(0) for i in parts[0]}
+
+    return replace(first, spectra=mean("spectra"), value_loss=mean("value_loss"))

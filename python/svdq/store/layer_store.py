@@ -11,6 +11,7 @@ from svdq import ops
 from svdq.config.settings import Settings
 from svdq.config.sparsity import Sparsity
 from svdq.fit.layer_fit import Allocate
+from svdq.fit.value_loss import sample_positions
 from svdq.layout import PAGE_TOKENS
 from svdq.store.attend import attend_stores
 from svdq.store.dense import causal_attention_with_lse, ragged_attention
@@ -86,11 +87,22 @@ class LayerStore(TokenStore):
             return self._attend_chunk(query, keys, values, sm_scale)
         return self._attend_step(query, keys, values, sm_scale)
 
-    def prefill(self, keys: Tensor, values: Tensor, energy: Tensor | None) -> None:
+    def prefill(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        energy: Tensor | None,
+        queries: Tensor | None = None,
+    ) -> None:
         """Store first tokens that were attended elsewhere, [B, H, T, D] at positions 0 .. T - 1.
 
-        ``energy`` is that of the scaled queries, [H, D]; needed where ``settings`` say so.
+        ``energy`` is that of the scaled queries, [H, D], and ``queries`` those at sample_positions,
+        [Hq, N, D]; needed where ``settings`` say so.
         """
+        if self.fit.value_loss is not None:
+            positions = sample_positions(keys.shape[2])
+            for b in range(self.shape[0]):
+                self.fit.value_loss.add(b, queries, positions, keys[b], values[b])
         if self.fit.energy is not None:
             self.fit.energy.set(energy, keys.shape[2])
         none = [0] * self.shape[0]
@@ -123,6 +135,7 @@ class LayerStore(TokenStore):
         out = ragged_attention(query, *contiguous, sm_scale, spans)
         del contiguous
         self._note_queries(query, sm_scale, padding)
+        self._note_values(query, keys, values, sm_scale, padding)
         self._store_first(keys, values, padding, first_position)
         return out
 
@@ -130,6 +143,7 @@ class LayerStore(TokenStore):
         """A few more tokens join the window first and are attended there."""
         self._note_queries(query, sm_scale, [0] * self.shape[0])
         self._append(keys, values)
+        self._note_window(query, sm_scale)
         query = self.fit.matching_query(query)
         try:
             if self.any_packed:
@@ -167,6 +181,26 @@ class LayerStore(TokenStore):
             sparsity=self.sparsity if query.shape[2] == 1 else None,
         )
         return out, lse
+
+    def _note_values(
+        self, query: Tensor, keys: Tensor, values: Tensor, sm_scale: float, padding: list[int]
+    ) -> None:
+        """Measure what values lose by some queries of the first tokens, where it matters."""
+        if self.fit.value_loss is None:
+            return
+        for b, pad in enumerate(padding):
+            positions = sample_positions(query.shape[2] - pad)
+            some = query[b, :, [pad + i for i in positions]] * sm_scale
+            self.fit.value_loss.add(b, some, positions, keys[b, :, pad:], values[b, :, pad:])
+
+    def _note_window(self, query: Tensor, sm_scale: float) -> None:
+        """The same by the last query of tokens that join a window of which nothing is packed."""
+        if self.fit.value_loss is None or self.packed is not None:
+            return
+        window = self.window
+        for b, count in enumerate(window.count):
+            keys, values = window.keys[b, :, :count], window.values[b, :, :count]
+            self.fit.value_loss.add(b, query[b, :, -1:] * sm_scale, [count - 1], keys, values)
 
     def _note_queries(self, query: Tensor, sm_scale: float, padding: list[int]) -> None:
         """Take the energy of queries, [B, Hq, L, D], while it may still matter."""
