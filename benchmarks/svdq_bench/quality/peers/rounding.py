@@ -25,7 +25,7 @@ def round_to_range(x: Tensor, bits: int) -> Tensor:
     top = 2**bits - 1
     scale = ((high - low) / top).half().float()
     if not bool(low.isfinite().all() & scale.isfinite().all()):
-        raise ValueError("keys are not all numbers within the range of float16")
+        raise ValueError("there are numbers that are not within the range of float16")
     codes = ((numbers - low) / scale.clamp_min(torch.finfo(torch.float32).tiny)).round()
     return (codes.clamp(0, top) * scale + low).to(x.dtype)
 
@@ -41,9 +41,9 @@ def code_memory(
     return KeyMemory(code_bits, heads * coded * dim, key_bytes, heads * tokens * dim)
 
 
-def check_bits(bits: int) -> None:
+def check_bits(bits: int, name: str = "bits") -> None:
     if bits not in range(1, 9):
-        raise ValueError(f"bits must be 1 .. 8, got {bits}")
+        raise ValueError(f"{name} must be 1 .. 8, got {bits}")
 
 
 def check_counts(**counts: int) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from svdq_bench.quality.key_memory import KeyMemory
 from svdq_bench.quality.peers.base import Peer
-from svdq_bench.quality.peers.rounding import check_coded, check_counts
+from svdq_bench.quality.peers.rounding import check_bits, check_coded, check_counts
+from svdq_bench.quality.peers.values import VALUE_GROUP, TokenRanges, values_suffix
 
 
 @dataclass(frozen=True)
@@ -24,24 +25,35 @@ class ThinK(Peer):
     ----------
     kept : share of the channels that stays, above 0; at least one channel does.
     sink_tokens : leading tokens that keep all channels.
+    v_bits : of a value, coded as KIVI's; None for exact values.
     """
 
     kept: float
     sink_tokens: int = 8
+    v_bits: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.kept <= 1:
             raise ValueError(f"the share of channels kept must be in (0, 1], got {self.kept}")
         check_counts(sink_tokens=self.sink_tokens)
+        if self.v_bits is not None:
+            check_bits(self.v_bits, "v_bits")
 
     @property
     def label(self) -> str:
         """The settings in a few words."""
-        return f"ThinK, {100 * self.kept:.3g} % of channels"
+        return f"ThinK, {100 * self.kept:.3g} % of channels{values_suffix(self.v_bits)}"
 
     def settings(self) -> dict:
         """Columns that name the settings."""
         return {"family": "think", "kept": self.kept, "sink_tokens": self.sink_tokens}
+
+    @property
+    def values(self) -> TokenRanges | None:
+        """A range for each token and group of channels."""
+        if self.v_bits is None:
+            return None
+        return TokenRanges(self.v_bits, VALUE_GROUP, self.sink_tokens)
 
     def _channels(self, dim: int) -> int:
         return max(round(self.kept * dim), 1)

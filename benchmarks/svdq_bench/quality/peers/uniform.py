@@ -16,6 +16,7 @@ from svdq_bench.quality.peers.rounding import (
     code_memory,
     round_to_range,
 )
+from svdq_bench.quality.peers.values import VALUE_GROUP, TokenRanges, values_suffix
 
 
 @dataclass(frozen=True)
@@ -28,23 +29,34 @@ class PerChannel(Peer):
     ----------
     bits : of a code, 1 to 8.
     sink_tokens : leading tokens that stay exact.
+    v_bits : of a value, with one range for each token of a head; None for exact values.
     """
 
     bits: int
     sink_tokens: int = 8
+    v_bits: int | None = None
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
         check_counts(sink_tokens=self.sink_tokens)
+        if self.v_bits is not None:
+            check_bits(self.v_bits, "v_bits")
 
     @property
     def label(self) -> str:
         """The settings in a few words."""
-        return f"per-channel {self.bits}-bit"
+        return f"per-channel {self.bits}-bit{values_suffix(self.v_bits)}"
 
     def settings(self) -> dict:
         """Columns that name the settings."""
         return {"family": "per-channel", "bits": self.bits, "sink_tokens": self.sink_tokens}
+
+    @property
+    def values(self) -> TokenRanges | None:
+        """A range for each token of a head."""
+        if self.v_bits is None:
+            return None
+        return TokenRanges(self.v_bits, sink_tokens=self.sink_tokens)
 
     def code(self, keys: Tensor, query_energy: Tensor) -> Tensor:
         """Round every channel's numbers to its range."""
@@ -63,10 +75,11 @@ class PerChannel(Peer):
 
 @dataclass(frozen=True)
 class Kivi(Peer):
-    """KIVI's keys (arXiv 2402.02750): a range for each channel and group of consecutive tokens.
+    """KIVI (arXiv 2402.02750): a range for each channel and group of consecutive tokens.
 
-    Tokens that do not fill a group stay exact. Bytes of a layer with g whole groups:
-    ``ceil(H D g group_size bits / 8) + 4 H D g`` and the exact tokens.
+    Tokens that do not fill a group keep their keys exact. Bytes of a layer's keys with g whole
+    groups: ``ceil(H D g group_size bits / 8) + 4 H D g`` and the exact tokens. Values have a range
+    for each token and ``VALUE_GROUP`` channels; all of them have except sinks and residual.
 
     Parameters
     ----------
@@ -74,23 +87,28 @@ class Kivi(Peer):
     group_size : tokens of a group.
     residual : last tokens that stay exact at least.
     sink_tokens : leading tokens that stay exact; KIVI itself keeps none.
+    v_bits : of a value; None for exact values.
     """
 
     bits: int
     group_size: int = 32
     residual: int = 0
     sink_tokens: int = 0
+    v_bits: int | None = None
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
         check_counts(residual=self.residual, sink_tokens=self.sink_tokens)
+        if self.v_bits is not None:
+            check_bits(self.v_bits, "v_bits")
         if self.group_size < 1:
             raise ValueError(f"group_size must be at least 1, got {self.group_size}")
 
     @property
     def label(self) -> str:
         """The settings in a few words."""
-        return f"KIVI {self.bits}-bit, groups of {self.group_size}"
+        keys = f"KIVI {self.bits}-bit, groups of {self.group_size}"
+        return keys + values_suffix(self.v_bits)
 
     def settings(self) -> dict:
         """Columns that name the settings."""
@@ -101,6 +119,13 @@ class Kivi(Peer):
             "residual_length": self.residual,
             "sink_tokens": self.sink_tokens,
         }
+
+    @property
+    def values(self) -> TokenRanges | None:
+        """A range for each token and group of channels."""
+        if self.v_bits is None:
+            return None
+        return TokenRanges(self.v_bits, VALUE_GROUP, self.sink_tokens, self.residual)
 
     def _groups(self, tokens: int) -> int:
         return max(tokens - self.sink_tokens - self.residual, 0) // self.group_size
