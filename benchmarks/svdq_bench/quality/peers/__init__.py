@@ -12,7 +12,17 @@ compares with, at two bytes a number whatever the model's dtype.
 from svdq_bench.quality.peers.base import FullCache, Peer
 from svdq_bench.quality.peers.rounding import round_to_range
 from svdq_bench.quality.peers.think import ThinK
+from svdq_bench.quality.peers.turboquant import TurboQuant
 from svdq_bench.quality.peers.uniform import Kivi, PerChannel
 from svdq_bench.quality.peers.values import TokenRanges
 
-__all__ = ["FullCache", "Kivi", "Peer", "PerChannel", "ThinK", "TokenRanges", "round_to_range"]
+__all__ = [
+    "FullCache",
+    "Kivi",
+    "Peer",
+    "PerChannel",
+    "ThinK",
+    "TokenRanges",
+    "TurboQuant",
+    "round_to_range",
+]
