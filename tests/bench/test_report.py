@@ -215,10 +215,33 @@ def test_perplexity_command_writes_all_three(tmp_path):
     assert all(row["method"] in files["html"].read_text() for row in rows)
 
 
+def test_perplexity_command_tests_peers_alone(tmp_path):
+    save_model(tmp_path / "tiny")
+    (tmp_path / "text.txt").write_text(make_text(500))
+    peers = ("turboquant:3bit_nc:0:8", "kivi:2:32:v4", "kvquant:2:v2", "per-channel:2")
+    arguments = [
+        "eval", "perplexity", "--model", tmp_path / "tiny", "--text-file", tmp_path / "text.txt",
+        "--prefill-tokens", 128, "--predict-tokens", 20, "--window-start", 10, "--preset", "none",
+        "--json", tmp_path / "rows.json",
+    ]  # fmt: skip
+    command = [str(argument) for argument in arguments]
+    named = [word for peer in peers for word in ("--peer", peer)]
+    result = CliRunner().invoke(app, command + named)
+    assert result.exit_code == 0, result.output
+    full, *rows = json.loads((tmp_path / "rows.json").read_text())
+    assert full["times_smaller_bf16"] == 1
+    assert [row["family"] for row in rows] == ["turboquant", "kivi", "kvquant", "per-channel"]
+    assert [row["v_bits"] for row in rows] == [3, 4, 2, "exact"]
+    assert all(row["times_smaller_bf16"] < row["cache_ratio"] for row in rows[1:])
+    result = CliRunner().invoke(app, [*command, "--peer", "kivi"])
+    assert result.exit_code == 2
+    assert "kivi alone is matched to an svdq preset, and there is none" in result.output
+
+
 @pytest.mark.parametrize("command", ["perplexity", "retrieval"])
 def test_peers_that_are_none_are_one_line(command):
     result = CliRunner().invoke(app, ["eval", command, "--peer", "kv:3"])
     assert result.exit_code == 2
     assert result.output.strip() == (
-        "svdq: error: peers are per-channel, kivi, think, quantized, got 'kv'"
+        "svdq: error: peers are per-channel, kivi, think, quantized, kvquant, turboquant, got 'kv'"
     )

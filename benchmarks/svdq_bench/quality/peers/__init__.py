@@ -10,6 +10,7 @@ compares with, at two bytes a number whatever the model's dtype.
 """
 
 from svdq_bench.quality.peers.base import FullCache, Peer
+from svdq_bench.quality.peers.kvquant import KVQuant
 from svdq_bench.quality.peers.rounding import round_to_range
 from svdq_bench.quality.peers.think import ThinK
 from svdq_bench.quality.peers.turboquant import TurboQuant
@@ -18,6 +19,7 @@ from svdq_bench.quality.peers.values import TokenRanges
 
 __all__ = [
     "FullCache",
+    "KVQuant",
     "Kivi",
     "Peer",
     "PerChannel",
