@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from model_support import make_text, save_model
 from svdq_bench.cli import app
 from svdq_bench.cli.table import cells
+from svdq_bench.quality.perplexity_plots import perplexity_plot
 from svdq_bench.quality.plots import PLOTS, to_svg
 from svdq_bench.quality.report import html_table, write_csv, write_html, write_plot
 
@@ -191,6 +192,42 @@ def test_bits_of_several_methods_have_a_panel_each():
     # Layers have 1.5, 2.5, 3.5 bits in one and one more in the other; there are two heads, and a
     # scale for both that ends at 4.5.
     assert [plot.count(f">{value}<") for value in ("1.5", "2.5", "3.5", "4.5")] == [3, 5, 5, 3]
+
+
+def whole_rows():
+    """Rows of caches of which keys and values are coded."""
+    row = {"benchmark": "perplexity", "all_in_bits": 3.0, "k_bits": 2.0, "family": "kivi"}
+    points = [(4.1, 0.02, {"v_bits": 4}), (5.3, 0.1, {"v_bits": 2})]
+    points += [(3.6, 0.01, {"family": "turboquant", "v_bits": 4, "skipped_layers": 2})]
+    points += [(7.2, 0.005, {"family": None, "v_bits": 2, "rope": "pre"})]
+    points += [(5.0, 0.5, {"family": "think", "v_bits": 4, "kept": 0.25})]
+    full = {"benchmark": "perplexity", "method": "full cache", "kl": 0.0, "times_smaller_bf16": 1}
+    return [full] + [
+        row | {"method": "svdq 1", "times_smaller_bf16": times, "kl": kl} | more
+        for times, kl, more in points
+    ]
+
+
+def test_whole_caches_are_drawn_by_their_size():
+    rows = whole_rows()
+    axes = perplexity_plot(rows).axes[0]
+    assert "times smaller than bfloat16" in axes.get_xlabel()
+    assert axes.get_yscale() == "log"
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert lines == {
+        "kivi": [[4.1, 0.02], [5.3, 0.1]],
+        "turboquant, 2 exact layers an end": [[3.6, 0.01]],
+        "svdq, pre-RoPE": [[7.2, 0.005]],
+        "think": [[5.0, 0.5]],
+    }
+    found = {text.get_text() for text in axes.texts}
+    assert found == {"K2 V4", "K2 V2", "K25% V4"}
+    # One row with exact values is not comparable, so that keys alone are what is drawn.
+    rows[1]["v_bits"] = "exact"
+    assert "bits a key number" in perplexity_plot(rows).axes[0].get_xlabel()
+    headings, body = cells(rows)
+    assert "4.10" in body[1]
+    assert "times smaller than bf16, all in" in headings
 
 
 def test_perplexity_command_writes_all_three(tmp_path):
