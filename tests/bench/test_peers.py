@@ -15,7 +15,15 @@ from svdq_bench.quality import perplexity
 from svdq_bench.quality.implementation import attention
 from svdq_bench.quality.matching import Matched, true_bits
 from svdq_bench.quality.memory import full_cache_bytes
-from svdq_bench.quality.peers import FullCache, Kivi, PerChannel, ThinK, round_to_range
+from svdq_bench.quality.peers import (
+    FullCache,
+    Kivi,
+    KVQuant,
+    PerChannel,
+    ThinK,
+    TurboQuant,
+    round_to_range,
+)
 from svdq_bench.quality.perplexity import Task, evaluate_perplexity, mean_columns, predict
 from svdq_bench.quality.prefix import RECORDING, fork, read_prefix
 from svdq_bench.quality.quantized import TransformersQuantized, is_installed
@@ -179,6 +187,14 @@ def test_sliding_layers_stay_and_count_whole():
     saved = full.keys.nbytes - method.memory(prefix).key_bytes
     row = method.memory_columns(cache)
     assert row["cache_bytes"] == full_cache_bytes(prefix.cache) - saved
+
+
+def test_labels_tell_all_settings_apart():
+    methods = [Kivi(2), Kivi(2, 64), Kivi(2, 32, 128), Kivi(2, v_bits=2), Kivi(2, 32, 128, 0, 2)]
+    methods += [PerChannel(2), PerChannel(2, v_bits=4), ThinK(0.5), ThinK(0.5, v_bits=4)]
+    methods += [KVQuant(2), KVQuant(2, "post"), KVQuant(2, v_bits=2), KVQuant(2, outliers=0)]
+    methods += [TurboQuant("k8v4"), TurboQuant("k8v4", 0), TurboQuant("k8v4", 0, 8)]
+    assert len({method.label for method in methods}) == len(methods)
 
 
 def test_kivi_codes_whole_groups_and_nothing_else(prefix):

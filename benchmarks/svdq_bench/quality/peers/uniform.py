@@ -107,7 +107,8 @@ class Kivi(Peer):
     @property
     def label(self) -> str:
         """The settings in a few words."""
-        keys = f"KIVI {self.bits}-bit, groups of {self.group_size}"
+        residual = f", {self.residual} last tokens exact" if self.residual else ""
+        keys = f"KIVI {self.bits}-bit, groups of {self.group_size}{residual}"
         return keys + values_suffix(self.v_bits)
 
     def settings(self) -> dict:
