@@ -262,6 +262,7 @@ def test_quantized_cache_counts_its_own_tensors(prefix):
     assert row["all_in_bits"] == 8 * (numbers + scales) / numbers
     assert row["cache_bytes"] == 2 * (numbers + scales)
     assert row["cache_ratio"] == pytest.approx(4, rel=1e-3)
+    assert row["times_smaller_bf16"] == row["cache_ratio"] / 2  # nothing is exact
     layer, exact = cache.layers[0], prefix.cache.layers[0].keys
     found = layer._dequantize(layer._quantized_keys)
     # Three stored bits of mantissa; below 2^-6 of the scale, 448 steps of 2^-9 to the largest.
