@@ -20,7 +20,7 @@ from svdq_bench.quality.key_error import (
 )
 from svdq_bench.quality.matching import Matched
 from svdq_bench.quality.methods import CacheSettings
-from svdq_bench.quality.peers import Kivi, PerChannel
+from svdq_bench.quality.peers import Kivi, KVQuant, PerChannel, TurboQuant
 from svdq_bench.quality.perplexity import Task
 from svdq_bench.quality.prefix import read_prefix
 from svdq_bench.quality.quantized import TransformersQuantized
@@ -49,19 +49,24 @@ def direct_share(keys, coded, start, stop, energy=None):
 
 @pytest.mark.parametrize(
     "method, stop",
-    [(PerChannel(2, SINKS), TOKENS), (Kivi(2, 64, 0, SINKS), SINKS + 5 * 64)],
+    [
+        (PerChannel(2, SINKS), TOKENS),
+        (Kivi(2, 64, 0, SINKS), SINKS + 5 * 64),
+        (KVQuant(2, "pre", SINKS), TOKENS),
+        (TurboQuant("3bit_nc", 2, SINKS), TOKENS),  # keys are coded in layers that it skips, too
+    ],
 )
 def test_errors_of_peers_are_those_of_what_they_decode(prefix, method, stop):
     for error in layer_errors(method, prefix):
         keys = prefix.cache.layers[error.layer].keys
         energy = prefix.query_energy[error.layer]
-        coded = method.code(keys, energy)[0]
+        coded = method.code_layer(prefix, error.layer)[0]
         share = direct_share(keys[0], coded, SINKS, stop)
         # Sums of the same float64 terms in another order.
         assert error.error / error.norm == pytest.approx(share, rel=1e-12)
         share = direct_share(keys[0], coded, SINKS, stop, energy)
         assert error.score_error / error.score_norm == pytest.approx(share, rel=1e-12)
-        assert error.head_bits == (2, 2)
+        assert error.head_bits == (method.bits, method.bits)
 
 
 @pytest.mark.parametrize("rope", ["pre", "post"])

@@ -5,7 +5,7 @@ import pytest
 from cache_support import make_model, make_tokens
 from svdq_bench.quality import matching, quantized
 from svdq_bench.quality.matching import Matched, candidates, matched, parse_peer, true_bits
-from svdq_bench.quality.peers import FullCache, Kivi, PerChannel, ThinK
+from svdq_bench.quality.peers import FullCache, Kivi, KVQuant, PerChannel, ThinK, TurboQuant
 from svdq_bench.quality.prefix import read_prefix
 from svdq_bench.quality.quantized import TransformersQuantized, is_installed
 
@@ -51,6 +51,15 @@ def test_matched_chooses_for_each_length(prefix):
         ("kivi:2", Kivi(2, 32, 0, 4)),
         ("kivi:4:64", Kivi(4, 64, 0, 4)),
         ("think:0.25", ThinK(0.25, 4)),
+        ("per-channel:2:v4", PerChannel(2, 4, 4)),
+        ("kivi:2:v2", Kivi(2, 32, 0, 4, 2)),
+        ("kivi:2:64:128:v4", Kivi(2, 64, 128, 4, 4)),
+        ("think:0.25:v4", ThinK(0.25, 4, 4)),
+        ("kvquant:3", KVQuant(3, "pre", 4)),
+        ("kvquant:2:post:v3", KVQuant(2, "post", 4, 3)),
+        ("turboquant:4bit_nc", TurboQuant("4bit_nc")),
+        ("turboquant:3bit_nc:0", TurboQuant("3bit_nc", 0)),
+        ("turboquant:k8v4:1:4", TurboQuant("k8v4", 1, 4)),
         ("kivi", Matched("kivi", FullCache(), 4)),
         pytest.param("quantized:fp8", TransformersQuantized("fp8", 8), marks=FP8)
         if is_installed("fp8")
@@ -64,9 +73,15 @@ def test_peers_by_name(text, expected):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("kv", "peers are per-channel, kivi, think, quantized, got 'kv'"),
+        ("kv", "peers are per-channel, kivi, think, quantized, kvquant, turboquant, got 'kv'"),
         ("kivi:two", "peer 'kivi:two': invalid literal"),
-        ("kivi:2:32:1", "expected per-channel:BITS"),
+        ("kivi:2:32:1:1", "expected per-channel:BITS"),
+        ("kivi:v2", "expected per-channel:BITS"),
+        ("per-channel:2:vier", "peer 'per-channel:2:vier': invalid literal"),
+        ("per-channel:2:v9", "v_bits must be 1 .. 8, got 9"),
+        ("kvquant:2:mid", "rope must be 'pre' or 'post'"),
+        ("turboquant:2bit", "TurboQuant has k8v4"),
+        ("turboquant", "can be matched to bits, 'turboquant' needs settings"),
         ("think:2", r"peer 'think:2': .* must be in \(0, 1\]"),
         ("per-channel:0", "bits must be 1 .. 8, got 0"),
         ("quantized:int", "backends quanto"),

@@ -15,7 +15,15 @@ from svdq_bench.quality import perplexity
 from svdq_bench.quality.implementation import attention
 from svdq_bench.quality.matching import Matched, true_bits
 from svdq_bench.quality.memory import full_cache_bytes
-from svdq_bench.quality.peers import FullCache, Kivi, PerChannel, ThinK, round_to_range
+from svdq_bench.quality.peers import (
+    FullCache,
+    Kivi,
+    KVQuant,
+    PerChannel,
+    ThinK,
+    TurboQuant,
+    round_to_range,
+)
 from svdq_bench.quality.perplexity import Task, evaluate_perplexity, mean_columns, predict
 from svdq_bench.quality.prefix import RECORDING, fork, read_prefix
 from svdq_bench.quality.quantized import TransformersQuantized, is_installed
@@ -181,6 +189,14 @@ def test_sliding_layers_stay_and_count_whole():
     assert row["cache_bytes"] == full_cache_bytes(prefix.cache) - saved
 
 
+def test_labels_tell_all_settings_apart():
+    methods = [Kivi(2), Kivi(2, 64), Kivi(2, 32, 128), Kivi(2, v_bits=2), Kivi(2, 32, 128, 0, 2)]
+    methods += [PerChannel(2), PerChannel(2, v_bits=4), ThinK(0.5), ThinK(0.5, v_bits=4)]
+    methods += [KVQuant(2), KVQuant(2, "post"), KVQuant(2, v_bits=2), KVQuant(2, outliers=0)]
+    methods += [TurboQuant("k8v4"), TurboQuant("k8v4", 0), TurboQuant("k8v4", 0, 8)]
+    assert len({method.label for method in methods}) == len(methods)
+
+
 def test_kivi_codes_whole_groups_and_nothing_else(prefix):
     method = Kivi(2, 32, 20, 4)
     keys, found = prefix.cache.layers[0].keys, method.compress(prefix).layers[0].keys
@@ -246,6 +262,7 @@ def test_quantized_cache_counts_its_own_tensors(prefix):
     assert row["all_in_bits"] == 8 * (numbers + scales) / numbers
     assert row["cache_bytes"] == 2 * (numbers + scales)
     assert row["cache_ratio"] == pytest.approx(4, rel=1e-3)
+    assert row["times_smaller_bf16"] == row["cache_ratio"] / 2  # nothing is exact
     layer, exact = cache.layers[0], prefix.cache.layers[0].keys
     found = layer._dequantize(layer._quantized_keys)
     # Three stored bits of mantissa; below 2^-6 of the scale, 448 steps of 2^-9 to the largest.

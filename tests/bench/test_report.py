@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from model_support import make_text, save_model
 from svdq_bench.cli import app
 from svdq_bench.cli.table import cells
+from svdq_bench.quality.perplexity_plots import perplexity_plot
 from svdq_bench.quality.plots import PLOTS, to_svg
 from svdq_bench.quality.report import html_table, write_csv, write_html, write_plot
 
@@ -193,6 +194,42 @@ def test_bits_of_several_methods_have_a_panel_each():
     assert [plot.count(f">{value}<") for value in ("1.5", "2.5", "3.5", "4.5")] == [3, 5, 5, 3]
 
 
+def whole_rows():
+    """Rows of caches of which keys and values are coded."""
+    row = {"benchmark": "perplexity", "all_in_bits": 3.0, "k_bits": 2.0, "family": "kivi"}
+    points = [(4.1, 0.02, {"v_bits": 4}), (5.3, 0.1, {"v_bits": 2})]
+    points += [(3.6, 0.01, {"family": "turboquant", "v_bits": 4, "skipped_layers": 2})]
+    points += [(7.2, 0.005, {"family": None, "v_bits": 2, "rope": "pre"})]
+    points += [(5.0, 0.5, {"family": "think", "v_bits": 4, "kept": 0.25})]
+    full = {"benchmark": "perplexity", "method": "full cache", "kl": 0.0, "times_smaller_bf16": 1}
+    return [full] + [
+        row | {"method": "svdq 1", "times_smaller_bf16": times, "kl": kl} | more
+        for times, kl, more in points
+    ]
+
+
+def test_whole_caches_are_drawn_by_their_size():
+    rows = whole_rows()
+    axes = perplexity_plot(rows).axes[0]
+    assert "times smaller than bfloat16" in axes.get_xlabel()
+    assert axes.get_yscale() == "log"
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert lines == {
+        "kivi": [[4.1, 0.02], [5.3, 0.1]],
+        "turboquant, 2 exact layers an end": [[3.6, 0.01]],
+        "svdq, pre-RoPE": [[7.2, 0.005]],
+        "think": [[5.0, 0.5]],
+    }
+    found = {text.get_text() for text in axes.texts}
+    assert found == {"K2 V4", "K2 V2", "K25% V4"}
+    # One row with exact values is not comparable, so that keys alone are what is drawn.
+    rows[1]["v_bits"] = "exact"
+    assert "bits a key number" in perplexity_plot(rows).axes[0].get_xlabel()
+    headings, body = cells(rows)
+    assert "4.10" in body[1]
+    assert "times smaller than bf16, all in" in headings
+
+
 def test_perplexity_command_writes_all_three(tmp_path):
     save_model(tmp_path / "tiny")
     (tmp_path / "text.txt").write_text(make_text(500))
@@ -215,10 +252,33 @@ def test_perplexity_command_writes_all_three(tmp_path):
     assert all(row["method"] in files["html"].read_text() for row in rows)
 
 
+def test_perplexity_command_tests_peers_alone(tmp_path):
+    save_model(tmp_path / "tiny")
+    (tmp_path / "text.txt").write_text(make_text(500))
+    peers = ("turboquant:3bit_nc:0:8", "kivi:2:32:v4", "kvquant:2:v2", "per-channel:2")
+    arguments = [
+        "eval", "perplexity", "--model", tmp_path / "tiny", "--text-file", tmp_path / "text.txt",
+        "--prefill-tokens", 128, "--predict-tokens", 20, "--window-start", 10, "--preset", "none",
+        "--json", tmp_path / "rows.json",
+    ]  # fmt: skip
+    command = [str(argument) for argument in arguments]
+    named = [word for peer in peers for word in ("--peer", peer)]
+    result = CliRunner().invoke(app, command + named)
+    assert result.exit_code == 0, result.output
+    full, *rows = json.loads((tmp_path / "rows.json").read_text())
+    assert full["times_smaller_bf16"] == 1
+    assert [row["family"] for row in rows] == ["turboquant", "kivi", "kvquant", "per-channel"]
+    assert [row["v_bits"] for row in rows] == [3, 4, 2, "exact"]
+    assert all(row["times_smaller_bf16"] < row["cache_ratio"] for row in rows[1:])
+    result = CliRunner().invoke(app, [*command, "--peer", "kivi"])
+    assert result.exit_code == 2
+    assert "kivi alone is matched to an svdq preset, and there is none" in result.output
+
+
 @pytest.mark.parametrize("command", ["perplexity", "retrieval"])
 def test_peers_that_are_none_are_one_line(command):
     result = CliRunner().invoke(app, ["eval", command, "--peer", "kv:3"])
     assert result.exit_code == 2
     assert result.output.strip() == (
-        "svdq: error: peers are per-channel, kivi, think, quantized, got 'kv'"
+        "svdq: error: peers are per-channel, kivi, think, quantized, kvquant, turboquant, got 'kv'"
     )

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from svdq_bench.quality.matching import Matched
     from svdq_bench.quality.prefix import Method
 
+NO_SVDQ = "none"  # the preset of no svdq cache at all
+
 
 def asked_keys(
     presets: Sequence[str] | None,
@@ -51,6 +53,8 @@ def make_methods(
 ) -> list[Method | Matched]:
     """svdq with every preset, average and price, then the peers, which have the same sinks.
 
+    The preset "none" stands for no svdq cache, so that peers are tested alone.
+
     Raises
     ------
     ValueError, ImportError
@@ -60,7 +64,7 @@ def make_methods(
     from svdq_bench.quality.matching import parse_peer
     from svdq_bench.quality.methods import CacheSettings, key_argument
 
-    keys = asked_keys(presets, averages, prices)
+    keys = [word for word in asked_keys(presets, averages, prices) if word != NO_SVDQ]
     if across is not Across.model and not any("k_bits" in key_argument(word) for word in keys):
         raise ValueError(f"--allocate-across {across.value} needs bits to allocate, see --k-bits")
     settings = []
@@ -81,7 +85,8 @@ def make_methods(
                 outlier_fraction=outlier_fraction,
             )
         )
-    return [*settings, *(parse_peer(peer, settings[0], sink_tokens) for peer in peers)]
+    reference = settings[0] if settings else None
+    return [*settings, *(parse_peer(peer, reference, sink_tokens) for peer in peers)]
 
 
 def with_budgets(

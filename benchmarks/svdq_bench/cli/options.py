@@ -76,8 +76,8 @@ Presets = Annotated[
     list[str] | None,
     typer.Option(
         help="Bits per key number: a preset, an average to allocate (0.7), a price (lambda=0.01) "
-        "or a schedule (4,4,2,0,0,0,0,0); repeatable. Default: paper-1.25, unless --k-bits or "
-        "--lambda is given.",
+        "or a schedule (4,4,2,0,0,0,0,0); repeatable; 'none' tests peers alone. Default: "
+        "paper-1.25, unless --k-bits or --lambda is given.",
         rich_help_panel=CACHE_PANEL,
         show_default=False,
     ),
@@ -120,10 +120,11 @@ Peers = Annotated[
     list[str],
     typer.Option(
         "--peer",
-        help="Another method in addition to svdq: per-channel, kivi, think or quantized "
-        "(transformers' own QuantizedCache). Alone, its setting is chosen to take the first "
-        "preset's true bits; or say it: per-channel:2, kivi:2:32, think:0.5, "
-        "quantized:quanto:4:64. Repeatable.",
+        help="Another method in addition to svdq: per-channel, kivi, think, quantized "
+        "(transformers' own QuantizedCache), kvquant or turboquant. One of the first four alone "
+        "has the setting that takes the first preset's true bits; or say it: per-channel:2, "
+        "kivi:2:32, think:0.5, quantized:quanto:4:64, kvquant:3, turboquant:4bit_nc. Values are "
+        "exact, or coded with the bits of a last word: kivi:2:32:v2. Repeatable.",
         rich_help_panel=CACHE_PANEL,
         show_default=False,
     ),

@@ -258,7 +258,7 @@ def _peer_error(method: Peer, prefix: Prefix, layer: int) -> LayerError:
     heads, tokens, dim = keys.shape[1:]
     memory = method.layer_memory((heads, tokens, dim), keys.itemsize)
     start, count = method.sink_tokens, memory.coded_numbers // (heads * dim)
-    decoded = method.code(keys, energy)[0, :, start : start + count]
+    decoded = method.code_layer(prefix, layer)[0, :, start : start + count]
     errors = _errors(keys[0, :, start : start + count], decoded, energy)
     return LayerError(layer, *errors, (memory.k_bits,) * heads, memory.all_in_bits)
 

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from svdq_bench.quality.peers import Kivi, Peer, PerChannel, ThinK
+from svdq_bench.quality.peers import Kivi, KVQuant, Peer, PerChannel, ThinK, TurboQuant
 from svdq_bench.quality.prefix import Method, Prefix
 from svdq_bench.quality.quantized import BITS, TransformersQuantized, is_installed
 
-FAMILIES = ("per-channel", "kivi", "think", "quantized")
+# Families whose keys can be matched to a number of bits, and all.
+MATCHED_FAMILIES = ("per-channel", "kivi", "think", "quantized")
+FAMILIES = (*MATCHED_FAMILIES, "kvquant", "turboquant")
 KIVI_BITS = (1, 2, 4)
 KIVI_GROUPS = (32, 64, 128, 256, 512)
 PER_CHANNEL_BITS = (1, 2, 3, 4, 8)
 QUANTIZED_GROUPS = (32, 64, 128)
+SYNTAX = (
+    "per-channel:BITS, kivi:BITS[:GROUP_SIZE[:RESIDUAL]], think:SHARE_KEPT or "
+    "kvquant:BITS[:pre|post], each with :vBITS for its values, "
+    "turboquant:PRESET[:SKIPPED_LAYERS[:SINKS]] or quantized:BACKEND[:BITS[:GROUP_SIZE]]"
+)
 
 
 def candidates(family: str, prefix: Prefix, sink_tokens: int = 8) -> list[Method]:
     """The settings of a family that a budget may choose from, least bits first."""
-    _check_family(family)
+    _check_matched(family)
     if family == "per-channel":
         return [PerChannel(bits, sink_tokens) for bits in PER_CHANNEL_BITS]
     if family == "kivi":
@@ -41,7 +48,7 @@ def matched(family: str, all_in_bits: float, prefix: Prefix, sink_tokens: int = 
 
     Parameters
     ----------
-    family : one of :data:`FAMILIES`.
+    family : one of :data:`MATCHED_FAMILIES`.
     all_in_bits : everything stored for keys per key number.
     prefix : the context that bits are counted on; scales weigh less in a long one.
     sink_tokens : exact leading tokens of the peer, where its family can have any.
@@ -67,7 +74,7 @@ class Matched:
 
     Parameters
     ----------
-    family : one of :data:`FAMILIES`.
+    family : one of :data:`MATCHED_FAMILIES`.
     reference : the method whose all-in bits are matched.
     sink_tokens : as for :func:`matched`.
     """
@@ -78,7 +85,7 @@ class Matched:
     _chosen: dict[int, Method] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        _check_family(self.family)
+        _check_matched(self.family)
         if self.family == "quantized" and not (is_installed("quanto") or is_installed("hqq")):
             TransformersQuantized()  # says what to install
 
@@ -112,37 +119,53 @@ def parse_peer(text: str, reference: Method | None, sink_tokens: int = 8) -> Met
 
     Parameters
     ----------
-    text : a family alone, to be matched to ``reference``; or with its settings after colons:
-        ``per-channel:BITS``, ``kivi:BITS[:GROUP_SIZE]``, ``think:SHARE_KEPT``,
-        ``quantized:BACKEND[:BITS[:GROUP_SIZE]]``.
+    text : a family alone, to be matched to ``reference``; or with its settings after colons, see
+        ``SYNTAX``. A last word like ``v4`` says the bits of values, which are exact without it.
     reference : what a family alone is matched to.
     sink_tokens : exact leading tokens.
     """
     family, *words = text.split(":")
-    _check_family(family)
+    if family not in FAMILIES:
+        raise ValueError(f"peers are {', '.join(FAMILIES)}, got {family!r}")
     if not words:
         if reference is None:
             raise ValueError(f"{family} alone is matched to an svdq preset, and there is none")
         return Matched(family, reference, sink_tokens)
     try:
-        if family == "per-channel" and len(words) == 1:
-            return PerChannel(int(words[0]), sink_tokens)
-        if family == "kivi" and len(words) <= 2:
-            return Kivi(*map(int, words), sink_tokens=sink_tokens)
-        if family == "think" and len(words) == 1:
-            return ThinK(float(words[0]), sink_tokens)
-        if family == "quantized" and words[0] == "fp8" and len(words) == 1:
-            return TransformersQuantized("fp8", 8)
-        if family == "quantized" and len(words) <= 3:
-            return TransformersQuantized(words[0], *map(int, words[1:]))
+        found = _parse_settings(family, words, sink_tokens)
     except ValueError as error:
         raise ValueError(f"peer {text!r}: {error}") from error
-    raise ValueError(
-        f"peer {text!r}: expected per-channel:BITS, kivi:BITS[:GROUP_SIZE], think:SHARE_KEPT or "
-        "quantized:BACKEND[:BITS[:GROUP_SIZE]]"
-    )
+    if found is None:
+        raise ValueError(f"peer {text!r}: expected {SYNTAX}")
+    return found
 
 
-def _check_family(family: str) -> None:
-    if family not in FAMILIES:
-        raise ValueError(f"peers are {', '.join(FAMILIES)}, got {family!r}")
+def _parse_settings(family: str, words: list[str], sink_tokens: int) -> Method | None:
+    """A peer from the words after its family; None for too many or too few of them."""
+    v_bits = None
+    if words[-1].startswith("v") and family not in ("quantized", "turboquant"):
+        *words, last = words
+        v_bits = int(last.removeprefix("v"))
+    count = len(words)
+    if family == "per-channel" and count == 1:
+        return PerChannel(int(words[0]), sink_tokens, v_bits)
+    if family == "kivi" and 1 <= count <= 3:
+        return Kivi(*map(int, words), sink_tokens=sink_tokens, v_bits=v_bits)
+    if family == "think" and count == 1:
+        return ThinK(float(words[0]), sink_tokens, v_bits)
+    if family == "kvquant" and 1 <= count <= 2:
+        return KVQuant(int(words[0]), *words[1:], sink_tokens=sink_tokens, v_bits=v_bits)
+    if family == "turboquant" and count <= 3:
+        return TurboQuant(words[0], *map(int, words[1:]))
+    if family == "quantized" and words == ["fp8"]:
+        return TransformersQuantized("fp8", 8)
+    if family == "quantized" and count <= 3:
+        return TransformersQuantized(words[0], *map(int, words[1:]))
+    return None
+
+
+def _check_matched(family: str) -> None:
+    if family not in MATCHED_FAMILIES:
+        raise ValueError(
+            f"only {', '.join(MATCHED_FAMILIES)} can be matched to bits, {family!r} needs settings"
+        )

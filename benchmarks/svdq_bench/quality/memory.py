@@ -10,16 +10,55 @@ from svdq.cache.layer import SVDqLayer
 from svdq.layout import PAGE_TOKENS
 from svdq.store.window import GRANULE
 
+BF16_BYTES = 2
 
-def full_cache_bytes(cache: DynamicCache, num_tokens: int | None = None) -> int:
+
+def full_cache_bytes(
+    cache: DynamicCache, num_tokens: int | None = None, itemsize: int | None = None
+) -> int:
     """Bytes that keys and values of one sequence take in a full cache.
 
     Parameters
     ----------
     cache : a prefilled cache; its layers tell heads, sizes and dtype.
     num_tokens : length to compute for; None for the cache's own.
+    itemsize : bytes of a number; None for those of the cache's dtype.
     """
-    return sum(_layer_bytes(layer, num_tokens) for layer in cache.layers)
+    return sum(_layer_bytes(layer, num_tokens, itemsize) for layer in cache.layers)
+
+
+def bf16_bytes(cache: SVDqCache) -> tuple[int, int]:
+    """Bytes of a full cache and of this one, had the model computed it in bfloat16.
+
+    Codes, scales and bases are the same in every model. Sinks, windows, exact values and layers
+    that are not compressed have the model's dtype, so that a float32 model holds them at twice the
+    bytes: they are counted at 2 bytes a number, with the room to grow into.
+
+    Returns
+    -------
+    full, held : bytes; ``full / held`` is how many times smaller the cache is.
+    """
+    full, held = 0, cache.memory_report().total_bytes
+    for layer in cache.layers:
+        if not isinstance(layer, SVDqLayer):
+            full += _layer_bytes(layer, None, BF16_BYTES)
+            held -= _bf16_saving(layer.keys, layer.values)
+            continue
+        window = layer.tokens.window
+        batch, heads, _, dim = window.keys.shape
+        tokens = sum(layer.tokens.count(b) for b in range(batch))
+        full += 2 * tokens * heads * dim * BF16_BYTES
+        held -= _bf16_saving(window.keys, window.values)
+        # Pages of exact values are tensors of the model's dtype, those of codes are bytes.
+        pools = [store.pool.v_pages for store in layer.tokens.stores]
+        held -= _bf16_saving(*(pages for pages in pools if pages.dtype == window.keys.dtype))
+    return full, held
+
+
+def _bf16_saving(*tensors: Tensor) -> int:
+    """Bytes that the storages of tensors would not take if their numbers were bfloat16."""
+    sizes = {x.untyped_storage().data_ptr(): (x.untyped_storage().nbytes(), x) for x in tensors}
+    return sum(n // x.itemsize * (x.itemsize - BF16_BYTES) for n, x in sizes.values())
 
 
 def svdq_cache_bytes(cache: SVDqCache, num_tokens: int) -> int:
@@ -39,7 +78,7 @@ def svdq_cache_bytes(cache: SVDqCache, num_tokens: int) -> int:
     return total
 
 
-def _layer_bytes(layer, num_tokens: int | None) -> int:
+def _layer_bytes(layer, num_tokens: int | None, itemsize: int | None = None) -> int:
     """Bytes of a layer of transformers, which holds all tokens or, where it slides, its window."""
     held = layer.keys.shape[-2]
     if num_tokens is None:
@@ -51,7 +90,8 @@ def _layer_bytes(layer, num_tokens: int | None) -> int:
         for name, value in vars(layer).items()
         if isinstance(value, Tensor) and name not in ("keys", "values")
     )
-    return (layer.keys.nbytes + layer.values.nbytes) // held * num_tokens + extra
+    numbers = (layer.keys.numel() + layer.values.numel()) // held * num_tokens
+    return numbers * (itemsize or layer.keys.itemsize) + extra
 
 
 def _packed_layer_bytes(layer: SVDqLayer, num_tokens: int) -> int:

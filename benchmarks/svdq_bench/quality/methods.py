@@ -14,6 +14,7 @@ from svdq.config.presets import PRESETS, Schedule, resolve_keys
 from svdq.config.sparsity import DEFAULT_CHANNELS, Sparsity
 from svdq.layout import PAGE_TOKENS
 from svdq_bench.quality.budgets import budget_text
+from svdq_bench.quality.memory import bf16_bytes
 
 if TYPE_CHECKING:
     from svdq_bench.quality.prefix import Method, Prefix
@@ -233,11 +234,17 @@ class CacheSettings:
         return {"k_bits": report.code_bits, "all_in_bits": report.key_bits}
 
     def memory_columns(self, cache: SVDqCache) -> dict[str, float]:
-        """Bits as :meth:`bits`, bytes of the whole cache and their ratio to the full cache's."""
+        """Bits as :meth:`bits`, bytes of the whole cache and their ratio to the full cache's.
+
+        ``times_smaller_bf16`` is that ratio if the model were a bfloat16 one, see
+        :func:`svdq_bench.quality.memory.bf16_bytes`.
+        """
         report = cache.memory_report()
+        full_bf16, held_bf16 = bf16_bytes(cache)
         return self.bits(cache) | {
             "cache_bytes": report.total_bytes,
             "cache_ratio": report.ratio,
+            "times_smaller_bf16": full_bf16 / held_bf16,
             "cache_parts": report.parts,
         }
 

@@ -11,15 +11,20 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 
-from svdq_bench.quality.budgets import budget_text
+from svdq_bench.quality.perplexity_plots import perplexity_plot
+from svdq_bench.quality.plot_parts import (
+    MARKERS,
+    budget_line,
+    budget_scale,
+    log_scale,
+    new_figure,
+)
 
 # A page must not depend on the day or on what is installed where it is read: no date, no outlines
 # of letters whose names would clash between plots.
 SVG_STYLE = {"svg.fonttype": "none", "font.family": "sans-serif", "text.parse_math": False}
 NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-MARKERS = "osD^vP*X<>"
 HEAT_COLUMNS = 3
 
 
@@ -40,91 +45,6 @@ def to_svg(benchmark: str, rows: Sequence[dict]) -> str:
     return re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])
 
 
-def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _plain(value: float, _: int) -> str:
-    return f"{value:g}"
-
-
-def _log_scale(axes: Axes) -> None:
-    """A logarithmic scale of y with numbers at 1, 2 and 5, without superscripts."""
-    axes.set_yscale("log")
-    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-    axes.yaxis.set_major_formatter(_plain)
-    axes.yaxis.set_minor_formatter(_plain)
-
-
-def error_against_bits(rows: Sequence[dict]) -> Figure:
-    """KL divergence against the true bits of a key, a marker for each family of methods.
-
-    Parameters
-    ----------
-    rows : of ``"perplexity"``; those without a divergence (the full cache) have no point.
-    """
-    figure = _figure(8, 4.8)
-    axes = figure.subplots()
-    families: dict[str, list[dict]] = {}
-    for row in rows:
-        if row.get("kl", 0) > 0:
-            families.setdefault(family_of(row), []).append(row)
-    for index, (family, group) in enumerate(families.items()):
-        group.sort(key=lambda row: row["all_in_bits"])
-        bits, kl = ([row[key] for row in group] for key in ("all_in_bits", "kl"))
-        marker = MARKERS[index % len(MARKERS)]
-        axes.plot(bits, kl, marker, label=family, color=f"C{index % 10}")
-        for row in group:
-            place = (row["all_in_bits"], row["kl"])
-            axes.annotate(
-                row["method"], place, (5, 4), textcoords="offset points", fontsize=7, alpha=0.8
-            )
-    axes.set(xlabel="bits a key number, everything counted", ylabel="KL to the full cache, nats")
-    if families:
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(_plain)
-        _log_scale(axes)
-        axes.margins(x=0.15)
-        axes.legend()
-    axes.grid(alpha=0.3)
-    return figure
-
-
-def perplexity_plot(rows: Sequence[dict]) -> Figure:
-    """Error against budget where some rows have one, else against bits."""
-    budgets = any("budget" in row for row in rows)
-    return error_against_budget(rows) if budgets else error_against_bits(rows)
-
-
-def error_against_budget(rows: Sequence[dict]) -> Figure:
-    """KL divergence against the budget, a line for each scorer, and without a budget.
-
-    Parameters
-    ----------
-    rows : of ``"perplexity"``; those of other caches than svdq are left out.
-    """
-    figure = _figure(8, 4.8)
-    axes = figure.subplots()
-    lines: dict[str, list[dict]] = {}
-    for row in rows:
-        if "budget" in row:
-            lines.setdefault(scorer_of(row), []).append(row)
-        elif "preset" in row and row["kl"] > 0:
-            axes.axhline(row["kl"], ls="--", color="gray", label=row["method"])
-    for index, (scorer, group) in enumerate(lines.items()):
-        _budget_line(axes, index, scorer, group, "kl")
-    _budget_scale(axes, [row for group in lines.values() for row in group])
-    axes.set(ylabel="KL to the full cache, nats")
-    _log_scale(axes)
-    axes.legend(fontsize=8)
-    return figure
-
-
-def scorer_of(row: dict) -> str:
-    """The scorer of a row with a budget."""
-    return row["method"].replace(f"{budget_text(row['budget'])} ", "")
-
-
 def recall(rows: Sequence[dict]) -> Figure:
     """Attention mass that is read against the budget, a line for each choice.
 
@@ -132,12 +52,12 @@ def recall(rows: Sequence[dict]) -> Figure:
     ----------
     rows : of ``"sparsity"``: method, budget, recall.
     """
-    figure = _figure(8, 4.8)
+    figure = new_figure(8, 4.8)
     axes = figure.subplots()
     for index, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         group = [row for row in rows if row["method"] == method]
-        _budget_line(axes, index, method, group, "recall")
-    _budget_scale(axes, rows)
+        budget_line(axes, index, method, group, "recall")
+    budget_scale(axes, rows)
     axes.set(ylabel="attention mass that is read")
     axes.legend(fontsize=8)
     return figure
@@ -150,7 +70,7 @@ def decode_time(rows: Sequence[dict]) -> Figure:
     ----------
     rows : of ``"sparse"``: case, kv_len, ms.
     """
-    figure = _figure(8, 4.8)
+    figure = new_figure(8, 4.8)
     axes = figure.subplots()
     for index, case in enumerate(dict.fromkeys(row["case"] for row in rows)):
         group = sorted((r for r in rows if r["case"] == case), key=lambda row: row["kv_len"])
@@ -162,31 +82,10 @@ def decode_time(rows: Sequence[dict]) -> Figure:
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.minorticks_off()
     axes.set(xlabel="tokens in the cache", ylabel="attention of one step, ms")
-    _log_scale(axes)
+    log_scale(axes)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure
-
-
-def _budget_line(axes: Axes, index: int, label: str, group: Sequence[dict], key: str) -> None:
-    group = sorted(group, key=lambda row: row["budget"])
-    budgets, values = ([row[name] for row in group] for name in ("budget", key))
-    marker, color = MARKERS[index % len(MARKERS)], f"C{index % 10}"
-    axes.plot(budgets, values, f"{marker}-", label=label, color=color, ms=4, lw=1)
-
-
-def _budget_scale(axes: Axes, rows: Sequence[dict]) -> None:
-    budgets = sorted({row["budget"] for row in rows})
-    axes.set_xscale("log")
-    axes.set_xticks(budgets, [budget_text(budget) for budget in budgets])
-    axes.minorticks_off()
-    axes.set_xlabel("budget")
-    axes.grid(alpha=0.3)
-
-
-def family_of(row: dict) -> str:
-    """The kind of method of a row."""
-    return row.get("family") or row["method"].split()[0]
 
 
 def retrieval_heat(rows: Sequence[dict]) -> Figure:
@@ -202,7 +101,7 @@ def retrieval_heat(rows: Sequence[dict]) -> Figure:
     depths = sorted({row["depth"] for row in rows})
     columns = min(HEAT_COLUMNS, len(methods))
     lines = -(-len(methods) // columns)
-    figure = _figure(4 * columns, 0.8 + 2.6 * lines)
+    figure = new_figure(4 * columns, 0.8 + 2.6 * lines)
     panels = figure.subplots(lines, columns, squeeze=False)
     for axes in panels.flat[len(methods) :]:
         axes.set_axis_off()
@@ -244,7 +143,7 @@ def bits_heat(rows: Sequence[dict]) -> Figure:
     heads = sorted({row["head"] for row in rows})
     methods = list(dict.fromkeys(row.get("method") for row in rows))
     height = 1.6 + 0.35 * len(heads)
-    figure = _figure(max(5, 1 + 0.38 * len(layers)), height * len(methods))
+    figure = new_figure(max(5, 1 + 0.38 * len(layers)), height * len(methods))
     max_bits = max(row["bits"] for row in rows)
     panels = figure.subplots(len(methods), squeeze=False)[:, 0]
     for axes, method in zip(panels, methods, strict=True):
@@ -284,7 +183,7 @@ def spectrum(rows: Sequence[dict]) -> Figure:
     ----------
     rows : of ``"spectrum"``: layer, head, variances (largest first).
     """
-    figure = _figure(8, 4.8)
+    figure = new_figure(8, 4.8)
     axes = figure.subplots()
     layers = sorted({row["layer"] for row in rows})
     colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.95, len(layers)))
@@ -298,7 +197,7 @@ def spectrum(rows: Sequence[dict]) -> Figure:
         channels = range(1, longest + 1)
         axes.plot(channels, np.nanmedian(padded, axis=0), color=color, label=label, lw=1)
     axes.set(xlabel="latent channel", ylabel="standard deviation")
-    _log_scale(axes)
+    log_scale(axes)
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
@@ -311,7 +210,7 @@ def key_error(rows: Sequence[dict]) -> Figure:
     ----------
     rows : of ``"key_error"``: layer, method, relative_error, bits.
     """
-    figure = _figure(10, 4.8)
+    figure = new_figure(10, 4.8)
     axes = figure.subplots()
     methods = list(dict.fromkeys(method_of(row) for row in rows))
     for index, method in enumerate(methods):
@@ -321,7 +220,7 @@ def key_error(rows: Sequence[dict]) -> Figure:
         color = matplotlib.colormaps["tab20"](index % 20)
         axes.plot(layers, errors, f"{marker}-", color=color, label=method, ms=4, lw=1)
     axes.set(xlabel="layer", ylabel="relative error of the keys")
-    _log_scale(axes)
+    log_scale(axes)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)
     return figure

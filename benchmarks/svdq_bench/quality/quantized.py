@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import QuantizedCache
 from transformers.cache_utils import Cache
 
-from svdq_bench.quality.memory import full_cache_bytes
+from svdq_bench.quality.memory import BF16_BYTES, full_cache_bytes
 from svdq_bench.quality.prefix import Prefix
 
 # Backend -> the module it needs, and how to install that.
@@ -82,6 +82,7 @@ class TransformersQuantized:
             cache.update(layer.keys, layer.values, index)
         # Its layers keep no shapes, so the size of the exact cache travels with it.
         cache.full_bytes = full_cache_bytes(prefix.cache)
+        cache.full_bf16_bytes = full_cache_bytes(prefix.cache, itemsize=BF16_BYTES)
         cache.key_numbers = sum(layer.keys.numel() for layer in prefix.cache.layers)
         return cache
 
@@ -89,11 +90,14 @@ class TransformersQuantized:
         """Bytes of the tensors that the cache holds after :meth:`compress`."""
         key_bytes = sum(_stored_bytes(layer, "keys") for layer in cache.layers)
         value_bytes = sum(_stored_bytes(layer, "values") for layer in cache.layers)
+        exact = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        saved = sum(x.numel() * (x.itemsize - BF16_BYTES) for x in exact)
         return {
             "k_bits": float(self.bits),
             "all_in_bits": 8 * key_bytes / cache.key_numbers,
             "cache_bytes": key_bytes + value_bytes,
             "cache_ratio": cache.full_bytes / (key_bytes + value_bytes),
+            "times_smaller_bf16": cache.full_bf16_bytes / (key_bytes + value_bytes - saved),
         }
 
 

@@ -35,11 +35,11 @@ def summarize(rows: Sequence[dict]) -> list[dict]:
 
     Returns
     -------
-    Rows with method, the means of k_bits, all_in_bits and cache_ratio, of sparse ones the budget
-    and what was read, ``task: NAME`` and ``tokens: LENGTH`` (accuracies; the latter over the tasks
-    that the model itself can do, if there are any), ``able``, the mean over these tasks,
-    ``able_difference`` to the full cache's, and ``able_stderr``, the standard error of that
-    difference.
+    Rows with method, the means of k_bits, all_in_bits, cache_ratio and times_smaller_bf16, of
+    sparse ones the budget and what was read, ``task: NAME`` and ``tokens: LENGTH`` (accuracies; the
+    latter over the tasks that the model itself can do, if there are any), ``able``, the mean over
+    these tasks, ``able_difference`` to the full cache's, and ``able_stderr``, the standard error of
+    that difference.
     """
     able = able_tasks(rows)
     found: dict[str, list[dict]] = {}
@@ -51,6 +51,8 @@ def summarize(rows: Sequence[dict]) -> list[dict]:
         line = {"benchmark": "retrieval-summary", "method": method}
         for key in ("k_bits", "all_in_bits", "cache_ratio"):
             line[key] = pooled(group, key)
+        if all("times_smaller_bf16" in row for row in group):
+            line["times_smaller_bf16"] = pooled(group, "times_smaller_bf16")
         if "budget" in group[0]:
             line["budget"] = group[0]["budget"]
         if all("read_ratio" in row for row in group):
