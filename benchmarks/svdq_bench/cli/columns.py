@@ -22,6 +22,7 @@ COLUMNS: dict[str, list[tuple[str, str, Callable[[Any], str]]]] = {
         ("all_in_bits", "bits, all in", _bits),
         ("v_bits", "value bits", str),
         ("sink_tokens", "sinks", str),
+        ("text", "text", str),
         ("budget", "budget", _budget),
         ("code_read_ratio", "key codes read, times fewer", _number(1)),
         ("read_ratio", "all in", _number(1)),
@@ -173,6 +174,8 @@ def cells(
     elif benchmark == "key_error":
         rows = summarize_key_errors(rows)
     columns = [c for c in columns if any(c[0] in row for row in rows)]
+    if len({row.get("text") for row in rows}) == 1:  # one text for all needs no column
+        columns = [c for c in columns if c[0] != "text"]
     if keys is not None:
         columns = _chosen_columns(columns, keys)
     body = [

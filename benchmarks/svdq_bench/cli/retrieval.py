@@ -140,7 +140,7 @@ def retrieval(
     --sparse-budget svdq caches take the question one token at a time, too, since only such steps
     are sparse, unless --dense-question is given.
     """
-    from svdq_bench.quality import models
+    from svdq_bench.quality import models, texts
     from svdq_bench.quality.methods import CacheSettings
     from svdq_bench.quality.retrieval import Sweep, evaluate_retrieval
     from svdq_bench.quality.tasks import NOISE, TASKS, SampleMaker
@@ -166,7 +166,7 @@ def retrieval(
         ]
     tasks = tuple(task or TASKS)
     sweep = Sweep(tasks, tuple(context_tokens), tuple(depth), samples, seed)
-    text = NOISE if haystack is Haystack.noise else models.load_text(text_file)
+    text = NOISE if haystack is Haystack.noise else texts.load_text(text_file)
     source = models.find_model(model, gguf_file)
     with quiet_transformers():
         tokenizer = models.load_tokenizer(source)
@@ -176,6 +176,8 @@ def retrieval(
         rows = evaluate_retrieval(loaded, tokenizer, methods, questions, begin)
     for row in rows:
         row |= {"model": str(source), "haystack": haystack.value, "seed": seed}
+        if haystack is Haystack.text:
+            row["text"] = texts.name_of(text_file)
         if sparse_budget:
             row["sparse_question"] = sparse_question
     title = f"{source}, {dtype.value}, retrieval"
