@@ -9,9 +9,10 @@ from svdq_bench.cli.formats import bits as _bits
 from svdq_bench.cli.formats import budget as _budget
 from svdq_bench.cli.formats import fine_percent as _fine_percent
 from svdq_bench.cli.formats import megabytes as _megabytes
+from svdq_bench.cli.formats import nats_interval as _nats_interval
 from svdq_bench.cli.formats import number as _number
 from svdq_bench.cli.formats import percent as _percent
-from svdq_bench.cli.formats import points as _points
+from svdq_bench.cli.formats import points_interval as _points_interval
 from svdq_bench.cli.formats import times as _times
 
 # Per benchmark: key of a row, heading, how to write it. Keys that no row has are left out.
@@ -34,6 +35,8 @@ COLUMNS: dict[str, list[tuple[str, str, Callable[[Any], str]]]] = {
         ("method", "keys", str),
         ("k_bits", "bits", _bits),
         ("all_in_bits", "bits, all in", _bits),
+        ("v_bits", "value bits", str),
+        ("text", "text", str),
         ("budget", "budget", _budget),
         ("code_read_ratio", "key codes read, times fewer", _number(1)),
         ("read_ratio", "all in", _number(1)),
@@ -201,7 +204,7 @@ def _retrieval_columns(rows: Sequence[dict]) -> tuple[list[dict], list]:
     """A row a method, and the columns of its accuracies by task and by length of context."""
     from svdq_bench.quality.summary import summarize
 
-    summary = summarize(rows)
+    summary = [_with_intervals(line) for line in summarize(rows)]
     keys = list(dict.fromkeys(key for row in summary for key in row))
     columns = []
     for key in keys:
@@ -209,13 +212,24 @@ def _retrieval_columns(rows: Sequence[dict]) -> tuple[list[dict], list]:
         if kind == "task":  # in words, so that a heading can wrap
             columns.append((key, name.replace("_", " "), _percent))
     columns.append(("able", "all that the model can do", _percent))
-    columns.append(("able_difference", "points to the full cache", _points))
-    columns.append(("able_stderr", "standard error", lambda value: f"{100 * value:.1f}"))
+    columns.append(("able_interval", "points to the full cache", _points_interval))
     for key in keys:
         kind, _, name = key.partition(": ")
         if kind == "tokens":
             columns.append((key, f"these at {int(name):,}", _percent))
+    columns.append(("log_likelihood", "log-likelihood of the answer, nats", _number(3)))
+    columns.append(("log_likelihood_interval", "nats to the full cache", _nats_interval))
     return summary, columns
+
+
+def _with_intervals(line: dict) -> dict:
+    """A line of the summary with each difference and its half-width, if it has one, in a pair."""
+    pairs = {
+        f"{name}_interval": (line[f"{name}_difference"], line.get(f"{name}_half_width"))
+        for name in ("able", "log_likelihood")
+        if f"{name}_difference" in line
+    }
+    return line | pairs
 
 
 def _recall_columns(rows: Sequence[dict]) -> tuple[list[dict], list]:

@@ -229,8 +229,9 @@ def retrieval_heat(rows: Sequence[dict]) -> Figure:
 
 
 def method_of(row: dict) -> str:
-    """The method of a row; a matched peer is one whatever settings it was given."""
-    return row.get("matched") or row["method"]
+    """The method of a row, values named; a matched peer is one whatever settings it was given."""
+    name, v_bits = row.get("matched") or row["method"], row.get("v_bits")
+    return name if v_bits in (None, "exact") else f"{name}, {v_bits}-bit values"
 
 
 def bits_heat(rows: Sequence[dict]) -> Figure:
