@@ -17,9 +17,11 @@ from svdq_bench.quality.forced import force, fork_cache
 from svdq_bench.quality.implementation import attention
 from svdq_bench.quality.methods import CacheSettings
 from svdq_bench.quality.peers import FullCache, Kivi
+from svdq_bench.quality.plots import to_svg
 from svdq_bench.quality.prefix import read_prefix
 from svdq_bench.quality.puzzles import DEPTH_TASKS, TASKS
 from svdq_bench.quality.retrieval import Answer, Sweep, answer, evaluate_retrieval, score_columns
+from svdq_bench.quality.retrieval_plots import is_drawable
 from svdq_bench.quality.tasks import Question, SampleMaker
 
 HAYSTACK = "\n".join(f"Line {i} of a long text. It says little." for i in range(300))
@@ -209,3 +211,28 @@ def test_command_asks_several_questions_of_several_values(tmp_path):
     assert [row.get("v_bits") for row in rows] == [None, "exact", "exact", 4]
     assert {row["samples"] for row in rows} == {8}
     assert {row["depth"] for row in rows} == {None}
+    assert "log-likelihood, nats" in (tmp_path / "rows.html").read_text()
+    assert "accuracy, points" not in to_svg("retrieval", rows)  # the random model can do nothing
+
+
+def test_both_scores_are_drawn_against_bits():
+    rows = []
+    for method, bits in (("full cache", 32), ("svdq 1", 1.2), ("svdq 2", 2.3), ("KIVI 2", 3)):
+        row = {"benchmark": "retrieval", "method": method, "task": "niah_single", "depth": None}
+        row |= {
+            "context_tokens": 512,
+            "all_in_bits": bits,
+            "k_bits": bits,
+            "cache_ratio": 32 / bits,
+        }
+        for score, full in (("accuracy", 0.9), ("log_likelihood", -0.5)):
+            row |= {score: full - (bits < 32) / bits, f"full_{score}": full, f"{score}_square": 0.9}
+        rows.append(row | {"v_bits": None if bits == 32 else 4, "contexts": 9, "samples": 90})
+    assert is_drawable(rows)
+    drawn = to_svg("retrieval", rows)
+    for text in ("accuracy, points", "log-likelihood, nats", "svdq, values 4", "KIVI, values 4"):
+        assert text in drawn
+    assert "full cache, values" not in drawn
+    assert not is_drawable(rows[:1])
+    # Rows with a depth are drawn by depth.
+    assert "depth of the needle" in to_svg("retrieval", [row | {"depth": 0.5} for row in rows])

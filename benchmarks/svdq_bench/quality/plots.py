@@ -9,18 +9,24 @@ from collections.abc import Callable, Sequence
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 
 from svdq_bench.quality.budgets import budget_text
+from svdq_bench.quality.drawing import (
+    MARKERS,
+    draw_heat,
+    family_of,
+    log_scale,
+    method_of,
+    new_figure,
+    plain,
+)
+from svdq_bench.quality.retrieval_plots import retrieval_plot
 
 # A page must not depend on the day or on what is installed where it is read: no date, no outlines
 # of letters whose names would clash between plots.
 SVG_STYLE = {"svg.fonttype": "none", "font.family": "sans-serif", "text.parse_math": False}
 NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-MARKERS = "osD^vP*X<>"
-HEAT_COLUMNS = 3
 
 
 def to_svg(benchmark: str, rows: Sequence[dict]) -> str:
@@ -40,22 +46,6 @@ def to_svg(benchmark: str, rows: Sequence[dict]) -> str:
     return re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])
 
 
-def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _plain(value: float, _: int) -> str:
-    return f"{value:g}"
-
-
-def _log_scale(axes: Axes) -> None:
-    """A logarithmic scale of y with numbers at 1, 2 and 5, without superscripts."""
-    axes.set_yscale("log")
-    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-    axes.yaxis.set_major_formatter(_plain)
-    axes.yaxis.set_minor_formatter(_plain)
-
-
 def error_against_bits(rows: Sequence[dict]) -> Figure:
     """KL divergence against the true bits of a key, a marker for each family of methods.
 
@@ -63,7 +53,7 @@ def error_against_bits(rows: Sequence[dict]) -> Figure:
     ----------
     rows : of ``"perplexity"``; those without a divergence (the full cache) have no point.
     """
-    figure = _figure(8, 4.8)
+    figure = new_figure(8, 4.8)
     axes = figure.subplots()
     families: dict[str, list[dict]] = {}
     for row in rows:
@@ -82,8 +72,8 @@ def error_against_bits(rows: Sequence[dict]) -> Figure:
     axes.set(xlabel="bits a key number, everything counted", ylabel="KL to the full cache, nats")
     if families:
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(_plain)
-        _log_scale(axes)
+        axes.xaxis.set_major_formatter(plain)
+        log_scale(axes)
         axes.margins(x=0.15)
         axes.legend()
     axes.grid(alpha=0.3)
@@ -103,7 +93,7 @@ def error_against_budget(rows: Sequence[dict]) -> Figure:
     ----------
     rows : of ``"perplexity"``; those of other caches than svdq are left out.
     """
-    figure = _figure(8, 4.8)
+    figure = new_figure(8, 4.8)
     axes = figure.subplots()
     lines: dict[str, list[dict]] = {}
     for row in rows:
@@ -115,7 +105,7 @@ def error_against_budget(rows: Sequence[dict]) -> Figure:
         _budget_line(axes, index, scorer, group, "kl")
     _budget_scale(axes, [row for group in lines.values() for row in group])
     axes.set(ylabel="KL to the full cache, nats")
-    _log_scale(axes)
+    log_scale(axes)
     axes.legend(fontsize=8)
     return figure
 
@@ -132,7 +122,7 @@ def recall(rows: Sequence[dict]) -> Figure:
     ----------
     rows : of ``"sparsity"``: method, budget, recall.
     """
-    figure = _figure(8, 4.8)
+    figure = new_figure(8, 4.8)
     axes = figure.subplots()
     for index, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         group = [row for row in rows if row["method"] == method]
@@ -150,7 +140,7 @@ def decode_time(rows: Sequence[dict]) -> Figure:
     ----------
     rows : of ``"sparse"``: case, kv_len, ms.
     """
-    figure = _figure(8, 4.8)
+    figure = new_figure(8, 4.8)
     axes = figure.subplots()
     for index, case in enumerate(dict.fromkeys(row["case"] for row in rows)):
         group = sorted((r for r in rows if r["case"] == case), key=lambda row: row["kv_len"])
@@ -162,7 +152,7 @@ def decode_time(rows: Sequence[dict]) -> Figure:
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.minorticks_off()
     axes.set(xlabel="tokens in the cache", ylabel="attention of one step, ms")
-    _log_scale(axes)
+    log_scale(axes)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure
@@ -184,56 +174,6 @@ def _budget_scale(axes: Axes, rows: Sequence[dict]) -> None:
     axes.grid(alpha=0.3)
 
 
-def family_of(row: dict) -> str:
-    """The kind of method of a row."""
-    return row.get("family") or row["method"].split()[0]
-
-
-def retrieval_heat(rows: Sequence[dict]) -> Figure:
-    """Accuracy by context length and depth, a panel for each method.
-
-    Parameters
-    ----------
-    rows : of ``"retrieval"``; those without a depth are left out.
-    """
-    rows = [row for row in rows if row.get("depth") is not None]
-    methods = list(dict.fromkeys(method_of(row) for row in rows))
-    lengths = sorted({row["context_tokens"] for row in rows})
-    depths = sorted({row["depth"] for row in rows})
-    columns = min(HEAT_COLUMNS, len(methods))
-    lines = -(-len(methods) // columns)
-    figure = _figure(4 * columns, 0.8 + 2.6 * lines)
-    panels = figure.subplots(lines, columns, squeeze=False)
-    for axes in panels.flat[len(methods) :]:
-        axes.set_axis_off()
-    for axes, method in zip(panels.flat, methods, strict=False):
-        values = np.full((len(depths), len(lengths)), np.nan)
-        for i, depth in enumerate(depths):
-            for j, length in enumerate(lengths):
-                cell = [
-                    row
-                    for row in rows
-                    if (method_of(row), row["depth"], row["context_tokens"])
-                    == (method, depth, length)
-                ]
-                if cell:
-                    weights = [row["samples"] for row in cell]
-                    values[i, j] = np.average([row["accuracy"] for row in cell], weights=weights)
-        image = _heat(axes, 100 * values, 0, 100, "RdYlGn", "{:.0f}")
-        axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
-        axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
-        axes.set(xlabel="context, tokens", ylabel="depth of the needle")
-        axes.set_title(method, fontsize=9)
-    figure.colorbar(image, ax=panels, label="accuracy, %")
-    return figure
-
-
-def method_of(row: dict) -> str:
-    """The method of a row, values named; a matched peer is one whatever settings it was given."""
-    name, v_bits = row.get("matched") or row["method"], row.get("v_bits")
-    return name if v_bits in (None, "exact") else f"{name}, {v_bits}-bit values"
-
-
 def bits_heat(rows: Sequence[dict]) -> Figure:
     """Bits a key number by layer and KV head, a panel for each method.
 
@@ -245,7 +185,7 @@ def bits_heat(rows: Sequence[dict]) -> Figure:
     heads = sorted({row["head"] for row in rows})
     methods = list(dict.fromkeys(row.get("method") for row in rows))
     height = 1.6 + 0.35 * len(heads)
-    figure = _figure(max(5, 1 + 0.38 * len(layers)), height * len(methods))
+    figure = new_figure(max(5, 1 + 0.38 * len(layers)), height * len(methods))
     max_bits = max(row["bits"] for row in rows)
     panels = figure.subplots(len(methods), squeeze=False)[:, 0]
     for axes, method in zip(panels, methods, strict=True):
@@ -253,29 +193,13 @@ def bits_heat(rows: Sequence[dict]) -> Figure:
         for row in rows:
             if row.get("method") == method:
                 values[heads.index(row["head"]), layers.index(row["layer"])] = row["bits"]
-        image = _heat(axes, values, 0, max_bits, "viridis", "{:.2g}")
+        image = draw_heat(axes, values, 0, max_bits, "viridis", "{:.2g}")
         axes.set_xticks(range(len(layers)), layers)
         axes.set_yticks(range(len(heads)), heads)
         axes.set(xlabel="layer", ylabel="KV head")
         axes.set_title(method, fontsize=9)
     figure.colorbar(image, ax=panels, label="bits")
     return figure
-
-
-def _heat(
-    axes: Axes, values: np.ndarray, low: float, high: float | None, colors: str, write: str
-) -> QuadMesh:
-    """Cells with their numbers in them, the first row on top; empty where there is none."""
-    y_edges, x_edges = (np.arange(n + 1) - 0.5 for n in values.shape)
-    image = axes.pcolormesh(x_edges, y_edges, values, vmin=low, vmax=high, cmap=colors)
-    axes.invert_yaxis()
-    for (i, j), value in np.ndenumerate(values):
-        if np.isfinite(value):
-            red, green, blue, _ = image.cmap(image.norm(value))
-            ink = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.45 else "white"
-            text = write.format(value)
-            axes.text(j, i, text, ha="center", va="center", fontsize=7, color=ink)
-    return image
 
 
 def spectrum(rows: Sequence[dict]) -> Figure:
@@ -285,7 +209,7 @@ def spectrum(rows: Sequence[dict]) -> Figure:
     ----------
     rows : of ``"spectrum"``: layer, head, variances (largest first).
     """
-    figure = _figure(8, 4.8)
+    figure = new_figure(8, 4.8)
     axes = figure.subplots()
     layers = sorted({row["layer"] for row in rows})
     colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.95, len(layers)))
@@ -299,7 +223,7 @@ def spectrum(rows: Sequence[dict]) -> Figure:
         channels = range(1, longest + 1)
         axes.plot(channels, np.nanmedian(padded, axis=0), color=color, label=label, lw=1)
     axes.set(xlabel="latent channel", ylabel="standard deviation")
-    _log_scale(axes)
+    log_scale(axes)
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
@@ -312,7 +236,7 @@ def key_error(rows: Sequence[dict]) -> Figure:
     ----------
     rows : of ``"key_error"``: layer, method, relative_error, bits.
     """
-    figure = _figure(10, 4.8)
+    figure = new_figure(10, 4.8)
     axes = figure.subplots()
     methods = list(dict.fromkeys(method_of(row) for row in rows))
     for index, method in enumerate(methods):
@@ -322,7 +246,7 @@ def key_error(rows: Sequence[dict]) -> Figure:
         color = matplotlib.colormaps["tab20"](index % 20)
         axes.plot(layers, errors, f"{marker}-", color=color, label=method, ms=4, lw=1)
     axes.set(xlabel="layer", ylabel="relative error of the keys")
-    _log_scale(axes)
+    log_scale(axes)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)
     return figure
@@ -333,7 +257,7 @@ PLOTS: dict[str, tuple[str, Callable[[Sequence[dict]], Figure]]] = {
     "perplexity": ("Error of predictions", perplexity_plot),
     "sparsity": ("Attention mass that is read", recall),
     "sparse": ("Time of a decode step", decode_time),
-    "retrieval": ("Retrieval by length and depth", retrieval_heat),
+    "retrieval": ("Retrieval", retrieval_plot),
     "bits": ("Bits by layer and head", bits_heat),
     "spectrum": ("Decay of the keys' latent channels", spectrum),
     "key_error": ("Error of the keys by layer", key_error),
