@@ -1,6 +1,7 @@
 """Teacher forcing: several questions about one compressed context, and how sure scores are."""
 
 import json
+import math
 import re
 import statistics
 
@@ -161,7 +162,7 @@ def test_several_questions_have_no_depth(maker):
 
 
 @torch.inference_mode()
-def test_rows_tell_both_scores_and_their_differences(maker, tokenizer):
+def test_rows_tell_scores_and_their_differences(maker, tokenizer):
     model = make_model("llama", "sdpa")
     samples = Sweep(("niah_multikey",), (700,), samples=3, questions=2).make_samples(maker)
     method = CacheSettings("paper-1.25", v_bits=4, residual_length=0)
@@ -180,6 +181,13 @@ def test_rows_tell_both_scores_and_their_differences(maker, tokenizer):
     half_width = 4.3027 * (statistics.variance(found) / 3) ** 0.5
     assert row["log_likelihood_half_width"] == pytest.approx(half_width)
     assert (row["scored"], row["contexts"], row["samples"]) == ("forced", 3, 6)
+    assert 0 < row["full_probability"] == full["probability"] < 1
+    assert row["probability_half_width"] > 0
+
+
+def test_probability_is_that_of_the_answer():
+    assert Answer(0, -2.0).probability == pytest.approx(math.exp(-2))
+    assert Answer(0, None).probability is None
 
 
 def test_open_orders_have_no_likelihood():
@@ -215,7 +223,7 @@ def test_command_asks_several_questions_of_several_values(tmp_path):
     assert "accuracy, points" not in to_svg("retrieval", rows)  # the random model can do nothing
 
 
-def test_both_scores_are_drawn_against_bits():
+def test_scores_are_drawn_against_bits():
     rows = []
     for method, bits in (("full cache", 32), ("svdq 1", 1.2), ("svdq 2", 2.3), ("KIVI 2", 3)):
         row = {"benchmark": "retrieval", "method": method, "task": "niah_single", "depth": None}
@@ -225,13 +233,15 @@ def test_both_scores_are_drawn_against_bits():
             "k_bits": bits,
             "cache_ratio": 32 / bits,
         }
-        for score, full in (("accuracy", 0.9), ("log_likelihood", -0.5)):
+        for score, full in (("accuracy", 0.9), ("log_likelihood", -0.5), ("probability", 0.6)):
             row |= {score: full - (bits < 32) / bits, f"full_{score}": full, f"{score}_square": 0.9}
         rows.append(row | {"v_bits": None if bits == 32 else 4, "contexts": 9, "samples": 90})
     assert is_drawable(rows)
     drawn = to_svg("retrieval", rows)
-    for text in ("accuracy, points", "log-likelihood, nats", "svdq, values 4", "KIVI, values 4"):
+    for text in ("accuracy, points", "probability, points", "log-likelihood, nats"):
         assert text in drawn
+    assert "svdq, values 4" in drawn
+    assert "KIVI, values 4" in drawn
     assert "full cache, values" not in drawn
     assert not is_drawable(rows[:1])
     # Rows with a depth are drawn by depth.

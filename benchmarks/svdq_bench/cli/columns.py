@@ -213,11 +213,12 @@ def _retrieval_columns(rows: Sequence[dict]) -> tuple[list[dict], list]:
             columns.append((key, name.replace("_", " "), _percent))
     columns.append(("able", "all that the model can do", _percent))
     columns.append(("able_interval", "points to the full cache", _points_interval))
-    for key in keys:
-        kind, _, name = key.partition(": ")
-        if kind == "tokens":
-            columns.append((key, f"these at {int(name):,}", _percent))
-    columns.append(("log_likelihood", "log-likelihood of the answer, nats", _number(3)))
+    lengths = [key for key in keys if key.startswith("tokens: ")]
+    for key in lengths if len(lengths) > 1 else []:  # of one length it is the column before
+        columns.append((key, f"these at {int(key.removeprefix('tokens: ')):,}", _percent))
+    columns.append(("probability", "probability of the answer", _percent))
+    columns.append(("probability_interval", "points to the full cache", _points_interval))
+    columns.append(("log_likelihood", "log-likelihood, nats", _number(3)))
     columns.append(("log_likelihood_interval", "nats to the full cache", _nats_interval))
     return summary, columns
 
@@ -226,7 +227,7 @@ def _with_intervals(line: dict) -> dict:
     """A line of the summary with each difference and its half-width, if it has one, in a pair."""
     pairs = {
         f"{name}_interval": (line[f"{name}_difference"], line.get(f"{name}_half_width"))
-        for name in ("able", "log_likelihood")
+        for name in ("able", "log_likelihood", "probability")
         if f"{name}_difference" in line
     }
     return line | pairs

@@ -160,9 +160,10 @@ def retrieval(
     """Questions about a long context that was compressed before they came, against the full cache.
 
     Every context is prefilled exactly, once for all methods, and compressed; then comes each
-    question with its right answer. Scores are the log-likelihood of the answer, and the share of
-    the expected strings that greedy decoding gives. With --sparse-budget svdq caches take questions
-    one token at a time, too, since only such steps are sparse, unless --dense-question is given.
+    question with its right answer. Scores are the answer's log-likelihood and probability, and the
+    share of the expected strings that greedy decoding gives. With --sparse-budget svdq caches take
+    questions one token at a time, too, since only such steps are sparse, unless --dense-question is
+    given.
     """
     from svdq_bench.quality import models, texts
     from svdq_bench.quality.methods import CacheSettings

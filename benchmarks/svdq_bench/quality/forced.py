@@ -1,7 +1,7 @@
 """Teacher forcing: how likely a model finds the right answer, in one forward pass.
 
 The question is fed with its right answer. The log-likelihood of the answer is a continuous score,
-so it tells caches apart with far fewer questions than hits and misses do. The same pass tells the
+so it tells caches apart with fewer questions than hits and misses do. The same pass tells the
 greedy answer: an expected string is what greedy decoding would give if each of its tokens has the
 largest logit after the right tokens before it.
 """

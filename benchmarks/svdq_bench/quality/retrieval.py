@@ -1,16 +1,17 @@
 """Retrieval from a compressed context: the answers to questions that come after it.
 
 Every sample's context is prefilled exactly, once for all methods, and compressed once by each; then
-each question goes on from a copy of the compressed cache. Two scores: the log-likelihood of the
-right answer, and the share of the expected strings that are found. Where the order of the expected
-strings is fixed, both come out of one forward pass over question and answer; else the answer is
-decoded greedily, token by token. Caches that are tested with key sparsity are fed token by token,
-too, so that no token sees more than the budget. The full cache is a method like the others: what it
-cannot answer says nothing about a cache.
+each question goes on from a copy of the compressed cache. Scores are the log-likelihood of the
+right answer, its probability, and the share of the expected strings that are found. Where the order
+of the expected strings is fixed, all come out of one forward pass over question and answer; else
+the answer is decoded greedily, token by token. Caches that are tested with key sparsity are fed
+token by token, too, so that no token sees more than the budget. The full cache is a method like the
+others: what it cannot answer says nothing about a cache.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -143,7 +144,8 @@ def evaluate_retrieval(
     A row for each task, length, depth and method, the full cache first: task, context_tokens, depth
     (None where the sample has its own places), the method's ``columns`` and mean
     ``memory_columns``, the columns of :func:`score_columns` for ``accuracy`` and, where answers are
-    fixed, ``log_likelihood``, scored ("decoded" or "forced"), contexts, samples (questions), dtype.
+    fixed, ``log_likelihood`` and ``probability``, scored ("decoded" or "forced"), contexts, samples
+    (questions), dtype.
     """
     for _, length, _ in samples:
         check_length(model, length + max(ANSWER_TOKENS.values()))
@@ -167,8 +169,9 @@ def evaluate_retrieval(
                 answers[index].append(found)
                 memory[index].append(columns_now | read_columns(chosen, fed))
         for index in range(len(methods)):
-            scores = score_columns("accuracy", answers[index], answers[0])
-            scores |= score_columns("log_likelihood", answers[index], answers[0])
+            scores = {}
+            for key in ("accuracy", "log_likelihood", "probability"):
+                scores |= score_columns(key, answers[index], answers[0])
             forced = not decode and "log_likelihood" in scores
             rows.append(
                 {
@@ -195,6 +198,11 @@ class Answer:
     accuracy: float
     log_likelihood: float | None
 
+    @property
+    def probability(self) -> float | None:
+        """Of the right answer: the accuracy of answers that are drawn instead of greedy."""
+        return None if self.log_likelihood is None else math.exp(self.log_likelihood)
+
 
 def score_columns(
     key: str, answers: Sequence[Sequence[Answer]], full: Sequence[Sequence[Answer]]
@@ -203,7 +211,7 @@ def score_columns(
 
     Parameters
     ----------
-    key : a field of :class:`Answer`.
+    key : a score of :class:`Answer`.
     answers, full : of a method and of the full cache, by context.
 
     Returns

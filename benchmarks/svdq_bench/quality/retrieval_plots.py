@@ -1,4 +1,4 @@
-"""Plots of retrieval: both scores against bits, and accuracy by length and depth."""
+"""Plots of retrieval: scores against bits, and accuracy by length and depth."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ from svdq_bench.quality.summary import summarize
 
 HEAT_COLUMNS = 3
 # Difference of a score, its label, and by what it is multiplied.
-SCORES = (("able", "accuracy, points", 100), ("log_likelihood", "log-likelihood, nats", 1))
+SCORES = (
+    ("able", "accuracy, points", 100),
+    ("probability", "probability, points", 100),
+    ("log_likelihood", "log-likelihood, nats", 1),
+)
 
 
 def is_drawable(rows: Sequence[dict]) -> bool:
@@ -28,7 +32,7 @@ def is_drawable(rows: Sequence[dict]) -> bool:
 
 
 def retrieval_plot(rows: Sequence[dict]) -> Figure:
-    """Accuracy by length and depth where depths were asked, else both scores against bits."""
+    """Accuracy by length and depth where depths were asked, else scores against bits."""
     return retrieval_heat(rows) if _has_depths(rows) else scores_against_bits(rows)
 
 
@@ -54,7 +58,7 @@ def scores_against_bits(rows: Sequence[dict]) -> Figure:
         values = "" if v_bits is None else f", values {v_bits}"
         families.setdefault(family + values, []).append(line)
     scores = [one for one in SCORES if any(f"{one[0]}_difference" in line for line in lines)]
-    figure = new_figure(5 * len(scores), 4.2)
+    figure = new_figure(4.6 * len(scores), 4.2)
     panels = figure.subplots(1, len(scores), squeeze=False)[0]
     for axes, (name, label, scale) in zip(panels, scores, strict=True):
         for index, (family, group) in enumerate(families.items()):

@@ -38,8 +38,9 @@ def summarize(rows: Sequence[dict]) -> list[dict]:
     Rows with method, v_bits, text, the means of k_bits, all_in_bits and cache_ratio, of sparse ones
     the budget and what was read, ``task: NAME`` and ``tokens: LENGTH`` (accuracies; the latter over
     the tasks that the model itself can do, if there are any), ``able``, the mean over these tasks,
-    and ``log_likelihood``, the mean over the tasks whose answers are fixed. Both means have a
-    ``_difference`` from the full cache's and the ``_half_width`` of its 95 % confidence interval.
+    and ``log_likelihood`` and ``probability``, means over the tasks whose answers are fixed. Each
+    of the three has a ``_difference`` from the full cache's and the ``_half_width`` of its 95 %
+    confidence interval.
     """
     able = able_tasks(rows)
     found: dict[tuple, list[dict]] = {}
@@ -68,10 +69,11 @@ def summarize(rows: Sequence[dict]) -> list[dict]:
             tasks = [by_task[task] for task in sorted(able) if by_task[task]]
             line["able"] = statistics.fmean(map(pooled, tasks))
             line |= _difference("able", "accuracy", tasks)
-        tasks = [part for part in by_task.values() if part and "log_likelihood" in part[0]]
-        if tasks:
-            line["log_likelihood"] = statistics.fmean(pooled(x, "log_likelihood") for x in tasks)
-            line |= _difference("log_likelihood", "log_likelihood", tasks)
+        for score in ("log_likelihood", "probability"):
+            tasks = [part for part in by_task.values() if part and score in part[0]]
+            if tasks:
+                line[score] = statistics.fmean(pooled(part, score) for part in tasks)
+                line |= _difference(score, score, tasks)
         summary.append(line)
     return summary
 
