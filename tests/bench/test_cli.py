@@ -77,7 +77,7 @@ def test_help_names_options(arguments, words):
             "'exact' are not packed, so they cannot be weighted",
         ),
         (["eval", "keys", "--preset", "exact"], "'exact' codes nothing"),
-        (["eval", "perplexity", "--v-bits", "3.5"], "value bits must be .* got '3.5'"),
+        (["eval", "perplexity", "--v-bits", "5.5"], "value bits must be .* got '5.5'"),
         (["eval", "perplexity", "--text-file", "none.txt"], "cannot read none.txt"),
         (["eval", "perplexity", "--model", "./none"], "no model folder none"),
         (["eval", "perplexity", "--gguf-file", "a.gguf"], "needs --model"),

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from cache_support import make_model, make_tokens
 from model_support import make_text, make_tokenizer
-from svdq_bench.quality import models
+from svdq_bench.quality import models, texts
 from svdq_bench.quality.demo import make_prompt
 from svdq_bench.quality.implementation import attention
 from svdq_bench.quality.memory import full_cache_bytes, svdq_cache_bytes
@@ -246,17 +246,25 @@ def test_prompt_is_text_in_a_chat_and_what_follows(chat):
 
 
 def test_default_text_is_pythons_own():
-    text = models.load_text()
+    text = texts.load_text()
     assert len(text) > 400_000
     assert text.startswith('The "assert" statement')
 
 
+@pytest.mark.parametrize("name, start", [("docstrings", "Record of phased-in"), ("code", '"""')])
+def test_other_texts_are_pythons_too(name, start):
+    text = texts.load_text(name)
+    assert len(text) > 400_000
+    assert text.startswith(start)
+    assert text != texts.load_text("topics")[: len(text)]
+
+
 def test_missing_models_and_texts_are_named(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match="cannot read .*none.txt"):
-        models.load_text(tmp_path / "none.txt")
+    with pytest.raises(FileNotFoundError, match=r"cannot read .*none.txt: .*docstrings"):
+        texts.load_text(tmp_path / "none.txt")
     (tmp_path / "binary.txt").write_bytes(b"a\xff")
     with pytest.raises(ValueError, match="no UTF-8 text"):
-        models.load_text(tmp_path / "binary.txt")
+        texts.load_text(tmp_path / "binary.txt")
     with pytest.raises(FileNotFoundError, match="no model folder"):
         models.find_model(str(tmp_path / "none"))
     with pytest.raises(FileNotFoundError, match="no file a.gguf in"):

@@ -14,11 +14,13 @@ from model_support import make_char_tokenizer
 from svdq_bench.cli import app
 from svdq_bench.cli.table import cells
 from svdq_bench.quality import retrieval
+from svdq_bench.quality.intervals import t_quantile
 from svdq_bench.quality.peers import FullCache, Kivi, PerChannel
 from svdq_bench.quality.prefix import read_prefix
+from svdq_bench.quality.puzzles import DEPTH_TASKS, TASKS
 from svdq_bench.quality.retrieval import Sweep, answer, evaluate_retrieval
 from svdq_bench.quality.summary import able_tasks, pooled, summarize
-from svdq_bench.quality.tasks import DEPTH_TASKS, NOISE, TASKS, Sample, SampleMaker
+from svdq_bench.quality.tasks import NOISE, Question, SampleMaker
 
 HAYSTACK = "\n".join(f"Line {i} of a long text. It says little." for i in range(300))
 LENGTH = 2600  # characters
@@ -43,12 +45,13 @@ def depth_of(task, depth=0.5):
 def test_contexts_have_their_length(task, length, maker, tokenizer):
     sample = maker.sample(task, length, depth_of(task), "a")
     assert sample.context.shape == (1, length)
-    assert sample.context.dtype == sample.question.dtype == torch.long
+    assert sample.context.dtype == sample.questions[0].tokens.dtype == torch.long
     text = tokenizer.decode(sample.context[0])
     assert text.startswith("w1 user ")  # the chat template's head; its tail is in the question
-    for word in sample.expected:
+    (asked,) = sample.questions
+    for word in asked.expected:
         assert word in text
-    question = tokenizer.decode(sample.question[0])
+    question = tokenizer.decode(asked.tokens[0])
     assert "w1 assistant The " in question
     assert re.search(r"(is|are|VAR|1\.)$", question)
 
@@ -57,10 +60,10 @@ def test_contexts_have_their_length(task, length, maker, tokenizer):
 def test_samples_follow_from_the_seed(task, maker):
     one, same, other = (maker.sample(task, LENGTH, depth_of(task), seed) for seed in "aab")
     assert torch.equal(one.context, same.context)
-    assert torch.equal(one.question, same.question)
-    assert one.expected == same.expected
+    assert torch.equal(one.questions[0].tokens, same.questions[0].tokens)
+    assert one.questions[0].expected == same.questions[0].expected
     assert not torch.equal(one.context, other.context)
-    assert one.expected != other.expected
+    assert one.questions[0].expected != other.questions[0].expected
 
 
 def needles_of(text):
@@ -75,10 +78,11 @@ def test_needles_stand_between_sentences_at_their_depth(chat, depth):
     tokenizer = make_char_tokenizer(chat)
     sample = SampleMaker(tokenizer, HAYSTACK).sample("niah_multikey", LENGTH, depth, "s")
     text = tokenizer.decode(sample.context[0])
-    asked = re.search(r"number for (\w+ \w+) mentioned", tokenizer.decode(sample.question[0]))[1]
+    (question,) = sample.questions
+    asked = re.search(r"number for (\w+ \w+) mentioned", tokenizer.decode(question.tokens[0]))[1]
     needles = needles_of(text)
     assert len(needles) == len({key for key, *_ in needles}) == 4
-    assert [number for key, number, _ in needles if key == asked] == list(sample.expected)
+    assert [number for key, number, _ in needles if key == asked] == list(question.expected)
     head = text.index("\n\n") + 2
     hay_before = 0
     for key, number, place in needles:
@@ -87,7 +91,7 @@ def test_needles_stand_between_sentences_at_their_depth(chat, depth):
         assert not before or before.endswith((".", "\n")) or at_the_end, before[-20:]
         hay_before = len(re.sub(r"\nThe special magic .*\n", "", before))
         if key == asked:
-            assert number == sample.expected[0]
+            assert number == question.expected[0]
             break
     hay = len(re.sub(r"\nThe special magic .*\n", "", text[head:]))
     # The way to the nearest end of a sentence is at most half of the longest one.
@@ -98,15 +102,15 @@ def test_values_of_one_key_are_all_expected(maker, tokenizer):
     sample = maker.sample("niah_multivalue", LENGTH, None, "a")
     needles = needles_of(tokenizer.decode(sample.context[0]))
     assert len({key for key, *_ in needles}) == 1
-    assert {number for _, number, _ in needles} == set(sample.expected)
-    assert len(sample.expected) == 2
+    assert [number for _, number, _ in needles] == list(sample.questions[0].expected)
+    assert len(needles) == 2
 
 
 def test_variables_follow_a_chain(maker, tokenizer):
     sample = maker.sample("variable_tracking", LENGTH, None, "a")
     text = tokenizer.decode(sample.context[0])
-    value = re.search(r"value (\d{5}) in", tokenizer.decode(sample.question[0]))[1]
-    one, two, three = sample.expected
+    value = re.search(r"value (\d{5}) in", tokenizer.decode(sample.questions[0].tokens[0]))[1]
+    one, two, three = sample.questions[0].expected
     chain = re.findall(r"VAR ([A-Z]{3}) = (VAR [A-Z]{3}|\d{5})\.", text)
     assert chain == [(one, value), (two, f"VAR {one}"), (three, f"VAR {two}")]
 
@@ -116,7 +120,7 @@ def test_common_words_are_the_most_common(maker, tokenizer):
     text = tokenizer.decode(sample.context[0])
     words = re.findall(r"\d+\. ([a-z]+(?: [a-z]+)?)", text.partition("often.")[2])
     most = Counter(words).most_common(6)
-    assert {word for word, _ in most[:5]} == set(sample.expected)
+    assert {word for word, _ in most[:5]} == set(sample.questions[0].expected)
     assert most[4][1] > 2 * most[5][1]
 
 
@@ -127,10 +131,10 @@ def test_noise_fills_any_length(tokenizer):
 
 
 def test_score_is_the_share_found():
-    sample = Sample("x", None, torch.zeros(1, 1), torch.zeros(1, 1), ("ABC", "12345"))
-    assert sample.score("abc and 12345") == 1
-    assert sample.score("it is 123456") == 0.5
-    assert sample.score("") == 0
+    question = Question(torch.zeros(1, 1), ("ABC", "12345"))
+    assert question.score("abc and 12345") == 1
+    assert question.score("it is 123456") == 0.5
+    assert question.score("") == 0
 
 
 @pytest.mark.parametrize(
@@ -172,7 +176,9 @@ def test_sweep_asks_depths_where_there_is_one(maker):
         ("niah_multivalue", LENGTH, None),
     ]
     assert all(len(group) == 2 for group in samples.values())
-    assert len({sample.expected for group in samples.values() for sample in group}) == 6
+    assert (
+        len({sample.questions[0].expected for group in samples.values() for sample in group}) == 6
+    )
 
 
 @torch.inference_mode()
@@ -197,7 +203,7 @@ def test_every_method_answers_on_one_prefill(monkeypatch, maker, tokenizer):
     samples = sweep.make_samples(maker)
     prefills, by_question = [], {}
     for group in samples.values():
-        by_question |= {tuple(sample.question[0].tolist()): sample for sample in group}
+        by_question |= {tuple(s.questions[0].tokens[0].tolist()): s.questions[0] for s in group}
 
     def read(model, context):
         prefills.append(context)
@@ -213,15 +219,18 @@ def test_every_method_answers_on_one_prefill(monkeypatch, maker, tokenizer):
     monkeypatch.setattr(retrieval, "read_prefix", read)
     monkeypatch.setattr(retrieval, "answer", reply)
     steps = []
-    rows = evaluate_retrieval(model, tokenizer, [Kivi(2), PerChannel(1)], samples, steps.append)
+    methods = [Kivi(2), PerChannel(1)]
+    rows = evaluate_retrieval(model, tokenizer, methods, samples, steps.append, decode=True)
     assert len(prefills) == len(steps) == 6
     assert len(rows) == 3 * 3
     for row in rows:
         assert row["full_accuracy"] == 1
-        assert row["samples"] == 2
+        assert row["samples"] == row["contexts"] == 2
+        assert row["scored"] == "decoded"
         third = pytest.approx(1 / 3) if row["task"] == "variable_tracking" else 1
         assert row["accuracy"] == {32: 1, 2: third, 1: 0}[row["k_bits"]]
-        assert row["squared_difference"] == pytest.approx((1 - row["accuracy"]) ** 2)
+        assert row["accuracy_difference"] == pytest.approx(row["accuracy"] - 1)
+        assert row["accuracy_square"] == pytest.approx((1 - row["accuracy"]) ** 2)
     assert [row["depth"] for row in rows[::3]] == [0.0, 1.0, None]
 
 
@@ -260,7 +269,7 @@ def test_summary_pools_by_samples_and_knows_what_the_model_can_do():
     assert kivi["all_in_bits"] == pytest.approx((2 * 1 + 4 * 3) / 4)
 
 
-def test_summary_tells_the_standard_error_of_paired_differences():
+def test_summary_tells_the_width_of_paired_differences():
     scores = {"easy": ([1, 0, 1, 1, 0], [1, 1, 1, 0, 1]), "hard": ([1, 0.5, 1], [1, 1, 1])}
     rows, means, variances = [], [], []
     for task, (found, full) in scores.items():
@@ -270,13 +279,28 @@ def test_summary_tells_the_standard_error_of_paired_differences():
         for part in (slice(0, 2), slice(2, None)):  # as of two depths
             row = {"method": "svdq", "task": task, "context_tokens": 100, "k_bits": 1}
             row |= {"accuracy": statistics.fmean(found[part]), "samples": len(found[part])}
-            row |= {"full_accuracy": statistics.fmean(full[part])}
-            row |= {"squared_difference": statistics.fmean(d * d for d in differences[part])}
+            row |= {"full_accuracy": statistics.fmean(full[part]), "contexts": len(found[part])}
+            row |= {"accuracy_square": statistics.fmean(d * d for d in differences[part])}
             rows.append(row | {"all_in_bits": 1, "cache_ratio": 2})
     (line,) = summarize(rows)
     assert line["able_difference"] == pytest.approx(statistics.fmean(means))
-    assert line["able_stderr"] == pytest.approx(sum(variances) ** 0.5 / 2)
-    assert "able_stderr" not in summarize(make_rows())[0]
+    freedom = sum(variances) ** 2 / (variances[0] ** 2 / 4 + variances[1] ** 2 / 2)
+    expected = t_quantile(freedom) * sum(variances) ** 0.5 / 2
+    assert line["able_half_width"] == pytest.approx(expected)
+    assert "able_half_width" not in summarize(make_rows())[0]
+
+
+def test_summary_keeps_values_and_texts_apart():
+    rows = [row | {"text": "topics", "v_bits": bits} for bits in (4, 2) for row in make_rows()]
+    rows += [row | {"text": "code"} for row in rows]
+    lines = summarize(rows)
+    assert len(lines) == 8
+    assert {(line["v_bits"], line["text"]) for line in lines[::2]} == {
+        (bits, text) for bits in (4, 2) for text in ("topics", "code")
+    }
+    headings, body = cells(rows)
+    assert headings[3:5] == ["value bits", "text"]
+    assert "text" not in cells(rows[:8])[0]  # all of one text
 
 
 def test_summary_takes_a_matched_peer_as_one_method():
@@ -306,7 +330,7 @@ def test_command_writes_rows(tmp_path):
     arguments = [
         "eval", "retrieval", "--model", tmp_path / "model", "--text-file", tmp_path / "text.txt",
         "--task", "niah_single", "--task", "niah_multivalue", "--context-tokens", 700, "--depth", 0,
-        "--depth", 0.5, "--samples", 1, "--preset", "2.25", "--peer", "kivi", "--peer", "think:0.5",
+        "--depth", 0.5, "--samples", 2, "--preset", "2.25", "--peer", "kivi", "--peer", "think:0.5",
         "--json", tmp_path / "out" / "rows.json", "--csv", tmp_path / "rows.csv",
         "--html", tmp_path / "rows.html",
     ]  # fmt: skip
@@ -317,6 +341,9 @@ def test_command_writes_rows(tmp_path):
     assert {row["depth"] for row in rows} == {0, 0.5, None}
     assert all(0 <= row["accuracy"] <= 1 for row in rows)
     assert {row["context_tokens"] for row in rows} == {700}
-    assert "ThinK, 50 % of channels" in result.output
+    assert {row["text"] for row in rows} == {"text.txt"}
+    assert all(row["log_likelihood_half_width"] > 0 for row in rows if row["k_bits"] < 32)
+    assert "ThinK" in result.output
+    assert "+-" in result.output
     assert (tmp_path / "rows.csv").read_text().count("\n") == 1 + len(rows)
     assert "<svg" in (tmp_path / "rows.html").read_text()

@@ -248,7 +248,7 @@ def test_questions_may_see_all_tokens(tmp_path, monkeypatch):
     arguments = (
         "eval", "retrieval", "--model", tmp_path / "model", "--haystack", "noise", "--task",
         "niah_single", "--context-tokens", 700, "--depth", 0.5, "--samples", 1, "--sparse-budget",
-        "1/4", "--dense-question", "--json", tmp_path / "rows.json",
+        "1/4", "--dense-question", "--decode", "--json", tmp_path / "rows.json",
     )  # fmt: skip
     assert invoke(*arguments).exit_code == 0
     assert [one_by_one for one_by_one, _ in fed] == [False] * 3
@@ -267,7 +267,8 @@ def test_caches_under_test_are_asked_one_by_one(monkeypatch):
     monkeypatch.setattr("svdq_bench.quality.retrieval.answer", reply)
     tokenizer, model = make_char_tokenizer(), make_model("llama", "sdpa")
     samples = Sweep(("niah_single",), (700,), (0.5,), 1).make_samples(SampleMaker(tokenizer))
-    evaluate_retrieval(model, tokenizer, [settings(one_by_one=False), settings()], samples)
+    methods = [settings(one_by_one=False), settings()]
+    evaluate_retrieval(model, tokenizer, methods, samples, decode=True)
     assert fed == [False, False, True]
 
 

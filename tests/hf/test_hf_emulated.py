@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from svdq import _C, SVDqCache, cache_argument
-from svdq_bench.quality.models import find_model, load_model, load_text, load_tokenizer, tokenize
+from svdq_bench.quality.models import find_model, load_model, load_tokenizer, tokenize
+from svdq_bench.quality.texts import load_text
 
 pytestmark = [
     pytest.mark.slow,

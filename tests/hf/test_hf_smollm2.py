@@ -7,7 +7,8 @@ import torch
 from transformers import DynamicCache
 
 from svdq import SVDqCache, cache_argument
-from svdq_bench.quality.models import find_model, load_model, load_text, load_tokenizer, tokenize
+from svdq_bench.quality.models import find_model, load_model, load_tokenizer, tokenize
+from svdq_bench.quality.texts import load_text
 
 pytestmark = pytest.mark.slow  # loading the model alone takes some ten seconds
 PROMPT, HELD_BACK = 512, 128

@@ -129,14 +129,14 @@ def prefill(
     markdown: Markdown = False,
 ) -> None:
     """Time fitting and packing a prompt's keys and values, against the model's prefill of it."""
-    from svdq_bench.quality import models
+    from svdq_bench.quality import models, texts
     from svdq_bench.quality.methods import parse_schedule
     from svdq_bench.speed.prefill import bench_prefill
 
     schedule = parse_schedule(preset)
     if schedule is None:
         raise ValueError(f"bench prefill times packing; {preset!r} packs nothing")
-    text = models.load_text(text_file)
+    text = texts.load_text(text_file)
     source = models.find_model(model, gguf_file)
     with quiet_transformers():
         token_ids = models.tokenize(models.load_tokenizer(source), text)

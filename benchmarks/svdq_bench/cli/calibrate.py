@@ -63,12 +63,12 @@ def calibrate(
     ``SVDqCache(profile=FILE, k_bits=...)`` and ``svdq eval --profile FILE`` allocate bits by them:
     every prompt then has pages of the same size, known before it is read.
     """
-    from svdq_bench.quality import models
+    from svdq_bench.quality import models, texts
     from svdq_bench.quality.calibrate import measure_profile
     from svdq_bench.quality.perplexity import Task
 
     task = Task(tuple(prompt_start), prompt_tokens, 1)
-    text = models.load_text(text_file)
+    text = texts.load_text(text_file)
     source = models.find_model(model, gguf_file)
     with quiet_transformers():
         token_ids = models.tokenize(models.load_tokenizer(source), text)

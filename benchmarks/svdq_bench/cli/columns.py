@@ -9,9 +9,10 @@ from svdq_bench.cli.formats import bits as _bits
 from svdq_bench.cli.formats import budget as _budget
 from svdq_bench.cli.formats import fine_percent as _fine_percent
 from svdq_bench.cli.formats import megabytes as _megabytes
+from svdq_bench.cli.formats import nats_interval as _nats_interval
 from svdq_bench.cli.formats import number as _number
 from svdq_bench.cli.formats import percent as _percent
-from svdq_bench.cli.formats import points as _points
+from svdq_bench.cli.formats import points_interval as _points_interval
 from svdq_bench.cli.formats import times as _times
 
 # Per benchmark: key of a row, heading, how to write it. Keys that no row has are left out.
@@ -23,6 +24,7 @@ COLUMNS: dict[str, list[tuple[str, str, Callable[[Any], str]]]] = {
         ("v_bits", "value bits", str),
         ("sink_tokens", "sinks", str),
         ("times_smaller_bf16", "times smaller than bf16, all in", _number(2)),
+        ("text", "text", str),
         ("budget", "budget", _budget),
         ("code_read_ratio", "key codes read, times fewer", _number(1)),
         ("read_ratio", "all in", _number(1)),
@@ -34,6 +36,8 @@ COLUMNS: dict[str, list[tuple[str, str, Callable[[Any], str]]]] = {
         ("method", "keys", str),
         ("k_bits", "bits", _bits),
         ("all_in_bits", "bits, all in", _bits),
+        ("v_bits", "value bits", str),
+        ("text", "text", str),
         ("times_smaller_bf16", "times smaller than bf16, all in", _number(2)),
         ("budget", "budget", _budget),
         ("code_read_ratio", "key codes read, times fewer", _number(1)),
@@ -175,6 +179,8 @@ def cells(
     elif benchmark == "key_error":
         rows = summarize_key_errors(rows)
     columns = [c for c in columns if any(c[0] in row for row in rows)]
+    if len({row.get("text") for row in rows}) == 1:  # one text for all needs no column
+        columns = [c for c in columns if c[0] != "text"]
     if keys is not None:
         columns = _chosen_columns(columns, keys)
     body = [
@@ -200,7 +206,7 @@ def _retrieval_columns(rows: Sequence[dict]) -> tuple[list[dict], list]:
     """A row a method, and the columns of its accuracies by task and by length of context."""
     from svdq_bench.quality.summary import summarize
 
-    summary = summarize(rows)
+    summary = [_with_intervals(line) for line in summarize(rows)]
     keys = list(dict.fromkeys(key for row in summary for key in row))
     columns = []
     for key in keys:
@@ -208,13 +214,25 @@ def _retrieval_columns(rows: Sequence[dict]) -> tuple[list[dict], list]:
         if kind == "task":  # in words, so that a heading can wrap
             columns.append((key, name.replace("_", " "), _percent))
     columns.append(("able", "all that the model can do", _percent))
-    columns.append(("able_difference", "points to the full cache", _points))
-    columns.append(("able_stderr", "standard error", lambda value: f"{100 * value:.1f}"))
-    for key in keys:
-        kind, _, name = key.partition(": ")
-        if kind == "tokens":
-            columns.append((key, f"these at {int(name):,}", _percent))
+    columns.append(("able_interval", "points to the full cache", _points_interval))
+    lengths = [key for key in keys if key.startswith("tokens: ")]
+    for key in lengths if len(lengths) > 1 else []:  # of one length it is the column before
+        columns.append((key, f"these at {int(key.removeprefix('tokens: ')):,}", _percent))
+    columns.append(("probability", "probability of the answer", _percent))
+    columns.append(("probability_interval", "points to the full cache", _points_interval))
+    columns.append(("log_likelihood", "log-likelihood, nats", _number(3)))
+    columns.append(("log_likelihood_interval", "nats to the full cache", _nats_interval))
     return summary, columns
+
+
+def _with_intervals(line: dict) -> dict:
+    """A line of the summary with each difference and its half-width, if it has one, in a pair."""
+    pairs = {
+        f"{name}_interval": (line[f"{name}_difference"], line.get(f"{name}_half_width"))
+        for name in ("able", "log_likelihood", "probability")
+        if f"{name}_difference" in line
+    }
+    return line | pairs
 
 
 def _recall_columns(rows: Sequence[dict]) -> tuple[list[dict], list]:

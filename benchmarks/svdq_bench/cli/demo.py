@@ -96,7 +96,7 @@ def demo(
     numbers.
     """
     from svdq_bench.quality import demo as run
-    from svdq_bench.quality import models
+    from svdq_bench.quality import models, texts
     from svdq_bench.quality.methods import CacheSettings, parse_schedule
 
     if parse_schedule(k_bits) is None:
@@ -105,7 +105,7 @@ def demo(
     run.check_new_tokens(new_tokens)
     if question is None:
         question = run.QUESTION if prompt_file else run.DEFAULT_TEXT_QUESTION
-    text = models.load_text(prompt_file)
+    text = texts.load_text(prompt_file)
     source = models.find_model(model, gguf_file)
     output_dir.mkdir(parents=True, exist_ok=True)
     console = Console()

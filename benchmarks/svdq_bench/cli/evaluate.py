@@ -111,7 +111,7 @@ def perplexity(
     exactly. With --sparse-budget all svdq caches are fed one token at a time instead, since only
     such steps are sparse, and pack what leaves their window.
     """
-    from svdq_bench.quality import models
+    from svdq_bench.quality import models, texts
     from svdq_bench.quality.perplexity import Task, evaluate_perplexity
 
     methods = make_methods(
@@ -131,7 +131,7 @@ def perplexity(
     )
     methods = with_budgets(methods, sparse_budget, sparse_scorer, sparse_channels, dense_layers)
     task = Task(tuple(window_start), prefill_tokens, predict_tokens)
-    text = models.load_text(text_file)
+    text = texts.load_text(text_file)
     source = models.find_model(model, gguf_file)
     with quiet_transformers():
         token_ids = models.tokenize(models.load_tokenizer(source), text)
@@ -141,7 +141,7 @@ def perplexity(
     with step_progress(steps) as begin:
         rows = evaluate_perplexity(loaded, token_ids, methods, task, begin)
     for row in rows:
-        row["model"] = str(source)
+        row |= {"model": str(source), "text": texts.name_of(text_file)}
     title = f"{source}, {dtype.value}"
     report(rows, json_file, markdown, title, csv_file, html_file)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 def number(digits: int) -> Callable[[float], str]:
@@ -37,9 +37,20 @@ def budget(value: int | float) -> str:
     return budget_text(value)
 
 
-def points(value: float) -> str:
-    """A difference in points of a hundred, with its sign."""
-    return f"{100 * value:+.1f}"
+def points_interval(value: tuple[float, float | None]) -> str:
+    """A difference in points of a hundred, with its sign, and its half-width."""
+    return _interval([None if part is None else 100 * part for part in value], 1)
+
+
+def nats_interval(value: tuple[float, float | None]) -> str:
+    """A difference in nats, with its sign, and its half-width."""
+    return _interval(value, 3)
+
+
+def _interval(value: Sequence[float | None], digits: int) -> str:
+    mean, half_width = value
+    width = "" if half_width is None else f" +- {half_width:.{digits}f}"
+    return f"{mean:+.{digits}f}{width}"
 
 
 def times(value: float) -> str:

@@ -50,12 +50,12 @@ def generate(
     markdown: Markdown = False,
 ) -> None:
     """Time prefill and decode steps of a model with svdq, against transformers' own caches."""
-    from svdq_bench.quality import models
+    from svdq_bench.quality import models, texts
     from svdq_bench.quality.methods import CacheSettings
     from svdq_bench.speed import generate as benchmark
 
     settings = [CacheSettings(preset, v_bits, rope=mode.value, clip=clip) for mode in rope]
-    text = models.load_text(text_file)
+    text = texts.load_text(text_file)
     source = models.find_model(model, gguf_file)
     with quiet_transformers():
         token_ids = models.tokenize(models.load_tokenizer(source), text)

@@ -95,7 +95,7 @@ def keys(
     to the keys' deviation from their mean; 'times smaller' is the error of per-channel quantization
     over a method's, layer by layer.
     """
-    from svdq_bench.quality import models
+    from svdq_bench.quality import models, texts
     from svdq_bench.quality.key_error import evaluate_keys, key_methods
     from svdq_bench.quality.matching import parse_peer
     from svdq_bench.quality.methods import CacheSettings
@@ -113,7 +113,7 @@ def keys(
         sink_tokens,
     )
     task = Task(tuple(window_start), prefill_tokens, predict_tokens=1)
-    text = models.load_text(text_file)
+    text = texts.load_text(text_file)
     source = models.find_model(model, gguf_file)
     with quiet_transformers():
         token_ids = models.tokenize(models.load_tokenizer(source), text)

@@ -67,7 +67,10 @@ GgufFile = Annotated[
 TextFile = Annotated[
     Path | None,
     typer.Option(
-        help="UTF-8 text. Default: CPython's reference text, pydoc_data.topics.",
+        "--text-file",
+        "--text",
+        help="UTF-8 text, or one that CPython has: topics (its reference text, the default), "
+        "docstrings or code (of its library).",
         rich_help_panel=MODEL_PANEL,
         show_default=False,
     ),

@@ -37,7 +37,6 @@ from svdq_bench.cli.options import (
     SparseChannels,
     SparseScorers,
     TextFile,
-    ValueBits,
     Weighted,
 )
 from svdq_bench.cli.progress import quiet_transformers, step_progress
@@ -66,7 +65,14 @@ def retrieval(
     rope: Annotated[
         Rope, typer.Option(help="Where keys are coded.", rich_help_panel=CACHE_PANEL)
     ] = Rope.pre,
-    v_bits: ValueBits = "exact",
+    v_bits: Annotated[
+        list[str],
+        typer.Option(
+            help="Bits per value: 4 or 2 in per-token groups, 'exact' as the model computes them; "
+            "repeatable.",
+            rich_help_panel=CACHE_PANEL,
+        ),
+    ] = ["exact"],  # noqa: B006
     sink_tokens: SinkTokens = 8,
     residual_length: Annotated[
         int,
@@ -103,16 +109,34 @@ def retrieval(
         typer.Option(
             min=0,
             max=1,
-            help="Where a needle is hidden, 0 (front) to 1 (end); repeatable.",
+            help="Where a needle is hidden, 0 (front) to 1 (end); repeatable. The needles of "
+            "several questions are spread instead.",
             rich_help_panel=TASK_PANEL,
         ),
     ] = [0.0, 0.25, 0.5, 0.75, 1.0],  # noqa: B006
     samples: Annotated[
         int,
         typer.Option(
-            min=1, help="Questions of a task, length and depth.", rich_help_panel=TASK_PANEL
+            min=1, help="Contexts of a task, length and depth.", rich_help_panel=TASK_PANEL
         ),
     ] = 4,
+    questions: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Questions about each context, each asked on its own; common_words has one.",
+            rich_help_panel=TASK_PANEL,
+        ),
+    ] = 1,
+    decode: Annotated[
+        bool,
+        typer.Option(
+            help="Decode all answers and search them for the expected strings. Default: only "
+            "where the order of the strings is open.",
+            rich_help_panel=TASK_PANEL,
+            show_default=False,
+        ),
+    ] = False,
     seed: Annotated[
         str, typer.Option(help="Other seeds, other questions.", rich_help_panel=TASK_PANEL)
     ] = "0",
@@ -135,29 +159,33 @@ def retrieval(
 ) -> None:
     """Questions about a long context that was compressed before they came, against the full cache.
 
-    Every context is prefilled exactly, once for all methods, and compressed; then come the question
-    and a greedy answer. A score is the share of the expected strings that the answer holds. With
-    --sparse-budget svdq caches take the question one token at a time, too, since only such steps
-    are sparse, unless --dense-question is given.
+    Every context is prefilled exactly, once for all methods, and compressed; then comes each
+    question with its right answer. Scores are the answer's log-likelihood and probability, and the
+    share of the expected strings that greedy decoding gives. With --sparse-budget svdq caches take
+    questions one token at a time, too, since only such steps are sparse, unless --dense-question is
+    given.
     """
-    from svdq_bench.quality import models
+    from svdq_bench.quality import models, texts
     from svdq_bench.quality.methods import CacheSettings
+    from svdq_bench.quality.puzzles import TASKS
     from svdq_bench.quality.retrieval import Sweep, evaluate_retrieval
-    from svdq_bench.quality.tasks import NOISE, TASKS, SampleMaker
+    from svdq_bench.quality.tasks import NOISE, SampleMaker
 
-    methods = make_methods(
-        preset,
-        peer,
-        v_bits=v_bits,
-        rope=rope,
-        clip=clip,
-        sink_tokens=sink_tokens,
-        residual_length=residual_length,
-        averages=k_bits,
-        prices=price,
-        across=allocate_across,
-        weighted=weighted,
-    )
+    methods = []  # one for each key setting and value bits, peers once
+    for number, bits in enumerate(v_bits):
+        methods += make_methods(
+            preset,
+            [] if number else peer,
+            v_bits=bits,
+            rope=rope,
+            clip=clip,
+            sink_tokens=sink_tokens,
+            residual_length=residual_length,
+            averages=k_bits,
+            prices=price,
+            across=allocate_across,
+            weighted=weighted,
+        )
     methods = with_budgets(methods, sparse_budget, sparse_scorer, sparse_channels, dense_layers)
     if not sparse_question:
         methods = [
@@ -165,17 +193,19 @@ def retrieval(
             for one in methods
         ]
     tasks = tuple(task or TASKS)
-    sweep = Sweep(tasks, tuple(context_tokens), tuple(depth), samples, seed)
-    text = NOISE if haystack is Haystack.noise else models.load_text(text_file)
+    sweep = Sweep(tasks, tuple(context_tokens), tuple(depth), samples, seed, questions)
+    text = NOISE if haystack is Haystack.noise else texts.load_text(text_file)
     source = models.find_model(model, gguf_file)
     with quiet_transformers():
         tokenizer = models.load_tokenizer(source)
-        questions = sweep.make_samples(SampleMaker(tokenizer, text))
+        contexts = sweep.make_samples(SampleMaker(tokenizer, text))
         loaded = models.load_model(source, models.DTYPES[dtype.value])
-    with step_progress(samples * len(questions)) as begin:
-        rows = evaluate_retrieval(loaded, tokenizer, methods, questions, begin)
+    with step_progress(samples * len(contexts)) as begin:
+        rows = evaluate_retrieval(loaded, tokenizer, methods, contexts, begin, decode)
     for row in rows:
         row |= {"model": str(source), "haystack": haystack.value, "seed": seed}
+        if haystack is Haystack.text:
+            row["text"] = texts.name_of(text_file)
         if sparse_budget:
             row["sparse_question"] = sparse_question
     title = f"{source}, {dtype.value}, retrieval"

@@ -107,7 +107,7 @@ def sparsity(
     the tokens before their window. Mass is the softmax probability under the exact keys, mean over
     queries, heads and layers.
     """
-    from svdq_bench.quality import models
+    from svdq_bench.quality import models, texts
     from svdq_bench.quality.budgets import parse_budget
     from svdq_bench.quality.recall import RecallTask, evaluate_recall, make_scorers
 
@@ -122,7 +122,7 @@ def sparsity(
         sink_tokens=sink_tokens,
     )
     task = RecallTask(start, context_tokens, last, every, sink_tokens, residual_length)
-    text = models.load_text(text_file)
+    text = texts.load_text(text_file)
     source = models.find_model(model, gguf_file)
     with quiet_transformers():
         token_ids = models.tokenize(models.load_tokenizer(source), text)

@@ -17,7 +17,7 @@ from rich.table import Table
 from svdq_bench.cli.columns import TRANSPOSED, cells, layer_cells
 from svdq_bench.cli.errors import reports_errors
 
-PLAIN_WIDTH = 160
+PLAIN_WIDTH = 200
 
 
 def terminal_table(rows: Sequence[dict], title: str | None = None) -> Table:

@@ -30,7 +30,7 @@ def parse_schedule(keys: str) -> Schedule | None:
     """
     argument = key_argument(keys)
     schedule, k_bits = resolve_keys(**argument)
-    if k_bits is not None or not argument.keys() <= {"preset", "schedule"}:
+    if k_bits is not None or argument.keys() & {"lambda_", "kv_bits"}:
         raise ValueError(f"expected a preset ({', '.join(PRESETS)}) or a schedule, got {keys!r}")
     return schedule
 
@@ -85,7 +85,7 @@ class CacheSettings:
     """
 
     keys: str
-    v_bits: int | str = 4
+    v_bits: float | str = 4
     rope: str = "pre"
     clip: bool = True
     sink_tokens: int = 8
@@ -109,6 +109,11 @@ class CacheSettings:
         if self.allocate_across != "model" and not allocates:
             raise ValueError(
                 f"keys {self.keys!r} have no bits to allocate across each {self.allocate_across}"
+            )
+        average = isinstance(self.v_bits, float)
+        if average and not key_argument(self.keys).keys() & {"k_bits"}:
+            raise ValueError(
+                f"value bits {self.v_bits} are an average, which keys {self.keys!r} do not allocate"
             )
         if self.query_weighted and not self.packs:
             raise ValueError(f"keys {self.keys!r} are not packed, so they cannot be weighted")

@@ -1,4 +1,4 @@
-"""Loading models, tokenizers and texts, with defaults that need no download."""
+"""Loading models and tokenizers, with defaults that need no download."""
 
 from __future__ import annotations
 
@@ -107,26 +107,6 @@ def check_length(model: PreTrainedModel, num_tokens: int) -> None:
     limit = max_tokens(model.config)
     if limit is not None and num_tokens > limit:
         raise ValueError(f"the model takes up to {limit} tokens, {num_tokens} are asked for")
-
-
-def load_text(path: Path | None = None) -> str:
-    """Read a text file, or CPython's own reference text (``pydoc_data.topics``) without a path.
-
-    The latter is the values of ``topics`` in the order of their keys, joined by blank lines: half a
-    megabyte of English prose and code that every Python installation has.
-    """
-    if path is None:
-        from pydoc_data.topics import topics
-
-        return "\n\n".join(topics[key] for key in sorted(topics))
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise FileNotFoundError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is no UTF-8 text: {error.reason} at byte {error.start}"
-        ) from error
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from matplotlib.figure import Figure
 
 from svdq_bench.quality.budgets import budget_text
-from svdq_bench.quality.plot_parts import (
+from svdq_bench.quality.drawing import (
     MARKERS,
     budget_line,
     budget_scale,
+    family_of,
     log_scale,
     new_figure,
     plain,
@@ -152,8 +153,3 @@ def error_against_budget(rows: Sequence[dict]) -> Figure:
 def scorer_of(row: dict) -> str:
     """The scorer of a row with a budget."""
     return row["method"].replace(f"{budget_text(row['budget'])} ", "")
-
-
-def family_of(row: dict) -> str:
-    """The kind of method of a row."""
-    return row.get("family") or row["method"].split()[0]

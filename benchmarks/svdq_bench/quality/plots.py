@@ -8,24 +8,24 @@ from collections.abc import Callable, Sequence
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
-from svdq_bench.quality.perplexity_plots import perplexity_plot
-from svdq_bench.quality.plot_parts import (
+from svdq_bench.quality.drawing import (
     MARKERS,
     budget_line,
     budget_scale,
+    draw_heat,
     log_scale,
+    method_of,
     new_figure,
 )
+from svdq_bench.quality.perplexity_plots import perplexity_plot
+from svdq_bench.quality.retrieval_plots import retrieval_plot
 
 # A page must not depend on the day or on what is installed where it is read: no date, no outlines
 # of letters whose names would clash between plots.
 SVG_STYLE = {"svg.fonttype": "none", "font.family": "sans-serif", "text.parse_math": False}
 NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-HEAT_COLUMNS = 3
 
 
 def to_svg(benchmark: str, rows: Sequence[dict]) -> str:
@@ -88,50 +88,6 @@ def decode_time(rows: Sequence[dict]) -> Figure:
     return figure
 
 
-def retrieval_heat(rows: Sequence[dict]) -> Figure:
-    """Accuracy by context length and depth, a panel for each method.
-
-    Parameters
-    ----------
-    rows : of ``"retrieval"``; those without a depth are left out.
-    """
-    rows = [row for row in rows if row.get("depth") is not None]
-    methods = list(dict.fromkeys(method_of(row) for row in rows))
-    lengths = sorted({row["context_tokens"] for row in rows})
-    depths = sorted({row["depth"] for row in rows})
-    columns = min(HEAT_COLUMNS, len(methods))
-    lines = -(-len(methods) // columns)
-    figure = new_figure(4 * columns, 0.8 + 2.6 * lines)
-    panels = figure.subplots(lines, columns, squeeze=False)
-    for axes in panels.flat[len(methods) :]:
-        axes.set_axis_off()
-    for axes, method in zip(panels.flat, methods, strict=False):
-        values = np.full((len(depths), len(lengths)), np.nan)
-        for i, depth in enumerate(depths):
-            for j, length in enumerate(lengths):
-                cell = [
-                    row
-                    for row in rows
-                    if (method_of(row), row["depth"], row["context_tokens"])
-                    == (method, depth, length)
-                ]
-                if cell:
-                    weights = [row["samples"] for row in cell]
-                    values[i, j] = np.average([row["accuracy"] for row in cell], weights=weights)
-        image = _heat(axes, 100 * values, 0, 100, "RdYlGn", "{:.0f}")
-        axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
-        axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
-        axes.set(xlabel="context, tokens", ylabel="depth of the needle")
-        axes.set_title(method, fontsize=9)
-    figure.colorbar(image, ax=panels, label="accuracy, %")
-    return figure
-
-
-def method_of(row: dict) -> str:
-    """The method of a row; a matched peer is one whatever settings it was given."""
-    return row.get("matched") or row["method"]
-
-
 def bits_heat(rows: Sequence[dict]) -> Figure:
     """Bits a key number by layer and KV head, a panel for each method.
 
@@ -151,29 +107,13 @@ def bits_heat(rows: Sequence[dict]) -> Figure:
         for row in rows:
             if row.get("method") == method:
                 values[heads.index(row["head"]), layers.index(row["layer"])] = row["bits"]
-        image = _heat(axes, values, 0, max_bits, "viridis", "{:.2g}")
+        image = draw_heat(axes, values, 0, max_bits, "viridis", "{:.2g}")
         axes.set_xticks(range(len(layers)), layers)
         axes.set_yticks(range(len(heads)), heads)
         axes.set(xlabel="layer", ylabel="KV head")
         axes.set_title(method, fontsize=9)
     figure.colorbar(image, ax=panels, label="bits")
     return figure
-
-
-def _heat(
-    axes: Axes, values: np.ndarray, low: float, high: float | None, colors: str, write: str
-) -> QuadMesh:
-    """Cells with their numbers in them, the first row on top; empty where there is none."""
-    y_edges, x_edges = (np.arange(n + 1) - 0.5 for n in values.shape)
-    image = axes.pcolormesh(x_edges, y_edges, values, vmin=low, vmax=high, cmap=colors)
-    axes.invert_yaxis()
-    for (i, j), value in np.ndenumerate(values):
-        if np.isfinite(value):
-            red, green, blue, _ = image.cmap(image.norm(value))
-            ink = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.45 else "white"
-            text = write.format(value)
-            axes.text(j, i, text, ha="center", va="center", fontsize=7, color=ink)
-    return image
 
 
 def spectrum(rows: Sequence[dict]) -> Figure:
@@ -231,7 +171,7 @@ PLOTS: dict[str, tuple[str, Callable[[Sequence[dict]], Figure]]] = {
     "perplexity": ("Error of predictions", perplexity_plot),
     "sparsity": ("Attention mass that is read", recall),
     "sparse": ("Time of a decode step", decode_time),
-    "retrieval": ("Retrieval by length and depth", retrieval_heat),
+    "retrieval": ("Retrieval", retrieval_plot),
     "bits": ("Bits by layer and head", bits_heat),
     "spectrum": ("Decay of the keys' latent channels", spectrum),
     "key_error": ("Error of the keys by layer", key_error),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from svdq_bench.quality.plots import PLOTS, to_svg
+from svdq_bench.quality.retrieval_plots import is_drawable
 from svdq_bench.quality.summary import (
     DRAWN_ONLY,
     able_tasks,
@@ -112,8 +113,8 @@ def write_plot(path: Path, rows: Sequence[dict]) -> None:
 
 
 def _drawable(benchmark: str | None, rows: Sequence[dict]) -> bool:
-    if benchmark == "retrieval" and all(row.get("depth") is None for row in rows):
-        return False  # no task with a depth was asked
+    if benchmark == "retrieval":
+        return is_drawable(rows)
     return bool(rows) and benchmark in PLOTS
 
 

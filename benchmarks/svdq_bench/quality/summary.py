@@ -3,11 +3,11 @@ layers; recall by budget."""
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Sequence
 
 from svdq_bench.quality.budgets import budget_text
+from svdq_bench.quality.intervals import Interval, mean_half_width
 
 # Benchmarks whose rows, one for every head, are only drawn.
 DRAWN_ONLY = ("bits", "spectrum")
@@ -31,24 +31,27 @@ def pooled(rows: Sequence[dict], key: str = "accuracy") -> float:
 
 
 def summarize(rows: Sequence[dict]) -> list[dict]:
-    """One row a method: accuracy by task and by length, pooled over the rest.
+    """One row a method: scores by task and by length, pooled over the rest.
 
     Returns
     -------
-    Rows with method, the means of k_bits, all_in_bits, cache_ratio and times_smaller_bf16, of
-    sparse ones the budget and what was read, ``task: NAME`` and ``tokens: LENGTH`` (accuracies; the
-    latter over the tasks that the model itself can do, if there are any), ``able``, the mean over
-    these tasks, ``able_difference`` to the full cache's, and ``able_stderr``, the standard error of
-    that difference.
+    Rows with method, v_bits, text, the means of k_bits, all_in_bits, cache_ratio and
+    times_smaller_bf16, of sparse ones the budget and what was read, ``task: NAME`` and ``tokens:
+    LENGTH`` (accuracies; the latter over the tasks that the model itself can do, if there are any),
+    ``able``, the mean over these tasks, and ``log_likelihood`` and ``probability``, means over the
+    tasks whose answers are fixed. Each of the three has a ``_difference`` from the full cache's and
+    the ``_half_width`` of its 95 % confidence interval.
     """
     able = able_tasks(rows)
-    found: dict[str, list[dict]] = {}
+    found: dict[tuple, list[dict]] = {}
     for row in rows:
         # Matched peers differ in their settings from length to length; they are one method.
-        found.setdefault(row.get("matched") or row["method"], []).append(row)
+        name = row.get("matched") or row["method"]
+        found.setdefault((name, row.get("v_bits"), row.get("text")), []).append(row)
     summary = []
-    for method, group in found.items():
+    for (method, v_bits, text), group in found.items():
         line = {"benchmark": "retrieval-summary", "method": method}
+        line |= {k: v for k, v in (("v_bits", v_bits), ("text", text)) if v is not None}
         for key in ("k_bits", "all_in_bits", "cache_ratio"):
             line[key] = pooled(group, key)
         if all("times_smaller_bf16" in row for row in group):
@@ -67,7 +70,12 @@ def summarize(rows: Sequence[dict]) -> list[dict]:
                     line[f"tokens: {length}"] = pooled(part)
             tasks = [by_task[task] for task in sorted(able) if by_task[task]]
             line["able"] = statistics.fmean(map(pooled, tasks))
-            line |= _difference(tasks)
+            line |= _difference("able", "accuracy", tasks)
+        for score in ("log_likelihood", "probability"):
+            tasks = [part for part in by_task.values() if part and score in part[0]]
+            if tasks:
+                line[score] = statistics.fmean(pooled(part, score) for part in tasks)
+                line |= _difference(score, score, tasks)
         summary.append(line)
     return summary
 
@@ -85,24 +93,24 @@ def summarize_recall(rows: Sequence[dict]) -> list[dict]:
     return summary
 
 
-def _difference(tasks: Sequence[Sequence[dict]]) -> dict[str, float]:
-    """A method's accuracy, a mean over tasks, less the full cache's, and how sure that is.
+def _difference(name: str, score: str, tasks: Sequence[Sequence[dict]]) -> dict[str, float]:
+    """A method's mean score over tasks less the full cache's, and how sure that is.
 
-    Both answer the same samples, so that differences of single samples are what varies. Empty where
-    rows do not say their squares, or a task has one sample alone.
+    Both answer the same questions, so that differences of contexts are what varies. Empty where
+    rows do not say their squares; without a width where a task has one context alone.
     """
-    counts = [sum(row["samples"] for row in rows) for rows in tasks]
-    if min(counts) < 2 or not all("squared_difference" in row for rows in tasks for row in rows):
+    square = f"{score}_square"
+    if not all(square in row for rows in tasks for row in rows):
         return {}
-    means = [pooled(rows) - pooled(rows, "full_accuracy") for rows in tasks]
-    variances = [
-        max(pooled(rows, "squared_difference") - mean**2, 0) / (count - 1)
-        for rows, mean, count in zip(tasks, means, counts, strict=True)
-    ]
-    return {
-        "able_difference": statistics.fmean(means),
-        "able_stderr": math.sqrt(sum(variances)) / len(tasks),
-    }
+    intervals = []
+    for rows in tasks:
+        contexts = sum(row["contexts"] for row in rows)
+        mean = pooled(rows, score) - pooled(rows, f"full_{score}")
+        squares = sum(row[square] * row["contexts"] for row in rows) / contexts
+        intervals.append(Interval(mean, squares, contexts))
+    found = {f"{name}_difference": statistics.fmean(one.mean for one in intervals)}
+    half_width = mean_half_width(intervals)
+    return found if half_width is None else found | {f"{name}_half_width": half_width}
 
 
 def summarize_key_errors(rows: Sequence[dict]) -> list[dict]:

@@ -1,87 +1,55 @@
-"""Retrieval tasks in the manner of RULER (arXiv 2404.06654), from a seed and a tokenizer alone.
+"""Samples of the retrieval tasks for one tokenizer: a long context and questions about it.
 
-A sample is a long context with something hidden in it, a question, the beginning of the answer, and
-the strings that a right answer holds. The context is put together out of tokens, so its length is
-exact. Numbers are shorter and hops fewer than RULER's, so that models of a few hundred million
-parameters can do some of the tasks; the shape of each task and its scoring are RULER's.
+A sample is a context with something hidden in it and questions that are each asked on their own,
+with the beginning of the answer and the strings that a right answer holds. The context is put
+together out of tokens, so its length is exact.
 """
 
 from __future__ import annotations
 
 import random
-import string
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from svdq_bench.quality.words import ADJECTIVES, NOUNS
+from svdq_bench.quality.puzzles import (
+    COMMON_TIMES,
+    COMMON_WORDS,
+    DEPTH_TASKS,
+    TASKS,
+    Asked,
+    Puzzle,
+)
 
 NOISE = (
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 )
 
-DIGITS = 5
-DISTRACTORS = 3
-VALUES = 2
-HOPS = 2
-COMMON_WORDS, COMMON_TIMES, RARE_TIMES = 5, 12, 2
-# Tokens that an answer may take.
-ANSWER_TOKENS = {
-    "niah_single": 24,
-    "niah_multikey": 24,
-    "niah_multivalue": 48,
-    "variable_tracking": 32,
-    "common_words": 48,
-}
 # A needle is moved by up to this many tokens, so that it does not cut a sentence.
 SEARCH_TOKENS = 64
+# Keys of the needles of a context are of different words, and there are so many words.
+MAX_QUESTIONS = 64
 
 
 @dataclass(frozen=True)
-class Puzzle:
-    """The words of a sample, before a haystack is put around them.
+class Question:
+    """What is fed after a context.
 
     Parameters
     ----------
-    instruction : before the context.
-    needles : sentences to hide.
-    question : after the context.
-    answer_prefix : how the model's answer begins.
+    tokens : [1, L] int64, the question and the beginning of its answer.
     expected : strings that a right answer holds.
-    places : depth of each needle, 0 (front) to 1 (end), in the order of the needles; None where it
-        is the sample's own.
-    words : for tasks whose context is a list of words, makes one of at least some number of words.
+    answer : [1, A] int64, the expected strings as an answer would go on with them; None where
+        their order is open.
+    spans : of each expected string the indices of its tokens in the answer, without spaces.
     """
 
-    instruction: str
-    needles: tuple[str, ...]
-    question: str
-    answer_prefix: str
+    tokens: Tensor
     expected: tuple[str, ...]
-    places: tuple[float | None, ...] = ()
-    words: Callable[[int], list[str]] | None = field(default=None, compare=False)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A question about a context.
-
-    Parameters
-    ----------
-    task, depth : which task; depth of the needle asked for, None where there are several.
-    context : [1, T] int64, what is prefilled and compressed.
-    question : [1, L] int64, what is fed then.
-    expected : strings that a right answer holds.
-    """
-
-    task: str
-    depth: float | None
-    context: Tensor
-    question: Tensor
-    expected: tuple[str, ...]
+    answer: Tensor | None = None
+    spans: tuple[tuple[int, ...], ...] = ()
 
     def score(self, answer: str) -> float:
         """Share of the expected strings that are in an answer, upper and lower case alike."""
@@ -89,103 +57,21 @@ class Sample:
         return sum(word.lower() in text for word in self.expected) / len(self.expected)
 
 
-def _number(rng: random.Random) -> str:
-    return str(rng.randrange(10 ** (DIGITS - 1), 10**DIGITS))
+@dataclass(frozen=True)
+class Sample:
+    """A context and questions about it.
 
+    Parameters
+    ----------
+    task, depth : which task; depth of the needle asked for, None where there are several.
+    context : [1, T] int64, what is prefilled and compressed.
+    questions : each asked on its own.
+    """
 
-def _keys(rng: random.Random, count: int) -> list[str]:
-    adjectives, nouns = rng.sample(ADJECTIVES, count), rng.sample(NOUNS, count)
-    return [f"{a} {n}" for a, n in zip(adjectives, nouns, strict=True)]
-
-
-def _niah(needles: list[tuple[str, str]], asked: str, places: Sequence[float | None]) -> Puzzle:
-    """A puzzle of (key, number) pairs, the asked key's numbers expected."""
-    expected = tuple(number for key, number in needles if key == asked)
-    noun, verb, list_start, number_is = "number", "is", "", "The special magic number"
-    if len(expected) > 1:  # small models answer a numbered list best
-        noun, verb, list_start = "numbers", "are", " these:\n1."
-        number_is = "One of the special magic numbers"
-    return Puzzle(
-        "Some special magic numbers are hidden within the following text. Memorize them: you will "
-        "be asked about them afterwards.",
-        tuple(f"{number_is} for {key} is: {number}." for key, number in needles),
-        f"What {verb} the special magic {noun} for {asked} mentioned in the text?",
-        f"The special magic {noun} for {asked} mentioned in the text {verb}{list_start}",
-        expected,
-        tuple(places),
-    )
-
-
-def niah_single(rng: random.Random) -> Puzzle:
-    """One needle: a key and its number."""
-    (key,) = _keys(rng, 1)
-    return _niah([(key, _number(rng))], key, [None])
-
-
-def niah_multikey(rng: random.Random) -> Puzzle:
-    """The needle asked for among others that look alike."""
-    keys = _keys(rng, 1 + DISTRACTORS)
-    places = [None, *(rng.random() for _ in range(DISTRACTORS))]
-    return _niah([(key, _number(rng)) for key in keys], keys[0], places)
-
-
-def niah_multivalue(rng: random.Random) -> Puzzle:
-    """Several numbers of one key, all of them asked for."""
-    (key,) = _keys(rng, 1)
-    places = [(i + rng.random()) / VALUES for i in range(VALUES)]
-    return _niah([(key, _number(rng)) for _ in range(VALUES)], key, places)
-
-
-def variable_tracking(rng: random.Random) -> Puzzle:
-    """A chain of assignments: which variables have the value that the first one was given?"""
-    letters = rng.sample(string.ascii_uppercase, HOPS + 1)
-    names = [first + "".join(rng.choices(string.ascii_uppercase, k=2)) for first in letters]
-    value = _number(rng)
-    needles = [f"VAR {names[0]} = {value}."]
-    needles += [f"VAR {b} = VAR {a}." for a, b in zip(names, names[1:], strict=False)]
-    return Puzzle(
-        "Memorize and track the chain of variable assignments hidden in the following text.",
-        tuple(needles),
-        f"Find all variables that are assigned the value {value} in the text above.",
-        f"The {HOPS + 1} variables that are assigned the value {value} in the text above are VAR",
-        tuple(names),
-        tuple((i + rng.random()) / (HOPS + 1) for i in range(HOPS + 1)),
-    )
-
-
-def common_words(rng: random.Random) -> Puzzle:
-    """A list of words, some of which come more often than the others."""
-    common = rng.sample(NOUNS, COMMON_WORDS)
-    others = sorted({f"{a} {n}" for a in ADJECTIVES for n in NOUNS if n not in common})
-
-    def words(count: int) -> list[str]:
-        """A shuffled list; half the words of a long one are common ones."""
-        times = max(COMMON_TIMES, count // (2 * COMMON_WORDS))
-        rare = rng.sample(others, max((count - times * COMMON_WORDS) // RARE_TIMES, 1))
-        found = common * times + rare * RARE_TIMES
-        rng.shuffle(found)
-        return found
-
-    return Puzzle(
-        "Below is a list of words, in which some come more often than the others. Memorize the "
-        "ones that come most often.",
-        (),
-        f"What are the {COMMON_WORDS} most common words in the above list?",
-        f"The {COMMON_WORDS} most common words in the list are these:\n1.",
-        tuple(common),
-        words=words,
-    )
-
-
-TASKS: dict[str, Callable[[random.Random], Puzzle]] = {
-    "niah_single": niah_single,
-    "niah_multikey": niah_multikey,
-    "niah_multivalue": niah_multivalue,
-    "variable_tracking": variable_tracking,
-    "common_words": common_words,
-}
-# Tasks that ask for one needle, at a depth that is swept.
-DEPTH_TASKS = ("niah_single", "niah_multikey")
+    task: str
+    depth: float | None
+    context: Tensor
+    questions: tuple[Question, ...]
 
 
 class SampleMaker:
@@ -205,34 +91,58 @@ class SampleMaker:
         self._ends: dict[int, bool] = {}
 
     def sample(
-        self, task: str, context_tokens: int, depth: float | None = None, seed: str = ""
+        self,
+        task: str,
+        context_tokens: int,
+        depth: float | None = None,
+        seed: str = "",
+        questions: int = 1,
     ) -> Sample:
         """A sample whose context has exactly ``context_tokens`` tokens.
 
         Parameters
         ----------
-        depth : where the needle asked for is hidden, 0 (front) to 1 (end); for ``DEPTH_TASKS``.
+        depth : where the needle asked for is hidden, 0 (front) to 1 (end); for ``DEPTH_TASKS`` with
+            one question. The needles of several are spread.
         seed : the same sample comes out of the same words.
+        questions : needles that are asked for; of a list of words there is one question.
         """
-        _check(task, depth)
+        _check(task, depth, questions)
         rng = random.Random(f"{seed}/{task}/{context_tokens}/{depth}")
-        puzzle = TASKS[task](rng)
-        head, tail = self._frame(puzzle)
+        puzzle = TASKS[task](rng, questions)
+        frames = [self._frame(puzzle, asked) for asked in puzzle.questions]
+        head = frames[0][0]
         room = context_tokens - len(head)
         fill = self._fill_words if puzzle.words else self._fill_hay
         body = fill(puzzle, room, depth, rng)
         if body is None:
             raise ValueError(f"{task} does not fit into a context of {context_tokens} tokens")
-        context = torch.tensor([head + body])
-        return Sample(task, depth, context, torch.tensor([tail]), puzzle.expected)
+        asked = zip(puzzle.questions, frames, strict=True)
+        found = tuple(self._question(question, tail) for question, (_, tail) in asked)
+        return Sample(task, depth, torch.tensor([head + body]), found)
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
-    def _frame(self, puzzle: Puzzle) -> tuple[list[int], list[int]]:
+    def _question(self, asked: Asked, tail: list[int]) -> Question:
+        """A question of these tokens, with its answer where the order of that is fixed."""
+        tokens = torch.tensor([tail])
+        if asked.joins is None:
+            return Question(tokens, asked.expected)
+        answer, spans = [], []
+        for join, word in zip(("", *asked.joins), asked.expected, strict=True):
+            answer += self._encode(join) if join else []
+            own = self._encode(f" {word}")
+            # A space of its own is the format of an answer, not what was to be found.
+            known = [i for i, token in enumerate(own) if self.tokenizer.decode([token]).strip()]
+            spans.append(tuple(len(answer) + i for i in known))
+            answer += own
+        return Question(tokens, asked.expected, torch.tensor([answer]), tuple(spans))
+
+    def _frame(self, puzzle: Puzzle, asked: Asked) -> tuple[list[int], list[int]]:
         """Tokens before and after the context, those of the chat template included."""
         mark = "\N{PILCROW SIGN}text\N{PILCROW SIGN}"
-        user = f"{puzzle.instruction}\n\n{mark}\n\n{puzzle.question}"
+        user = f"{puzzle.instruction}\n\n{mark}\n\n{asked.text}"
         if getattr(self.tokenizer, "chat_template", None):
             chat = [{"role": "user", "content": user}]
             prompt = self.tokenizer.apply_chat_template(
@@ -240,7 +150,7 @@ class SampleMaker:
             )
         else:
             prompt = f"{user}\n\n"
-        head, tail = (prompt + puzzle.answer_prefix).split(mark)
+        head, tail = (prompt + asked.answer_prefix).split(mark)
         return self._encode(head), self._encode(tail)
 
     def _fill_hay(
@@ -300,11 +210,18 @@ class SampleMaker:
         return (filler * room)[: room - len(body)] + body
 
 
-def _check(task: str, depth: float | None) -> None:
+def _check(task: str, depth: float | None, questions: int) -> None:
     if task not in TASKS:
         raise ValueError(f"tasks are {', '.join(TASKS)}, got {task!r}")
-    if (depth is not None) != (task in DEPTH_TASKS):
-        needs = "needs a depth" if task in DEPTH_TASKS else "has no depth of its own"
+    if not 1 <= questions <= MAX_QUESTIONS:
+        raise ValueError(f"a context has 1 .. {MAX_QUESTIONS} questions, got {questions}")
+    if (depth is not None) != has_depth(task, questions):
+        needs = "needs a depth" if has_depth(task, questions) else "has no depth of its own"
         raise ValueError(f"{task} {needs}, got {depth}")
     if depth is not None and not 0 <= depth <= 1:
         raise ValueError(f"depth must be 0 .. 1, got {depth}")
+
+
+def has_depth(task: str, questions: int) -> bool:
+    """True if a task asks for one needle, whose depth can be chosen."""
+    return task in DEPTH_TASKS and questions == 1
