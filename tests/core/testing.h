@@ -151,6 +151,7 @@ class ValueBits {
  public:
   ValueBits(int bits) : bits_{bits} {}
   ValueBits(std::initializer_list<int> bits) : bits_(bits) {}
+  ValueBits(std::vector<int> bits) : bits_(std::move(bits)) {}
   int of(size_t head) const { return bits_[head % bits_.size()]; }
   bool packed() const { return bits_[0] <= 4; }
 
