@@ -159,7 +159,8 @@ class DecodeValues {
     for (int j = 0; j < 2; ++j) middle_[j] = fused(sum[j], b.unit[j], middle_[j]);
   }
 
-  // A power of two brings the largest scale to 2^13 .. 2^14, as far as a half can be multiplied, in the larger of the operands.
+  // A power of two brings the largest scale to 2^13 .. 2^14, as far as a half can be multiplied, in the larger of
+  // the operands.
   template <int kBits>
   SVDQ_DEVICE static void prepare(const uint8_t* page, const PageProbabilities& p,
                                   const float (&weight)[2], Operand<kBits>& b) {

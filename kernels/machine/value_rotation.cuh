@@ -1,8 +1,9 @@
 // The rotation of values (kernels/rotation.h) of rows of floats in shared memory.
 //
-// Lane l of a team of 16 owns channels l, l + 16, ... of a row. Strides below 16 are exchanged between lanes, all others and the
-// reflection stay in a lane's own channels, since a block is a multiple of 16: no step waits for other threads. Sums and
-// differences come in the order of the CPU backends, so that the same values give the same codes everywhere.
+// Lane l of a team of 16 owns channels l, l + 16, ... of a row. Strides below 16 are exchanged between lanes, all
+// others and the reflection stay in a lane's own channels, since a block is a multiple of 16: no step waits for
+// other threads. Sums and differences come in the order of the CPU backends, so that the same values give the same
+// codes everywhere.
 #pragma once
 
 #include "kernels/machine/device.cuh"
@@ -13,8 +14,8 @@ namespace svdq::device {
 // A product that is rounded before anything is added to it, whatever the compiler would make of it.
 SVDQ_DEVICE float rounded_product(float a, float b) { return fused(a, b, 0.0f); }
 
-// Butterflies between lanes: strides 1 .. `last`. Of two channels the lower one gets the sum, the upper one the lower less the
-// upper.
+// Butterflies between lanes: strides 1 .. `last`. Of two channels the lower one gets the sum, the upper one the
+// lower less the upper.
 SVDQ_DEVICE float exchange_butterflies(float x, int last, uint32_t members = kWarp) {
   SVDQ_UNROLL
   for (int stride = 1; stride < kWarpSize; stride *= 2) {
@@ -86,8 +87,8 @@ class TeamRotation {
   int dim_, block_;
 };
 
-// Rotates a row [dim] back but for its factors (unrotated), by all `threads` of a block, whole warps; barriers are before and
-// after it.
+// Rotates a row [dim] back but for its factors (unrotated), by all `threads` of a block, whole warps; barriers are
+// before and after it.
 SVDQ_DEVICE void unrotate_row(float* row, int dim, int threads) {
   const int block = rotation_block(dim);
   if (block < dim) {

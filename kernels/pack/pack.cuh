@@ -122,9 +122,9 @@ pack_keys_kernel(PackKeysParams p, TokenRows keys, HeadTable heads, PageIds ids,
   });
 }
 
-// Rotates and quantizes the values of one token, a row [D] of shared memory, by a team of 16 lanes; gives the byte of its scale.
-// Partial sums of the channels of a lane ascend and are added halves first, as the CPU backends do. `code(channel, code)` takes the
-// codes.
+// Rotates and quantizes the values of one token, a row [D] of shared memory, by a team of 16 lanes; gives the byte
+// of its scale. Partial sums of the channels of a lane ascend and are added halves first, as the CPU backends do.
+// `code(channel, code)` takes the codes.
 template <typename Code>
 SVDQ_DEVICE int quantize_value(float* row, const ValueLayout& value, const Code& code) {
   const int lane = lane_index() % kLanes, dim = value.head_dim;

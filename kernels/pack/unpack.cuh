@@ -192,7 +192,8 @@ inline LaunchShape key_errors_launch(int num_heads, int64_t num_tokens) {
   return {static_cast<int>((num_tokens + kWarps - 1) / kWarps), num_heads, 1, kUnpackThreads, 0};
 }
 
-// Rows of 16 slots of rotated values: apart by 4 banks, so that rows 4 apart, which a warp rotates at once, meet in none.
+// Rows of 16 slots of rotated values: apart by 4 banks, so that rows 4 apart, which a warp rotates at once, meet in
+// none.
 struct UnpackRows {
   alignas(16) float row[4];  // more follow
 

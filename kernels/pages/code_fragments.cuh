@@ -96,8 +96,8 @@ SVDQ_DEVICE void with_value_bits(int bits, const Fn& fn) {
   }
 }
 
-// Calls fn.template operator()<width, shift>(offset) for the planes of a head's values: the width of their lines, the place of
-// their bits in a code, and where they begin in the page.
+// Calls fn.template operator()<width, shift>(offset) for the planes of a head's values: the width of their lines,
+// the place of their bits in a code, and where they begin in the page.
 template <typename Fn>
 SVDQ_DEVICE void for_each_plane(const ValueLayout& value, const Fn& fn) {
   if (value.bits == 4) {

@@ -50,7 +50,8 @@ double dot(const reference::Row& a, const reference::Row& b) {
   return std::inner_product(a.begin(), a.end(), b.begin(), 0.0);
 }
 
-// The codes of slot `slot` against the formula: steps of the root mean square, then the scale without bias along the token.
+// The codes of slot `slot` against the formula: steps of the root mean square, then the scale without bias along
+// the token.
 void expect_token(const reference::Row& rotated, const ValueLayout& value, const uint8_t* page,
                   int slot) {
   const int dim = value.head_dim, blocks = dim / rotation_block(dim);
@@ -137,8 +138,9 @@ TEST_P(PackValues, MatchesTheFormula) {
   }
 }
 
-// Mean of (rounded scale - scale) / scale where the logarithm of the scale is uniform: rounding to nearest is even in the
-// scale, not in its logarithm. Over the cell of each mantissa r, from r - 1/2 to r + 1/2, it is the integral of (r - s) / s^2.
+// Mean of (rounded scale - scale) / scale where the logarithm of the scale is uniform: rounding to nearest is even
+// in the scale, not in its logarithm. Over the cell of each mantissa r, from r - 1/2 to r + 1/2, it is the integral
+// of (r - s) / s^2.
 double mean_of_rounding() {
   double sum = 0;
   for (double r = 8; r < 16; ++r) {
@@ -149,8 +151,8 @@ double mean_of_rounding() {
   return sum / std::log(2);
 }
 
-// Decoded values say as much along a token as the token does: the scale is the one without bias there, rounded to 3 bits
-// of mantissa. So a deviation neither comes from the codes nor adds up over the tokens that attention sums.
+// Decoded values say as much along a token as the token does: the scale is the one without bias there, rounded to 3
+// bits of mantissa. So a deviation neither comes from the codes nor adds up over the tokens that attention sums.
 TEST_P(PackValues, AreExactAlongTheTokenButForTheScale) {
   constexpr int64_t kTokens = 6000;
   uint64_t stream = 3500;

@@ -13,8 +13,8 @@
 
 namespace svdq::testing {
 
-// One key that a query sees: score, what that may be off, its value, and of packed values the scale and the largest number that
-// a rotated one is computed from.
+// One key that a query sees: score, what that may be off, its value, and of packed values the scale and the largest
+// number that a rotated one is computed from.
 struct SeenKey {
   double score, error;
   reference::Row value;
@@ -235,8 +235,9 @@ class AttendReference {
         tolerance += p * std::expm1(key.error) * std::fabs(key.value[d] - out) * std::exp(worst);
         if (key.scale > 0) {
           // A probability times a scale is a half, and multiplies all codes and the middle code alike; so is the
-          // probability itself, relative to its page's maximum, where a warp decodes. What is rounded as a subnormal number
-          // may differ between planes and the middle, by the same in every channel: it meets in one as it is rotated back.
+          // probability itself, relative to its page's maximum, where a warp decodes. What is rounded as a
+          // subnormal number may differ between planes and the middle, by the same in every channel: it meets in
+          // one as it is rotated back.
           const int roundings = decodes(p_) ? 2 : 1;
           tolerance += roundings * p * std::fabs(key.value[d]) * 0x1p-11;
           tolerance += 0x1p-25 * (std::fabs(key.value[d]) + std::sqrt(dim) * key.largest);

@@ -75,7 +75,8 @@ class UnpackKernels : public testing::KernelTest {
       EXPECT_EQ(values.read(), expected);
       return;
     }
-    // Codes times scales are exact. Rotating back leaves the length of a row, and each of at most 16 steps rounds its numbers.
+    // Codes times scales are exact. Rotating back leaves the length of a row, and each of at most 16 steps rounds
+    // its numbers.
     const std::vector<float> got = values.read();
     for (int64_t row = 0; row < count / c.head_dim; ++row) {
       double square = 0;
