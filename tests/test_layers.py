@@ -12,7 +12,7 @@ spec = importlib.util.spec_from_file_location("house", ROOT / "tools/house.py")
 house = sys.modules["house"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(house)
 
-FACTS = ("kernels/format.h", "kernels/params.h")
+FACTS = ("kernels/format.h", "kernels/params.h", "kernels/rotation.h")
 PAGES = (*FACTS, "kernels/machine/", "kernels/pages/")
 # File or folder of an including file -> prefixes of the project's own headers that it may include.
 # The longest entry counts.

@@ -38,7 +38,6 @@ void attend(const Backend& backend, RopeMode rope) {
   c.rotary_pairs = kDim / 2;
   c.bands = both(rope == RopeMode::kHybrid ? kPostBands : kAll);
   if (rope == RopeMode::kHybrid) c.pre_bands = both(kPreBands);
-  c.v_group_size = 64;
   c.group = kGroup;
   c.cache_seqlens = {kTokens};
   c.window_lens = {64};
@@ -63,7 +62,6 @@ void gather(const Backend& backend) {
   GatherCase c;
   c.head_dim = kDim;
   c.bands = both(kAll);
-  c.v_group_size = 64;
   c.batch = 1;
   c.num_pages = kTokens / kPageTokens;
   c.num_slots = kTokens / 4;
@@ -73,7 +71,7 @@ void gather(const Backend& backend) {
 
 void pack(const Backend& backend, bool keys) {
   Random random(1);
-  const Layout layout(layout_ints(RopeMode::kPre, kDim, both(kAll), 4, 64));
+  const Layout layout(layout_ints(RopeMode::kPre, kDim, both(kAll)));
   std::vector<float> rows(int64_t{kHeads} * kTokens * kDim), scale(layout.rank(), 0.1f);
   std::vector<float> mean(kHeads * kDim, 0.0f);
   for (float& x : rows) x = static_cast<float>(random.normal());

@@ -65,14 +65,20 @@ constexpr int kHeads = 8, kGroup = 4, kTokens = 32768;
 // The schedule paper-1.25: a quarter of the channels at 4 bits, an eighth at 2. Hybrid heads have 8
 // pre-RoPE channels in addition.
 std::vector<int64_t> layout_ints(RopeMode rope, int dim, int v_bits) {
-  std::vector<int64_t> ints = {
-      kFormatVersion, kHeads, dim, static_cast<int64_t>(rope), v_bits, dim % 32 == 0 ? 32 : 16};
+  const ValueCoding coding = v_bits <= 4 ? ValueCoding::kPlain : ValueCoding::kNumbers;
+  std::vector<int64_t> ints = {kFormatVersion,
+                               kHeads,
+                               dim,
+                               static_cast<int64_t>(rope),
+                               static_cast<int64_t>(KeyCoding::kPlain),
+                               static_cast<int64_t>(coding)};
   const int counts[kNumWidths] = {0, dim / 4, dim / 8, 0};
   for (int h = 0; h < kHeads; ++h) {
     const int pre[kNumWidths] = {4, 4, 0, 0}, none[kNumWidths] = {};
     for (int count : rope == RopeMode::kPre ? counts : rope == RopeMode::kHybrid ? pre : none)
       ints.push_back(count);
     for (int count : rope == RopeMode::kPre ? none : counts) ints.push_back(count);
+    ints.push_back(v_bits);
   }
   return ints;
 }
@@ -172,7 +178,7 @@ int main() {
   for (int limit : {101376, 166912, 232448}) {
     const gpu::DeviceLimits limits{128, limit};
     for (int dim : {64, 128, 256, 512}) {
-      for (int v_bits : {2, 4, 16}) {
+      for (int v_bits : {2, 3, 4, 16}) {
         for (RopeMode rope : {RopeMode::kPost, RopeMode::kPre, RopeMode::kHybrid}) {
           for (int64_t q_len : {1, 16}) attend(limits, rope, dim, v_bits, q_len, false);
           attend(limits, rope, dim, v_bits, 1, true);

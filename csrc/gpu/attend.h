@@ -57,15 +57,9 @@ void attend_page_tiles(const AttendParams& p, const device::AttendWorkspace& wor
                   device::attend_page_tiles_kernel<Use, Values>, p, workspace, heads);
   };
   if constexpr (Scores::kGathered) {  // see page_tiles_for
-    if constexpr (kDim > 256) {
-      p.keys.layout.value.bits == 4
-          ? run.template operator()<Scores, device::PackedTileValues<kDim, 4>>()
-          : run.template operator()<Scores, device::PackedTileValues<kDim, 2>>();
-    }
-  } else if (p.keys.layout.value.bits == 4) {
-    run.template operator()<Scores, device::PackedTileValues<kDim, 4>>();
-  } else if (p.keys.layout.value.bits == 2) {
-    run.template operator()<Scores, device::PackedTileValues<kDim, 2>>();
+    if constexpr (kDim > 256) run.template operator()<Scores, device::PackedTileValues<kDim>>();
+  } else if (p.keys.layout.packs_values()) {
+    run.template operator()<Scores, device::PackedTileValues<kDim>>();
   } else if (p.v_dtype == DataType::kBFloat16) {
     run.template operator()<Lean, device::WindowTileValues<kDim, DataType::kBFloat16>>();
   } else {
@@ -83,10 +77,8 @@ void attend_pages(const AttendParams& p, const device::AttendWorkspace& workspac
     attend_page_tiles<typename Scorers::Tiled>(p, workspace, heads, stream);
   } else if (decodes(p, 1)) {
     if constexpr (!std::is_void_v<Decode>) {
-      const auto kernel = p.keys.layout.value.bits == 4 ? device::attend_decode_kernel<Decode, 4>
-                                                        : device::attend_decode_kernel<Decode, 2>;
-      stream.launch("attend_decode", device::attend_decode_launch<Decode>(p, workspace), kernel, p,
-                    workspace, heads);
+      stream.launch("attend_decode", device::attend_decode_launch<Decode>(p, workspace),
+                    device::attend_decode_kernel<Decode>, p, workspace, heads);
     }
   } else {
     stream.launch("attend_pages", device::attend_pages_launch<Plain>(p, workspace),

@@ -22,18 +22,22 @@ struct AttendTiling {
   int window_tiles = 1;
 };
 
-// Bytes of a page that go through shared memory: the largest head's keys, and packed values.
+// Bytes of a page that go through shared memory, of the head that has most: keys, and packed values.
 inline int stage_bytes(const LayoutView& layout) {
-  int keys = 0;
-  for (int h = 0; h < layout.num_heads; ++h) keys = std::max(keys, layout.heads[h].page_bytes());
-  return keys + (layout.value.packed() ? static_cast<int>(layout.value.page_bytes()) : 0);
+  int most = 0;
+  for (int h = 0; h < layout.num_heads; ++h) {
+    const HeadPlan& head = layout.heads[h];
+    const int values = head.value.packed() ? static_cast<int>(head.value.page_bytes()) : 0;
+    most = std::max(most, head.page_bytes() + values);
+  }
+  return most;
 }
 
 // The same where blocks take several tiles: values of 16 bits go through shared memory too.
 template <int kDim>
 int tiles_stage_bytes(const LayoutView& layout) {
   const int values = kPageTokens * device::TokenMatrix<kDim>::kRowBytes;
-  return stage_bytes(layout) + (layout.value.packed() ? 0 : values);
+  return stage_bytes(layout) + (layout.packs_values() ? 0 : values);
 }
 
 // Steps of 16 channels of the largest head's query operand.
@@ -52,7 +56,7 @@ inline int query_steps(const LayoutView& layout) {
 // True if blocks may take several tiles. Float values have no tensor-core product of their
 // accuracy, so they keep plain arithmetic.
 inline bool tiles_pages(const AttendParams& p) {
-  return p.keys.layout.value.packed() || p.v_dtype != DataType::kFloat32;
+  return p.keys.layout.packs_values() || p.v_dtype != DataType::kFloat32;
 }
 
 // The window must be read in vectors, and queries rounded to the keys' dtype would not do.
@@ -83,14 +87,14 @@ inline bool fits_warp(const LayoutView& layout) {
 
 // True if pages of one tile go to attend_decode, where a split is a warp.
 inline bool decodes(const AttendParams& p, int page_tiles) {
-  return page_tiles == 1 && p.keys.layout.value.packed() && fits_warp(p.keys.layout);
+  return page_tiles == 1 && p.keys.layout.packs_values() && fits_warp(p.keys.layout);
 }
 
 // Tiles of a block that asks for `tiles`: what attend_decode cannot serve, two tiles can. Gathered
 // pages are few and decoded from by few rows, so more tiles are not compiled for them.
 inline int page_tiles_for(const AttendParams& p, int tiles) {
   if (p.token_slots) tiles = 1;
-  return tiles == 1 && p.keys.layout.value.packed() && !fits_warp(p.keys.layout) ? 2 : tiles;
+  return tiles == 1 && p.keys.layout.packs_values() && !fits_warp(p.keys.layout) ? 2 : tiles;
 }
 
 // Scorers of the kernels for one head_dim class and RoPE mode.

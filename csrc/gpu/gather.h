@@ -13,11 +13,7 @@ void gather(const GatherParams& p, Stream& stream) {
   check_aligned(p.k_out, "k_out");
   check_aligned(p.v_out, "v_out");
   if (p.num_slots == 0) return;
-  const ValueLayout& value = p.layout.value;
-  const auto kernel = value.bits == 4   ? device::gather_kernel<4>
-                      : value.bits == 2 ? device::gather_kernel<2>
-                                        : device::gather_kernel<0>;
-  stream.launch("gather", device::gather_launch(p), kernel, p, head_table(p.layout));
+  stream.launch("gather", device::gather_launch(p), device::gather_kernel, p, head_table(p.layout));
 }
 
 }  // namespace svdq::gpu

@@ -52,17 +52,16 @@ void pack_keys(const PackKeysParams& p, Stream& stream) {
 template <int kDim, typename Stream>
 void pack_values_class(const PackValuesParams& p, Stream& stream) {
   check_aligned(p.pages, "v_pages");
-  const ValueLayout& value = p.layout.value;
-  const auto pack =
-      value.bits == 2 ? device::pack_values_kernel<kDim, 2> : device::pack_values_kernel<kDim, 4>;
-  const auto copy = value.bits == 16 ? device::copy_values_kernel<uint16_t>
-                                     : device::copy_values_kernel<uint32_t>;
+  const device::HeadTable heads = head_table(p.layout);
+  const auto copy = p.values.dtype == DataType::kFloat32 ? device::copy_values_kernel<uint32_t>
+                                                         : device::copy_values_kernel<uint16_t>;
   const bool aligned = device::aligned_rows(p.values);
   for_each_page_chunk(p.page_table, p.slot, p.values.num_tokens,
                       [&](const device::PageIds& ids, int64_t first, int count) {
                         const auto shape = device::pack_values_launch<kDim>(p, count);
-                        if (value.packed()) {
-                          stream.launch("pack_values", shape, pack, p, aligned, ids, first);
+                        if (p.layout.packs_values()) {
+                          stream.launch("pack_values", shape, device::pack_values_kernel<kDim>, p,
+                                        aligned, heads, ids, first);
                         } else {
                           stream.launch("copy_values", shape, copy, p, ids, first);
                         }

@@ -47,21 +47,19 @@ void unpack_keys(const UnpackKeysParams& p, Stream& stream) {
 template <typename Stream>
 void unpack_values(const UnpackValuesParams& params, Stream& stream) {
   const UnpackParams& p = params.packed;
-  float* values = params.values;
-  for_each_page_chunk(p.page_table, p.slot, p.num_tokens,
-                      [&](const device::PageIds& ids, int64_t first, int count) {
-                        const device::LaunchShape shape = device::unpack_launch(p, count);
-                        if (p.layout.value.bits == 4) {
-                          stream.launch("unpack_values", shape, device::unpack_values_kernel<4>, p,
-                                        ids, first, values);
-                        } else if (p.layout.value.bits == 2) {
-                          stream.launch("unpack_values", shape, device::unpack_values_kernel<2>, p,
-                                        ids, first, values);
-                        } else {
-                          stream.launch("widen_values", shape, device::widen_values_kernel, p, ids,
-                                        first, params.dtype, values);
-                        }
-                      });
+  const device::HeadTable heads = head_table(p.layout);
+  for_each_page_chunk(
+      p.page_table, p.slot, p.num_tokens,
+      [&](const device::PageIds& ids, int64_t first, int count) {
+        if (p.layout.packs_values()) {
+          const int bytes = device::unpack_rows_bytes(p.layout.head_dim);
+          stream.launch("unpack_values", device::unpack_launch(p, count, bytes),
+                        device::unpack_values_kernel, p, heads, ids, first, params.values);
+        } else {
+          stream.launch("widen_values", device::unpack_launch(p, count),
+                        device::widen_values_kernel, p, ids, first, params.dtype, params.values);
+        }
+      });
 }
 
 }  // namespace svdq::gpu

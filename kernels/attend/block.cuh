@@ -157,8 +157,7 @@ attend_pages_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads) 
     softmax_page(s, score, state, factor);
 
     // Accumulate the values.
-    const uint8_t* from = p.v_pages + stream.page_id() * p.keys.layout.v_page_bytes +
-                          rows.head * p.keys.layout.value.page_bytes();
+    const uint8_t* from = p.v_pages + stream.page_id() * p.keys.layout.v_page_bytes + head.v_offset;
     values.add(from, p.v_dtype, 0, dim, s.p, tokens, s.factor);
   }
   const bool valid = stream.finish();

@@ -85,15 +85,15 @@ SVDQ_DEVICE void transpose_probabilities(uint32_t (&tiles)[2 * kGroups][kWarpSiz
 }
 
 // Grid: x = head and row tile, y = a run of splits, one a warp, z = sequence.
-template <typename Scores, int kValueBits>
+template <typename Scores>
 SVDQ_KERNEL(kDecodeThreads)
 attend_decode_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads) {
-  using Values = DecodeValues<Scores::kDim, kValueBits>;
+  using Values = DecodeValues<Scores::kDim>;
   DecodePlan<Scores>& s = shared_memory<DecodePlan<Scores>>();
   const BlockRows rows = block_rows(p, workspace);
   const HeadPlan head = head_plan(heads, rows.head);
   using Parts = typename Scores::Parts;
-  const ValueLayout& value = p.keys.layout.value;
+  const ValueLayout& value = head.value;
   Scores scores(s.scores, p, workspace, rows, head, workspace.page_warps * kWarpSize);
   sync_threads();
   const int split = block_y() * workspace.page_warps + warp_index();
@@ -102,11 +102,10 @@ attend_decode_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads)
   // Start to copy the warp's first pages.
   const TokenSlots slots(p, rows);
   const int key_bytes = Parts::bytes(head);
-  const int64_t value_offset = int64_t{rows.head} * value.page_bytes();
   const auto copy = [&](uint8_t* to, int64_t id, TokenRange) {
     uint8_t* values = copy_decode_keys<Parts>(
         to, p.keys.pages + id * p.keys.layout.k_page_bytes + head.k_offset, head);
-    Values::copy(values, p.v_pages + id * p.keys.layout.v_page_bytes + value_offset, value);
+    Values::copy(values, p.v_pages + id * p.keys.layout.v_page_bytes + head.v_offset, value);
   };
   PageStream stream(
       p.keys, rows.sequence,
@@ -146,7 +145,7 @@ attend_decode_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads)
       for (int i = 0; i < 4 * kGroups; ++i) {
         if (!tokens.has(decode_token(i / 4) + i % 4 / 2)) score[i / 4][i % 4] = no_score();
       }
-      Values::clear(stream.bytes() + key_bytes, value, tokens);
+      Values::clear(stream.bytes() + key_bytes, tokens);
     }
     if (slots.given()) {
       SVDQ_UNROLL

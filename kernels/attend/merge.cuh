@@ -2,13 +2,19 @@
 #pragma once
 
 #include "kernels/attend/plan.cuh"
+#include "kernels/machine/value_rotation.cuh"
 
 namespace svdq::device {
 
 inline constexpr int kMergeThreads = 128;
 
+struct MergePlan {
+  float rotated[kMaxHeadDim];  // sum over the splits of pages
+};
+
 // Merges the splits of one query row of attend. Grid: x = query row of a KV head, y = KV head,
-// z = sequence. A split without keys has maximum -inf and its output is not read.
+// z = sequence. A split without keys has maximum -inf and its output is not read. Outputs of packed values are rotated,
+// those of the window are not: pages are summed first, and their sum is rotated back.
 SVDQ_KERNEL(kMergeThreads) merge_splits_kernel(AttendParams p, AttendWorkspace workspace) {
   const int64_t sequence_head = int64_t{block_z()} * p.keys.layout.num_heads + block_y();
   const int64_t row = sequence_head * query_rows(p) + block_x();
@@ -27,20 +33,36 @@ SVDQ_KERNEL(kMergeThreads) merge_splits_kernel(AttendParams p, AttendWorkspace w
     if (weight != 0.0f) state.sum += weight * load(&sums[i]);
   }
   const float inverse = state.sum > 0.0f ? 1.0f / state.sum : 0.0f;
-  for (int d = thread_index(); d < dim; d += kMergeThreads) {
+  const auto sum_of = [&](int first, int last, int d) {
     float out = 0.0f;
-    for (int i = 0; i < splits; ++i) {
+    for (int i = first; i < last; ++i) {
       const float weight = probability(load(&maxima[i]), state.max);
       if (weight != 0.0f)
         out += weight * load(&workspace.partial_out[(slot * splits + i) * dim + d]);
     }
+    return out;
+  };
+  const int rotated_splits = p.keys.layout.packs_values() ? workspace.page_splits : 0;
+  float* rotated = nullptr;
+  if (rotated_splits > 0) {
+    rotated = shared_memory<MergePlan>().rotated;
+    for (int d = thread_index(); d < dim; d += kMergeThreads)
+      store(&rotated[d], sum_of(0, rotated_splits, d));
+    sync_threads();
+    unrotate_row(rotated, dim, kMergeThreads);
+  }
+  for (int d = thread_index(); d < dim; d += kMergeThreads) {
+    const float pages = rotated ? unrotated(rotated, dim, d) : 0.0f;
+    const float out = sum_of(rotated_splits, splits, d) + pages;
     store_number(p.out, p.queries.dtype, row * dim + d, out * inverse);
   }
   if (thread_index() == 0) store(&p.lse[row], log_sum(state));
 }
 
 inline LaunchShape merge_splits_launch(const AttendParams& p, const AttendWorkspace&) {
-  return {static_cast<int>(query_rows(p)), p.keys.layout.num_heads, p.keys.batch, kMergeThreads, 0};
+  const int bytes = p.keys.layout.packs_values() ? static_cast<int>(sizeof(MergePlan)) : 0;
+  return {static_cast<int>(query_rows(p)), p.keys.layout.num_heads, p.keys.batch, kMergeThreads,
+          bytes};
 }
 
 // The operator: two partial results of the same rows. Grid: x = row.

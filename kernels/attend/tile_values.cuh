@@ -4,15 +4,15 @@
 
 #include "kernels/attend/accumulate.cuh"
 #include "kernels/attend/tile_rows.cuh"
+#include "kernels/pages/code_fragments.cuh"
 
 namespace svdq::device {
 
-// Packed values. Column n of output tile 2 b + h stands for channel 16 b + 2 n + h, so that a thread
+// Packed values, still rotated. Column n of output tile 2 b + h stands for channel 16 b + 2 n + h, so that a thread
 // holds four neighbouring channels of a row.
-template <int kDim, int kValueBits>
+template <int kDim>
 class PackedTileValues {
  public:
-  static constexpr int kBits = kValueBits;
   static constexpr int kBlocks = kDim / kLanes / kWarpParts<kDim>;  // of 16 channels, of a warp
 
   SVDQ_DEVICE void reset() {
@@ -26,62 +26,39 @@ class PackedTileValues {
   // Starts to copy the values of a page.
   SVDQ_DEVICE static void copy(uint8_t* to, const uint8_t* from, const ValueLayout& value,
                                TokenRange, int threads) {
-    const int head = static_cast<int>(value.code_offset());
-    copy_lines<0>(to, from, head, thread_index(), threads);  // scales and zero points
-    copy_lines<kBits>(to + head, from + head, static_cast<int>(value.page_bytes()) - head,
-                      thread_index(), threads);
+    copy_lines<0>(to, from, value.scale_bytes(), thread_index(), threads);
+    for_each_plane(value, [&]<int kWidth, int>(int64_t plane) {
+      copy_lines<kWidth>(to + plane, from + plane, band_bytes(kWidth, value.head_dim),
+                         thread_index(), threads);
+    });
   }
 
-  // Scales and zero points of slots that do not count may be anything, NaN too.
-  SVDQ_DEVICE static void clear(uint8_t* page, const ValueLayout& value, TokenRange tokens,
-                                int threads) {
-    uint32_t* pairs = reinterpret_cast<uint32_t*>(page);
-    for (int i = thread_index(); i < value.groups() * kPageTokens; i += threads) {
-      const int token = 2 * i % kPageTokens;
-      const uint32_t keep =
-          (tokens.has(token) ? 0xffffu : 0u) | (tokens.has(token + 1) ? 0xffff0000u : 0u);
-      store(&pairs[i], load(&pairs[i]) & keep);
-    }
+  // Scales of slots that do not count may be anything, NaN too.
+  SVDQ_DEVICE static void clear(uint8_t* page, TokenRange tokens) {
+    if (thread_index() < kTokenQuads) clear_scales(page, thread_index(), tokens);
   }
 
   // out = out * factor + P V
   SVDQ_DEVICE void add(const uint8_t* page, const ValueLayout& value,
                        const float (&p)[2 * kGroups][4], const float (&factor)[2], int part) {
-    constexpr int kUnits = 8 / kBits;
-    Operand operand;
-    int group = -1;
-    SVDQ_UNROLL
-    for (int i = 0; i < kBlocks; ++i) {
-      const int block = part * kBlocks + i;
-      if (block * kLanes >= value.head_dim) break;
-      if (block * kLanes / value.group_size != group) {
-        group = block * kLanes / value.group_size;
-        operand = prepare(page, value, group, p);
-      }
-      const uint8_t* codes = page + value.code_offset();
-      float sum[2][4] = {};
+    const Operand operand = prepare(page, value, p);
+    with_value_bits(value.bits, [&]<int kBits>() {
       SVDQ_UNROLL
-      for (int step = 0; step < kGroups; ++step) {
-        const int unit = block * kTokenQuads + step * 4 + lane_index() % 4;
-        const int piece = swizzle<kBits>(unit / kUnits * 4 + lane_index() / 8);
-        const Words2 lanes =
-            load(reinterpret_cast<const Words2*>(codes + piece * 16) + lane_index() / 4 % 2);
+      for (int i = 0; i < kBlocks; ++i) {
+        const int block = part * kBlocks + i;
+        if (block * kLanes >= value.head_dim) break;
+        float sum[2][4] = {};
+        multiply_block<kBits>(page, value, block, operand, sum);
         SVDQ_UNROLL
         for (int h = 0; h < 2; ++h) {
-          uint32_t b[2];
-          unpack_quad<kBits>(lanes.word[h], unit % kUnits, b[0], b[1]);
-          MmaHalf::run(sum[h], operand.a[step], b);
+          SVDQ_UNROLL
+          for (int e = 0; e < 4; ++e) {
+            const float old = out_[i][h][e] * factor[e / 2] - operand.middle[e / 2];
+            out_[i][h][e] = old + sum[h][e] * operand.unit;
+          }
         }
       }
-      SVDQ_UNROLL
-      for (int h = 0; h < 2; ++h) {
-        SVDQ_UNROLL
-        for (int e = 0; e < 4; ++e) {
-          const float old = out_[i][h][e] * factor[e / 2] + operand.zero[e / 2];
-          out_[i][h][e] = old + sum[h][e] * operand.unit;
-        }
-      }
-    }
+    });
   }
 
   // Writes 16 rows to out + row * stride.
@@ -102,46 +79,70 @@ class PackedTileValues {
   }
 
  private:
-  // Probabilities times scales of one group as A operands, and what rotates products into values.
+  // Probabilities times scales as A operands, and what turns products into values.
   struct Operand {
     uint32_t a[kGroups][4];
     float unit;
-    float zero[2];  // of this thread's rows: sum of probabilities times zero points
+    float middle[2];  // of this thread's rows: what the middle code takes off
   };
 
-  // Halves of the four tokens of this thread's quad of a group of tokens.
-  SVDQ_DEVICE static Words2 load_quad(const uint8_t* from, int step) {
-    return load(reinterpret_cast<const Words2*>(from) + step * 4 + lane_index() % 4);
-  }
-  SVDQ_DEVICE static float number(const Words2& quad, int t) {
-    return half_to_float(static_cast<uint16_t>(quad.word[t / 2] >> t % 2 * 16));
-  }
-
-  SVDQ_DEVICE static Operand prepare(const uint8_t* page, const ValueLayout& value, int group,
-                                     const float (&p)[2 * kGroups][4]) {
-    Operand operand;
-    Words2 scales[kGroups];
-    float largest = 0.0f, zero[2] = {};
-    const int at = group * kPageTokens * 2;
+  // sum += P V of a block of 16 channels, in units of codes.
+  template <int kBits>
+  SVDQ_DEVICE static void multiply_block(const uint8_t* page, const ValueLayout& value, int block,
+                                         const Operand& operand, float (&sum)[2][4]) {
+    constexpr int kWidth = low_plane_width(kBits), kUnits = 8 / kWidth;
+    const int row = lane_index() / 4, quad = lane_index() % 4;
+    const uint8_t* codes = page + value.code_offset();
+    const uint8_t* high_lines =
+        page + value.high_plane_offset() + block * band_bytes(1, kLanes) + row * 8;
+    Words2 high = {};
     SVDQ_UNROLL
     for (int step = 0; step < kGroups; ++step) {
-      scales[step] = load_quad(page + value.scale_offset() + at, step);
-      const Words2 points = load_quad(page + value.zero_offset() + at, step);
+      const int unit = block * kTokenQuads + step * kGroups + quad;
+      const int piece = swizzle<kWidth>(unit / kUnits * 4 + row / 2);
+      const Words2 lanes = load(reinterpret_cast<const Words2*>(codes + piece * 16) + row % 2);
+      if (kBits == 3 && step % 2 == 0)
+        high = load(reinterpret_cast<const Words2*>(high_lines + step / 2 * kLineBytes));
+      SVDQ_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        uint32_t b[2];
+        unpack_quad<kWidth>(lanes.word[h], unit % kUnits, b[0], b[1]);
+        if constexpr (kBits == 3) {
+          // The high bits of a line's units 4 (step % 2) + quad, moved over the low bits.
+          constexpr uint32_t kFours = 0x00040004u;
+          const uint32_t bits =
+              step % 2 == 0 ? high.word[h] << 2 >> quad : high.word[h] >> (2 + quad);
+          b[0] |= bits & kFours;
+          b[1] |= bits >> 8 & kFours;
+        }
+        MmaHalf::run(sum[h], operand.a[step], b);
+      }
+    }
+  }
+
+  // Scale of token t of four.
+  SVDQ_DEVICE static float scale_of(uint32_t quad, int t) {
+    return half_to_float(scale_as_half(static_cast<int>(quad >> (8 * t) & 0xffu)));
+  }
+
+  SVDQ_DEVICE static Operand prepare(const uint8_t* page, const ValueLayout& value,
+                                     const float (&p)[2 * kGroups][4]) {
+    Operand operand;
+    uint32_t scales[kGroups];  // of this thread's quad of each group of tokens
+    float largest = 0.0f;
+    SVDQ_UNROLL
+    for (int step = 0; step < kGroups; ++step) {
+      scales[step] = load(reinterpret_cast<const uint32_t*>(page) + step * 4 + lane_index() % 4);
       SVDQ_UNROLL
       for (int t = 0; t < kQuad; ++t) {
-        const float scale = number(scales[step], t);
+        const float scale = scale_of(scales[step], t);
         largest = scale > largest ? scale : largest;
-        const auto& tile = p[2 * step + t % 2];
-        SVDQ_UNROLL
-        for (int i = 0; i < 2; ++i) zero[i] += tile[2 * i + t / 2] * number(points, t);
       }
     }
     SVDQ_UNROLL
     for (int mask = 1; mask <= 2; mask *= 2) {
       const float other = shuffle_xor(largest, mask);
       largest = other > largest ? other : largest;
-      SVDQ_UNROLL
-      for (int i = 0; i < 2; ++i) zero[i] += shuffle_xor(zero[i], mask);
     }
     // A power of two brings the largest scale to 2^13 .. 2^14, high in the range of a half.
     // Probabilities are at most 1, and weights that get lost are below 2^-38 of the largest scale.
@@ -150,20 +151,24 @@ class PackedTileValues {
     const bool nothing = exponent == 0;
     const float up = nothing ? 0.0f : int_as_float(2 * kOne + kUp - exponent);
     operand.unit = nothing ? 0.0f : int_as_float(exponent - kUp) * kCodeUnit;
-    SVDQ_UNROLL
-    for (int i = 0; i < 2; ++i) operand.zero[i] = zero[i];
+    // Codes are less by the middle one: the sum of what multiplies them, a product with ones.
+    float sum[4] = {};
     SVDQ_UNROLL
     for (int step = 0; step < kGroups; ++step) {
       float scale[kQuad];
       SVDQ_UNROLL
-      for (int t = 0; t < kQuad; ++t) scale[t] = number(scales[step], t) * up;
+      for (int t = 0; t < kQuad; ++t) scale[t] = scale_of(scales[step], t) * up;
       SVDQ_UNROLL
       for (int w = 0; w < 4; ++w) {  // rows, rows + 8; then the quad's odd tokens
         const auto& tile = p[2 * step + w / 2];
         const int e = w % 2 * 2;
         operand.a[step][w] = pack_half2(tile[e] * scale[w / 2], tile[e + 1] * scale[w / 2 + 2]);
       }
+      MmaHalf::run(sum, operand.a[step], {0x00010001u, 0x00010001u});
     }
+    SVDQ_UNROLL
+    for (int i = 0; i < 2; ++i)
+      operand.middle[i] = sum[2 * i] * (mid_code(value.bits) * operand.unit);
     return operand;
   }
 
@@ -177,7 +182,6 @@ class WindowTileValues {
  public:
   using Numbers = Numbers16<kType>;
   using Matrix = TokenMatrix<kDim>;
-  static constexpr int kBits = 16;
   static constexpr int kBlocks = kDim / kLanes / kWarpParts<kDim>;
 
   SVDQ_DEVICE void reset() {
@@ -194,7 +198,7 @@ class WindowTileValues {
                  [&](int token) { return tokens.has(token); });
   }
 
-  SVDQ_DEVICE static void clear(uint8_t*, const ValueLayout&, TokenRange, int) {}
+  SVDQ_DEVICE static void clear(uint8_t*, TokenRange) {}
 
   // out = out * factor + P V of kTiles * 8 tokens
   template <int kTiles>

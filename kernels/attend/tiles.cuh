@@ -25,17 +25,16 @@ attend_page_tiles_kernel(AttendParams p, AttendWorkspace workspace, HeadTable he
   const WarpShare share = warp_share<kDim>();
   const HeadPlan head = head_plan(heads, rows.head);
   using Parts = typename Scores::Parts;
-  const ValueLayout& value = p.keys.layout.value;
+  const ValueLayout& value = head.value;
   const int split = block_y(), threads = tile_threads<kDim>(workspace.page_tiles);
   const TokenSlots slots(p, rows);
 
   // Start to copy the first pages.
-  const int64_t value_offset = int64_t{rows.head} * value.page_bytes();
   const int key_bytes = Parts::bytes(head);
   const auto copy = [&](uint8_t* to, int64_t id, TokenRange tokens) {
     copy_keys<Parts>(to, p.keys.pages + id * p.keys.layout.k_page_bytes + head.k_offset, head,
                      threads);
-    Values::copy(to + key_bytes, p.v_pages + id * p.keys.layout.v_page_bytes + value_offset, value,
+    Values::copy(to + key_bytes, p.v_pages + id * p.keys.layout.v_page_bytes + head.v_offset, value,
                  tokens, threads);
   };
   uint8_t* stages = shared + query_operand_bytes(workspace.page_tiles, workspace.query_steps) +
@@ -59,7 +58,7 @@ attend_page_tiles_kernel(AttendParams p, AttendWorkspace workspace, HeadTable he
     const TokenRange tokens = stream.tokens();
     const bool whole = tokens.whole();
     if (!whole) {
-      Values::clear(stream.bytes() + key_bytes, value, tokens, threads);
+      Values::clear(stream.bytes() + key_bytes, tokens);
       sync_threads();
     }
 
@@ -209,7 +208,7 @@ attend_window_tiles_kernel(AttendParams p, AttendWorkspace workspace) {
       x = token < visible[i % 4 / 2] ? x * unit : no_score();
     }
     softmax_tiles(score, state, factor);
-    values.add(stage(first) + kWindowStageBytes<kDim> / 2, p.keys.layout.value, score, factor,
+    values.add(stage(first) + kWindowStageBytes<kDim> / 2, ValueLayout{16, dim}, score, factor,
                share.part);
   }
 

@@ -1,11 +1,12 @@
 // The pack stage: keys are un-rotated, centred, projected on the basis and quantized, values
-// quantized by token and group, and their codes laid into page lines; for a prefill or for one page
+// rotated and quantized by token, and their codes laid into page lines; for a prefill or for one page
 // that leaves the window. Grid: x = page, y = head.
 //
 // Projection costs rank * D multiply-adds a token, which is nothing next to the prefill that made
 // the token; so it keeps the CPU's order of them (kernels/pack/project.cuh) and gives the same bytes.
 #pragma once
 
+#include "kernels/machine/value_rotation.cuh"
 #include "kernels/pages/heads.cuh"
 #include "kernels/pack/project.cuh"
 #include "kernels/pages/code_fragments.cuh"
@@ -27,10 +28,10 @@ SVDQ_DEVICE uint8_t quantize(float x, int width) {
   return static_cast<uint8_t>(round_to_int(least < top ? least : top));
 }
 
-// Four lanes of a line from codes [channel][slot]: unit `unit` of keys holds 4 channels of a token
+// Four lanes of a line from bits kFrom and up of codes [channel][slot]: unit `unit` of keys holds 4 channels of a token
 // in a lane, of values 4 tokens of a channel. ors the codes into `bits` and the bits of slots
 // outside the span, which must stay, into `keep`.
-template <int kWidth, bool kValues, int kDim>
+template <int kWidth, int kFrom, bool kValues, int kDim>
 SVDQ_DEVICE void gather_unit(const PackPlan<kDim>& s, const PageSpan& span, int first_channel,
                              int unit, int piece, int shift, Words4& bits, Words4& keep) {
   constexpr uint32_t kMask = (1u << kWidth) - 1;
@@ -43,7 +44,8 @@ SVDQ_DEVICE void gather_unit(const PackPlan<kDim>& s, const PageSpan& span, int 
       const int slot = kValues ? unit % kTokenQuads * kQuad + e : unit % kGroups * kLanes + lane;
       const int at = 8 * e + shift;
       if (span.has(slot)) {
-        bits.word[i] |= uint32_t{load(&s.code[first_channel + channel][slot])} << at;
+        const uint32_t code = load(&s.code[first_channel + channel][slot]);
+        bits.word[i] |= (code >> kFrom & kMask) << at;
       } else {
         keep.word[i] |= kMask << at;
       }
@@ -52,7 +54,7 @@ SVDQ_DEVICE void gather_unit(const PackPlan<kDim>& s, const PageSpan& span, int 
 }
 
 // Writes the lines of `num_units` units.
-template <int kWidth, bool kValues, int kDim>
+template <int kWidth, int kFrom, bool kValues, int kDim>
 SVDQ_DEVICE void write_lines(const PackPlan<kDim>& s, const PageSpan& span, int first_channel,
                              int num_units, uint8_t* lines) {
   constexpr int kUnits = 8 / kWidth;
@@ -60,8 +62,8 @@ SVDQ_DEVICE void write_lines(const PackPlan<kDim>& s, const PageSpan& span, int 
     Words4 bits = {}, keep = {};
     SVDQ_UNROLL
     for (int k = 0; k < kUnits; ++k) {
-      gather_unit<kWidth, kValues>(s, span, first_channel, i / 4 * kUnits + k, i % 4, k * kWidth,
-                                   bits, keep);
+      gather_unit<kWidth, kFrom, kValues>(s, span, first_channel, i / 4 * kUnits + k, i % 4,
+                                          k * kWidth, bits, keep);
     }
     Words4* to = reinterpret_cast<Words4*>(lines) + i;
     if (span.count < kPageTokens) {
@@ -114,65 +116,68 @@ pack_keys_kernel(PackKeysParams p, TokenRows keys, HeadTable heads, PageIds ids,
   uint8_t* lines = p.pages + span.page * p.layout.k_page_bytes + head.k_offset;
   int channel = 0;
   for_each_part(head, [&]<int kWidth>(int count) {
-    write_lines<kWidth, false>(s, span, channel, count / kQuad * kGroups, lines);
+    write_lines<kWidth, 0, false>(s, span, channel, count / kQuad * kGroups, lines);
     channel += count;
     lines += band_bytes(kWidth, count);
   });
 }
 
-// Scale and zero point of one token's group, and its codes.
-template <int kDim>
-SVDQ_DEVICE void quantize_group(PackPlan<kDim>& s, const ValueLayout& value, int row, int slot,
-                                int group, uint8_t* page) {
-  const int first = group * value.group_size, last = first + value.group_size;
-  const auto four = [&](int d) {
-    return load(reinterpret_cast<const Floats4*>(&s.rows.row[row][d]));
+// Rotates and quantizes the values of one token, a row [D] of shared memory, by a team of 16 lanes; gives the byte
+// of its scale. Partial sums of the channels of a lane ascend and are added halves first, as the CPU backends do.
+// `code(channel, code)` takes the codes.
+template <typename Code>
+SVDQ_DEVICE int quantize_value(float* row, const ValueLayout& value, const Code& code) {
+  const int lane = lane_index() % kLanes, dim = value.head_dim;
+  TeamRotation(row, dim).rotate();
+  const auto sum_of = [&](const auto& add) {
+    float sum = 0.0f;
+    for (int d = lane; d < dim; d += kLanes) sum = add(sum, load(&row[d]));
+    SVDQ_UNROLL
+    for (int half = kLanes / 2; half > 0; half /= 2) sum += shuffle_xor(sum, half, team_members());
+    return sum;
   };
-  float least = four(first).x[0], most = least;
-  for (int d = first; d < last; d += 4) {
-    const Floats4 values = four(d);
-    SVDQ_UNROLL
-    for (float x : values.x) {
-      least = x < least ? x : least;
-      most = x > most ? x : most;
-    }
-  }
-  const uint16_t scale_bits =
-      float_to_half((most - least) / static_cast<float>((1 << value.bits) - 1));
-  const uint16_t zero_bits = float_to_half(least);
-  const int64_t at = int64_t{group} * kPageTokens + slot;
-  store(reinterpret_cast<uint16_t*>(page + value.scale_offset()) + at, scale_bits);
-  store(reinterpret_cast<uint16_t*>(page + value.zero_offset()) + at, zero_bits);
-  const float scale = half_to_float(scale_bits), zero = half_to_float(zero_bits);
-  const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-  for (int d = first; d < last; d += 4) {
-    const Floats4 values = four(d);
-    SVDQ_UNROLL
-    for (int k = 0; k < 4; ++k)
-      store(&s.code[d + k][slot], quantize((values.x[k] - zero) * inverse, value.bits));
-  }
+  const float square = sum_of([](float sum, float x) { return fused(x, x, sum); });
+  const float step = value_step(value.bits) * square_root(square / static_cast<float>(dim));
+  const float inverse = step > 0.0f ? 1.0f / step : 0.0f, middle = mid_code(value.bits);
+  const auto code_of = [&](float x) { return quantize(fused(x, inverse, middle), value.bits); };
+  const float product = sum_of(
+      [&](float sum, float x) { return fused(x, static_cast<float>(code_of(x)) - middle, sum); });
+  for (int d = lane; d < dim; d += kLanes) code(d, code_of(load(&row[d])));
+  constexpr float kLargestHalf = 65504.0f;
+  const float scale = square / product;
+  return step > 0.0f ? scale_byte(float_to_half(scale < kLargestHalf ? scale : kLargestHalf)) : 0;
 }
 
-// Packed values, 2 or 4 bits; `aligned` as in TokenRows.
-template <int kDim, int kBits>
+// Packed values; `aligned` as in TokenRows.
+template <int kDim>
 SVDQ_KERNEL(kPackThreads)
-pack_values_kernel(PackValuesParams p, bool aligned, PageIds ids, int64_t first_chunk) {
+pack_values_kernel(PackValuesParams p, bool aligned, HeadTable heads, PageIds ids,
+                   int64_t first_chunk) {
+  constexpr int kWarps = kPackThreads / kWarpSize;
   PackPlan<kDim>& s = shared_memory<PackPlan<kDim>>();
-  const ValueLayout& value = p.layout.value;
+  const HeadPlan head = head_plan(heads, block_y());
+  const ValueLayout& value = head.value;
   const PageSpan span = page_span(ids, p.slot, p.values.num_tokens, first_chunk, block_x());
   const TokenRows rows{p.values, 0, nullptr, nullptr, aligned};
-  uint8_t* page = p.pages + span.page * p.layout.v_page_bytes + block_y() * value.page_bytes();
+  uint8_t* page = p.pages + span.page * p.layout.v_page_bytes + head.v_offset;
   for (int group = 0; group < kGroups; ++group) {
     load_rows(s.rows, rows, block_y(), value.head_dim, {span, 0, group}, nullptr, kPackThreads);
     sync_threads();
-    for (int i = thread_index(); i < kLanes * value.groups(); i += kPackThreads) {
-      const int row = i % kLanes, slot = group * kLanes + row;
-      if (span.has(slot)) quantize_group(s, value, row, slot, i / kLanes, page);
+    // The rows of a warp's two teams are apart by 16 banks.
+    for (int first = 0; first < kLanes; first += 2 * kWarps) {
+      const int row = first + warp_index() + lane_index() / kLanes * kWarps;
+      const int slot = group * kLanes + row;
+      if (!span.has(slot)) continue;
+      const int scale = quantize_value(s.rows.row[row], value,
+                                       [&](int d, uint8_t code) { store(&s.code[d][slot], code); });
+      if (lane_index() % kLanes == 0) store(&page[slot], static_cast<uint8_t>(scale));
     }
     sync_threads();
   }
-  write_lines<kBits, true>(s, span, 0, value.head_dim / kLanes * kTokenQuads,
-                           page + value.code_offset());
+  for_each_plane(value, [&]<int kWidth, int kShift>(int64_t offset) {
+    write_lines<kWidth, kShift, true>(s, span, 0, value.head_dim / kLanes * kTokenQuads,
+                                      page + offset);
+  });
 }
 
 // Exact values: rows are copied number by number, since a source may be aligned to no more.
@@ -181,8 +186,8 @@ SVDQ_KERNEL(kPackThreads)
 copy_values_kernel(PackValuesParams p, PageIds ids, int64_t first_chunk) {
   const PageSpan span = page_span(ids, p.slot, p.values.num_tokens, first_chunk, block_x());
   const int dim = p.layout.head_dim;
-  Number* page = reinterpret_cast<Number*>(p.pages + span.page * p.layout.v_page_bytes +
-                                           block_y() * p.layout.value.page_bytes());
+  Number* page = reinterpret_cast<Number*>(p.pages + span.page * p.layout.v_page_bytes) +
+                 block_y() * kPageTokens * dim;
   const Number* from = static_cast<const Number*>(p.values.data) + block_y() * p.values.head_stride;
   for (int i = thread_index(); i < span.count * dim; i += kPackThreads) {
     const int64_t row = i / dim, d = i % dim;
@@ -199,7 +204,7 @@ LaunchShape pack_keys_launch(const PackKeysParams& p, int pages) {
 template <int kDim>
 LaunchShape pack_values_launch(const PackValuesParams& p, int pages) {
   return {pages, p.layout.num_heads, 1, kPackThreads,
-          p.layout.value.packed() ? static_cast<int>(sizeof(PackPlan<kDim>)) : 0};
+          p.layout.packs_values() ? static_cast<int>(sizeof(PackPlan<kDim>)) : 0};
 }
 
 }  // namespace svdq::device

@@ -7,6 +7,7 @@
 #include "kernels/machine/numbers.cuh"
 #include "kernels/pages/page_span.cuh"
 #include "kernels/machine/rope.cuh"
+#include "kernels/machine/value_rotation.cuh"
 #include "kernels/pages/code_fragments.cuh"
 
 namespace svdq::device {
@@ -191,30 +192,63 @@ inline LaunchShape key_errors_launch(int num_heads, int64_t num_tokens) {
   return {static_cast<int>((num_tokens + kWarps - 1) / kWarps), num_heads, 1, kUnpackThreads, 0};
 }
 
-// values [H, num_tokens, D], of packed values; a thread has a channel of 4 slots.
-template <int kBits>
-SVDQ_KERNEL(kUnpackThreads)
-unpack_values_kernel(UnpackParams p, PageIds ids, int64_t first_chunk, float* values) {
-  const ValueLayout& value = p.layout.value;
-  const PageSpan span = page_span(ids, p.slot, p.num_tokens, first_chunk, block_x());
-  const uint8_t* page =
-      p.pages + span.page * p.layout.v_page_bytes + block_y() * value.page_bytes();
-  const uint16_t* scales = reinterpret_cast<const uint16_t*>(page + value.scale_offset());
-  const uint16_t* zeros = reinterpret_cast<const uint16_t*>(page + value.zero_offset());
-  float* to = values + (block_y() * p.num_tokens + span.token) * value.head_dim;
-  for (int i = thread_index(); i < kTokenQuads * value.head_dim; i += kUnpackThreads) {
-    const int quad = i / value.head_dim, d = i % value.head_dim;
-    const uint32_t codes =
-        load_codes<kBits>(page + value.code_offset(), d / kLanes * kTokenQuads + quad, d % kLanes);
+// Rows of 16 slots of rotated values: apart by 4 banks, so that rows 4 apart, which a warp rotates at once, meet in
+// none.
+struct UnpackRows {
+  alignas(16) float row[4];  // more follow
+
+  SVDQ_DEVICE float* of(int i, int dim) { return row + i * (dim + 4); }
+};
+
+SVDQ_HOST_DEVICE constexpr int unpack_rows_bytes(int dim) {
+  return kLanes * (dim + 4) * static_cast<int>(sizeof(float));
+}
+
+// Codes of the 16 slots of a group as rows of numbers, times their scales; a thread has a channel of 4 slots.
+SVDQ_DEVICE void decode_values(UnpackRows& s, const ValueLayout& value, const uint8_t* page,
+                               int group) {
+  const int dim = value.head_dim;
+  for (int i = thread_index(); i < kLanes / kQuad * dim; i += kUnpackThreads) {
+    const int quad = i / dim, d = i % dim;
+    const int unit = d / kLanes * kTokenQuads + group * kGroups + quad;
+    uint32_t codes = 0;
+    for_each_plane(value, [&]<int kWidth, int kShift>(int64_t offset) {
+      codes |= load_codes<kWidth>(page + offset, unit, d % kLanes) << kShift;
+    });
     SVDQ_UNROLL
     for (int e = 0; e < kQuad; ++e) {
-      const int slot = quad * kQuad + e, at = d / value.group_size * kPageTokens + slot;
-      if (!span.has(slot)) continue;
-      // A code times a half is exact in float, so one rounding or two make no difference.
-      store(&to[int64_t{slot - span.first} * value.head_dim + d],
-            fused(code_of(codes, e), half_to_float(load(&scales[at])),
-                  half_to_float(load(&zeros[at]))));
+      const int slot = quad * kQuad + e;
+      const float scale = half_to_float(scale_as_half(load(&page[group * kLanes + slot])));
+      store(&s.of(slot, dim)[d], (code_of(codes, e) - mid_code(value.bits)) * scale);
     }
+  }
+}
+
+// values [H, num_tokens, D], of packed values.
+SVDQ_KERNEL(kUnpackThreads)
+unpack_values_kernel(UnpackParams p, HeadTable heads, PageIds ids, int64_t first_chunk,
+                     float* values) {
+  constexpr int kWarps = kUnpackThreads / kWarpSize;
+  UnpackRows& s = shared_memory<UnpackRows>();
+  const HeadPlan head = head_plan(heads, block_y());
+  const int dim = p.layout.head_dim;
+  const PageSpan span = page_span(ids, p.slot, p.num_tokens, first_chunk, block_x());
+  const uint8_t* page = p.pages + span.page * p.layout.v_page_bytes + head.v_offset;
+  float* to = values + (block_y() * p.num_tokens + span.token) * dim;
+  for (int group = 0; group < kGroups; ++group) {
+    decode_values(s, head.value, page, group);
+    sync_threads();
+    for (int first = 0; first < kLanes; first += 2 * kWarps) {
+      const int row = first + warp_index() + lane_index() / kLanes * kWarps;
+      TeamRotation(s.of(row, dim), dim).unrotate();
+    }
+    sync_threads();
+    for (int i = thread_index(); i < kLanes * dim; i += kUnpackThreads) {
+      const int row = i / dim, d = i % dim, slot = group * kLanes + row;
+      if (span.has(slot))
+        store(&to[int64_t{slot - span.first} * dim + d], load(&s.of(row, dim)[d]));
+    }
+    sync_threads();
   }
 }
 
@@ -222,13 +256,13 @@ unpack_values_kernel(UnpackParams p, PageIds ids, int64_t first_chunk, float* va
 SVDQ_KERNEL(kUnpackThreads)
 widen_values_kernel(UnpackParams p, PageIds ids, int64_t first_chunk, DataType dtype,
                     float* values) {
-  const ValueLayout& value = p.layout.value;
+  const int dim = p.layout.head_dim;
   const PageSpan span = page_span(ids, p.slot, p.num_tokens, first_chunk, block_x());
-  const uint8_t* page =
-      p.pages + span.page * p.layout.v_page_bytes + block_y() * value.page_bytes();
-  float* to = values + (block_y() * p.num_tokens + span.token) * value.head_dim;
-  for (int i = thread_index(); i < span.count * value.head_dim; i += kUnpackThreads)
-    store(&to[i], load_number(page, dtype, int64_t{span.first} * value.head_dim + i));
+  const uint8_t* page = p.pages + span.page * p.layout.v_page_bytes;
+  const int64_t from = (int64_t{block_y()} * kPageTokens + span.first) * dim;
+  float* to = values + (block_y() * p.num_tokens + span.token) * dim;
+  for (int i = thread_index(); i < span.count * dim; i += kUnpackThreads)
+    store(&to[i], load_number(page, dtype, from + i));
 }
 
 // The launch over `pages` pages; bytes of shared memory as the kernel takes.

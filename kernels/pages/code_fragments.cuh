@@ -58,6 +58,16 @@ SVDQ_DEVICE void copy_lines(uint8_t* to, const uint8_t* from, int bytes, int thr
     copy_async(to + swizzle<kWidth>(i) * 16, from + i * 16, 16 SVDQ_PASS_CALL_SITE);
 }
 
+// Clears the scales of quad `quad` of a page of packed values, but for `tokens`, which has has(token).
+template <typename Tokens>
+SVDQ_DEVICE void clear_scales(uint8_t* page, int quad, const Tokens& tokens) {
+  uint32_t keep = 0;
+  SVDQ_UNROLL
+  for (int e = 0; e < kQuad; ++e) keep |= tokens.has(quad * kQuad + e) ? 0xffu << (8 * e) : 0u;
+  uint32_t* scales = reinterpret_cast<uint32_t*>(page) + quad;
+  store(scales, load(scales) & keep);
+}
+
 // A operand [16 tokens, 16 channels] of keys: quads 4 step .. 4 step + 3 of a band of `quads`,
 // tokens of group `group`. Quads past the band's end give zeros.
 template <int kWidth>
@@ -70,6 +80,31 @@ SVDQ_DEVICE void load_key_fragment(const uint8_t* band, int quads, int step, int
     const uint32_t lane =
         quad < quads ? load_lane<kWidth>(band, unit / kUnits, row + 8 * half) : 0u;
     unpack_quad<kWidth>(lane, unit % kUnits, a[half], a[half + 2]);
+  }
+}
+
+// Calls fn.template operator()<bits>() for the bits of packed values.
+template <typename Fn>
+SVDQ_DEVICE void with_value_bits(int bits, const Fn& fn) {
+  static_assert(kValueBits[0] == 4 && kValueBits[1] == 3 && kValueBits[2] == 2);
+  if (bits == 4) {
+    fn.template operator()<4>();
+  } else if (bits == 3) {
+    fn.template operator()<3>();
+  } else {
+    fn.template operator()<2>();
+  }
+}
+
+// Calls fn.template operator()<width, shift>(offset) for the planes of a head's values: the width of their lines,
+// the place of their bits in a code, and where they begin in the page.
+template <typename Fn>
+SVDQ_DEVICE void for_each_plane(const ValueLayout& value, const Fn& fn) {
+  if (value.bits == 4) {
+    fn.template operator()<4, 0>(value.code_offset());
+  } else {
+    fn.template operator()<2, 0>(value.code_offset());
+    if (value.bits == 3) fn.template operator()<1, 2>(value.high_plane_offset());
   }
 }
 

@@ -5,7 +5,7 @@
 // lane (1, 2, 4 or 8 by width), of values 4 tokens of a channel. Neighbouring threads write
 // neighbouring lanes. Reads are the 4-byte lanes that hold the codes, of which memory gives 32-byte
 // sectors: a token of 8 quads at 4 bits, 4 at 2 bits and 128 values of 4 bits costs 12 sectors of
-// keys, 16 of values and 4 of scales and zero points, 1 KiB where its codes are 100 bytes. That is what a
+// keys, 16 of values and one of its scale, 0.9 KiB where its codes are 85 bytes. That is what a
 // format for whole pages costs, and little next to the pages that are not read.
 #pragma once
 
@@ -24,11 +24,8 @@ struct GatherPlan {
 
 class GatherBlock {
  public:
-  SVDQ_DEVICE GatherBlock(const GatherPlan& s, const GatherParams& p, int head)
-      : s_(s),
-        p_(p),
-        out_(int64_t{block_z()} * grid_x() + block_x()),
-        value_offset_(head * p.layout.value.page_bytes()) {}
+  SVDQ_DEVICE GatherBlock(const GatherPlan& s, const GatherParams& p, const HeadPlan& head)
+      : s_(s), p_(p), head_(head), out_(int64_t{block_z()} * grid_x() + block_x()) {}
 
   // Keys of one band: `offset` is where it begins in a page.
   template <int kWidth>
@@ -56,14 +53,13 @@ class GatherBlock {
     }
   }
 
-  // Codes of packed values.
-  template <int kBits>
-  SVDQ_DEVICE void value_codes() const {
-    constexpr int kUnits = 8 / kBits;
-    const ValueLayout& value = p_.layout.value;
-    const int64_t offset = value_offset_ + value.code_offset();
+  // One plane of the codes of packed values, which begins at `plane` in the head's page.
+  template <int kWidth>
+  SVDQ_DEVICE void value_plane(int64_t plane) const {
+    constexpr int kUnits = 8 / kWidth;
+    const int64_t offset = head_.v_offset + plane;
     uint8_t* to = p_.v_out + out_ * p_.layout.v_page_bytes + offset;
-    const int lanes = value.head_dim * kPageTokens * kBits / 8 / 4;
+    const int lanes = band_bytes(kWidth, p_.layout.head_dim) / 4;
     for (int i = thread_index(); i < lanes; i += kGatherThreads) {
       uint32_t lane = 0;
       SVDQ_UNROLL
@@ -75,45 +71,42 @@ class GatherBlock {
           const int token = unit % kTokenQuads * kQuad + e;
           const int64_t page = load(&s_.page[token]);
           if (page < 0) continue;
-          const CodeAddress place = value_code_address(kBits, channel, load(&s_.slot[token]));
+          const CodeAddress place = value_code_address(kWidth, channel, load(&s_.slot[token]));
           const int code = load(p_.v_pages + page * p_.layout.v_page_bytes + offset + place.byte);
-          const uint32_t bits = static_cast<uint32_t>(code >> place.shift & ((1 << kBits) - 1));
-          lane |= bits << (8 * e + k * kBits);
+          const uint32_t bits = static_cast<uint32_t>(code >> place.shift & ((1 << kWidth) - 1));
+          lane |= bits << (8 * e + k * kWidth);
         }
       }
       store(reinterpret_cast<uint32_t*>(to) + i, lane);
     }
   }
 
-  // Scales, then zero points, which follow them: two tokens of a group at a time.
+  // Scales of four tokens at a time.
   SVDQ_DEVICE void value_scales() const {
-    uint8_t* to = p_.v_out + out_ * p_.layout.v_page_bytes + value_offset_;
-    const int pairs = p_.layout.value.groups() * kPageTokens;
-    for (int i = thread_index(); i < pairs; i += kGatherThreads) {
-      uint32_t pair = 0;
-      SVDQ_UNROLL
-      for (int e = 0; e < 2; ++e) {
-        const int token = i * 2 % kPageTokens + e;
-        const int64_t page = load(&s_.page[token]);
-        if (page < 0) continue;
-        const int64_t half = i * 2 / kPageTokens * kPageTokens + load(&s_.slot[token]);
-        const uint8_t* from = p_.v_pages + page * p_.layout.v_page_bytes + value_offset_ + half * 2;
-        pair |= uint32_t{load(reinterpret_cast<const uint16_t*>(from))} << (16 * e);
-      }
-      store(reinterpret_cast<uint32_t*>(to) + i, pair);
+    uint8_t* to = p_.v_out + out_ * p_.layout.v_page_bytes + head_.v_offset;
+    if (thread_index() >= kTokenQuads) return;
+    uint32_t quad = 0;
+    SVDQ_UNROLL
+    for (int e = 0; e < kQuad; ++e) {
+      const int token = thread_index() * kQuad + e;
+      const int64_t page = load(&s_.page[token]);
+      if (page < 0) continue;
+      const uint8_t* from = p_.v_pages + page * p_.layout.v_page_bytes + head_.v_offset;
+      quad |= uint32_t{load(&from[load(&s_.slot[token])])} << (8 * e);
     }
+    store(reinterpret_cast<uint32_t*>(to) + thread_index(), quad);
   }
 
   // Exact values, 16 bytes at a time.
   SVDQ_DEVICE void window_values() const {
-    const int row = static_cast<int>(p_.layout.value.page_bytes()) / kPageTokens;
-    uint8_t* to = p_.v_out + out_ * p_.layout.v_page_bytes + value_offset_;
+    const int row = static_cast<int>(head_.value.page_bytes()) / kPageTokens;
+    uint8_t* to = p_.v_out + out_ * p_.layout.v_page_bytes + head_.v_offset;
     for (int i = thread_index(); i < kPageTokens * (row / 16); i += kGatherThreads) {
       const int token = i / (row / 16), piece = i % (row / 16);
       const int64_t page = load(&s_.page[token]);
       Words4 words{};
       if (page >= 0) {
-        const uint8_t* from = p_.v_pages + page * p_.layout.v_page_bytes + value_offset_ +
+        const uint8_t* from = p_.v_pages + page * p_.layout.v_page_bytes + head_.v_offset +
                               load(&s_.slot[token]) * row + piece * 16;
         words = load(reinterpret_cast<const Words4*>(from));
       }
@@ -124,12 +117,11 @@ class GatherBlock {
  private:
   const GatherPlan& s_;
   const GatherParams& p_;
+  const HeadPlan& head_;
   int64_t out_;
-  int64_t value_offset_;
 };
 
-// kValueBits 0: exact values. Grid: x = output page of the sequence, y = head, z = sequence.
-template <int kValueBits>
+// Grid: x = output page of the sequence, y = head, z = sequence.
 SVDQ_KERNEL(kGatherThreads)
 gather_kernel(GatherParams p, HeadTable heads) {
   GatherPlan& s = shared_memory<GatherPlan>();
@@ -146,7 +138,7 @@ gather_kernel(GatherParams p, HeadTable heads) {
   }
   sync_threads();
 
-  const GatherBlock block(s, p, block_y());
+  const GatherBlock block(s, p, head);
   int64_t offset = head.k_offset;
   for (int part = 0; part < 2; ++part) {
     Bands bands;
@@ -158,12 +150,14 @@ gather_kernel(GatherParams p, HeadTable heads) {
       offset += band_bytes(kWidth, count);
     });
   }
-  if constexpr (kValueBits == 0) {
+  if (!p.layout.packs_values()) {
     block.window_values();
-  } else {
-    block.value_scales();
-    block.template value_codes<kValueBits>();
+    return;
   }
+  block.value_scales();
+  for_each_plane(head.value, [&]<int kWidth, int>(int64_t plane) {
+    block.template value_plane<kWidth>(plane);
+  });
 }
 
 inline LaunchShape gather_launch(const GatherParams& p) {

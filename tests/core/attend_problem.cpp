@@ -7,7 +7,7 @@ using reference::Row;
 
 AttendProblem::AttendProblem(const AttendCase& c, uint64_t stream)
     : c_(c),
-      layout_(layout_ints(c.rope, c.head_dim, c.bands, c.v_bits, c.v_group_size, c.pre_bands)),
+      layout_(layout_ints(c.rope, c.head_dim, c.bands, c.v_bits, c.pre_bands)),
       frequencies_(inverse_frequencies(c.rope == RopeMode::kPost ? 0 : c.rotary_pairs)),
       rope_{frequencies_.data(), static_cast<int>(frequencies_.size())},
       cache_seqlens_(c.cache_seqlens.begin(), c.cache_seqlens.end()),
@@ -131,7 +131,8 @@ void AttendProblem::run(const Backend& backend, const Executor& executor) {
 
 AttendProblem::Seen AttendProblem::packed(int b, int h, int slot, const Row& query) const {
   const int32_t id = table_[b * table_stride_ + slot / kPageTokens];
-  const uint8_t* v_page = &v_pages_[id * layout_.v_page_bytes() + h * layout_.value().page_bytes()];
+  const HeadPlan& head = layout_.view().heads[h];
+  const uint8_t* v_page = &v_pages_[id * layout_.v_page_bytes() + head.v_offset];
   const int at = slot % kPageTokens;
   const uint16_t* basis = &basis_[int64_t{b} * layout_.rank() * c_.head_dim];
   const float* scale = &scale_[b * layout_.rank()];
@@ -171,19 +172,20 @@ AttendProblem::Seen AttendProblem::packed(int b, int h, int slot, const Row& que
     error += post_error(b, h, slot, query);
   }
 
-  const ValueLayout& value = layout_.value();
-  Seen seen{0, error, Row(c_.head_dim), slot / kPageTokens, Row(c_.head_dim), Row(c_.head_dim)};
+  Seen seen{0, error, Row(c_.head_dim), slot / kPageTokens, Row(c_.head_dim), 0, 0};
+  if (head.value.packed()) {
+    seen.code = reference::unrotate_value(reference::value_codes(head.value, v_page, at));
+    seen.scale = reference::value_scale(v_page, at);
+    for (int d = 0; d < c_.head_dim; ++d) seen.value[d] = seen.code[d] * seen.scale;
+    // Codes are summed as they are and the mid code's part is subtracted afterwards.
+    seen.range = 3 * static_cast<double>(mid_code(head.value.bits)) * seen.scale;
+  } else {
+    seen.value = reference::exact_value(head.value, v_page, at, c_.window_dtype);
+  }
   double query_norm = 0;
   for (int d = 0; d < c_.head_dim; ++d) {
     seen.score += static_cast<double>(sm_scale_) * query[d] * key[d];
     query_norm += query[d] * query[d];
-    seen.value[d] = reference::decode_value(value, v_page, d, at, c_.window_dtype);
-    if (value.packed()) {
-      seen.code[d] = get_code(v_page + value.code_offset(), value_code_address(value.bits, d, at),
-                              value.bits) -
-                     static_cast<double>(mid_code(value.bits));
-      seen.scale[d] = reference::value_scale(value, v_page, d, at);
-    }
   }
   seen.error += static_cast<double>(sm_scale_) * std::sqrt(query_norm) * magnitude *
                 (20 * kFloatRounding + sum_rounding(c_.head_dim));
@@ -207,7 +209,7 @@ void AttendProblem::score_uncompressed(const uint8_t* key, const Row& query, See
 }
 
 AttendProblem::Seen AttendProblem::window_token(int b, int h, int e, const Row& query) const {
-  Seen seen{0, 0, Row(c_.head_dim), -1, {}, {}};
+  Seen seen{0, 0, Row(c_.head_dim), -1, {}, 0, 0};
   const int64_t size = size_of(c_.window_dtype), at = window_at(b, h, e) * size;
   score_uncompressed(&window_keys_[at], query, seen);
   for (int d = 0; d < c_.head_dim; ++d)
@@ -238,7 +240,9 @@ Attended AttendProblem::expected(int b, int query_head, int i) const {
     sum += std::exp(token.score - max_score);
   }
   result.lse = max_score + std::log(sum);
-  const double summing = sum_rounding(static_cast<int64_t>(seen.size())) + 8 * kFloatRounding;
+  // Rotating back is a sum of head_dim numbers; it leaves what rounding does to them as long as it was.
+  const double summing = sum_rounding(static_cast<int64_t>(seen.size())) +
+                         sum_rounding(c_.head_dim) + 8 * kFloatRounding;
   result.lse_tolerance = largest_error + summing + 4 * kFloatRounding * std::fabs(result.lse);
 
   for (int d = 0; d < c_.head_dim; ++d) {
@@ -249,8 +253,7 @@ Attended AttendProblem::expected(int b, int query_head, int i) const {
     for (const Seen& token : seen) {
       softmax += std::exp(token.score - result.lse) * std::expm1(token.error) *
                  std::fabs(token.value[d] - out);
-      const double packed = token.page < 0 ? 0 : std::fabs(token.code[d] * token.scale[d]);
-      largest = std::max(largest, std::fabs(token.value[d]) + 2 * packed);
+      largest = std::max({largest, std::fabs(token.value[d]), token.range});
     }
     result.out_tolerance[d] = softmax * std::exp(largest_error) + summing * largest +
                               product_error(seen, result.lse, d) +

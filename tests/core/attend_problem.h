@@ -18,8 +18,7 @@ struct AttendCase {
   int rotary_pairs = 32;
   HeadBands bands = {{{4, 8, 4, 8}}, {{0, 12, 4, 16}}};
   HeadBands pre_bands = {};  // hybrid only; empty: none
-  int v_bits = 4;
-  int v_group_size = 32;
+  ValueBits v_bits = 4;
   int group = 2;  // query heads of a KV head
   int q_len = 1;
   DataType dtype = DataType::kFloat32;         // of queries and outputs
@@ -86,8 +85,11 @@ class AttendProblem {
   struct Seen {
     double score, error;
     reference::Row value;
-    int page;                    // -1: of the window
-    reference::Row code, scale;  // of packed values, by channel
+    int page;             // -1: of the window
+    reference::Row code;  // value over scale, of packed values
+    double scale;
+    double
+        range;  // of packed values: magnitude of the numbers that a rotated value is computed from
   };
 
   int64_t row(int b, int query_head, int i) const {
@@ -106,7 +108,6 @@ class AttendProblem {
   int64_t slot_of(int b, int h, int token) const;
   // Index of a slot's uncompressed key in outlier_keys_, -1 if it has none.
   int64_t outlier_at(int b, int h, int slot) const;
-  void write_zeros(uint8_t* page, int at) const;
   void make_basis(Random& random);
   Seen packed(int b, int h, int slot, const reference::Row& query) const;
   Seen window_token(int b, int h, int e, const reference::Row& query) const;

@@ -105,7 +105,7 @@ double AttendProblem::product_error(const std::vector<Seen>& seen, double lse, i
     double probability = 0, scale = 0, codes = 0;
     for (last = first; last < seen.size() && seen[last].page == seen[first].page; ++last) {
       probability = std::max(probability, std::exp(seen[last].score - lse));
-      scale = std::max(scale, seen[last].scale[d]);
+      scale = std::max(scale, seen[last].scale);
       codes += seen[last].code[d] * seen[last].code[d];
     }
     sum += 6 * probability * scale / 255 / 2 * std::sqrt(codes);

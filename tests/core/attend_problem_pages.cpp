@@ -1,5 +1,6 @@
 // The pages of an attend problem.
 #include "tests/core/attend_problem.h"
+#include "tests/core/page_pool.h"
 
 namespace svdq::testing {
 
@@ -69,55 +70,34 @@ void AttendProblem::make_pages(Random& random) {
   for (int32_t& page : table_) {
     if (page < pages) page = 2 * (pages - 1 - page) + 1;
   }
-  // Any byte is a code. Scales, zero points and uncompressed values must be finite in slots that are read; slots that
+  // Any byte is a code. Scales and uncompressed values must be finite in slots that are read; slots that
   // hold no token or a sink may hold anything, NaN included.
   k_pages_.resize((2 * pages + 1) * layout_.k_page_bytes());
   v_pages_.resize((2 * pages + 1) * layout_.v_page_bytes(), 0xff);
   random.fill(k_pages_);
-  const ValueLayout& value = layout_.value();
   for (int b = 0; b < batch(); ++b) {
     for (int slot = c_.sink_tokens; slot < cache_seqlens_[b]; ++slot) {
       for (int h = 0; h < num_heads(); ++h) {
+        const HeadPlan& head = layout_.view().heads[h];
         uint8_t* page =
             &v_pages_[table_[b * table_stride_ + slot / kPageTokens] * layout_.v_page_bytes() +
-                      h * value.page_bytes()];
+                      head.v_offset];
         const int at = slot % kPageTokens;
-        if (slot_of(b, h, slot) < 0) {
-          write_zeros(page, at);
-          continue;
-        }
-        for (int g = 0; g < value.groups(); ++g) {
-          write_number(page + value.scale_offset() + (g * kPageTokens + at) * 2, DataType::kFloat16,
-                       random.integer(0, 20) * 0.02);
-          write_number(page + value.zero_offset() + (g * kPageTokens + at) * 2, DataType::kFloat16,
-                       random.normal());
+        const bool filled = slot_of(b, h, slot) >= 0;  // a token without a slot is zeros
+        if (head.value.packed()) {
+          const double scale = filled ? random.integer(0, 20) * 0.02 : 0.0;
+          page[at] = static_cast<uint8_t>(scale_byte(float_to_half(static_cast<float>(scale))));
         }
         for (int d = 0; d < c_.head_dim; ++d) {
-          if (value.packed()) {
-            put_code(page + value.code_offset(), value_code_address(value.bits, d, at), value.bits,
-                     random.integer(0, (1 << value.bits) - 1));
+          if (head.value.packed()) {
+            const int top = (1 << head.value.bits) - 1;
+            put_value_code(page, head.value, d, at, filled ? random.integer(0, top) : 0);
           } else {
-            write_number(page + (at * c_.head_dim + d) * value.bits / 8, c_.window_dtype,
-                         random.normal());
+            write_number(page + (at * c_.head_dim + d) * head.value.bits / 8, c_.window_dtype,
+                         filled ? random.normal() : 0.0);
           }
         }
       }
-    }
-  }
-}
-
-// The value of a token without a slot.
-void AttendProblem::write_zeros(uint8_t* page, int at) const {
-  const ValueLayout& value = layout_.value();
-  for (int g = 0; g < value.groups(); ++g) {
-    for (int64_t offset : {value.scale_offset(), value.zero_offset()})
-      write_number(page + offset + (g * kPageTokens + at) * 2, DataType::kFloat16, 0);
-  }
-  for (int d = 0; d < c_.head_dim; ++d) {
-    if (value.packed()) {
-      put_code(page + value.code_offset(), value_code_address(value.bits, d, at), value.bits, 0);
-    } else {
-      write_number(page + (at * c_.head_dim + d) * value.bits / 8, c_.window_dtype, 0);
     }
   }
 }

@@ -4,13 +4,13 @@
 #include <limits>
 #include <numeric>
 
+#include "tests/core/page_pool.h"
 #include "tests/core/reference.h"
 
 namespace svdq::testing {
 
 GatherProblem::GatherProblem(const GatherCase& c, uint64_t stream)
-    : c_(c),
-      layout_(layout_ints(c.rope, c.head_dim, c.bands, c.v_bits, c.v_group_size, c.pre_bands)) {
+    : c_(c), layout_(layout_ints(c.rope, c.head_dim, c.bands, c.v_bits, c.pre_bands)) {
   Random random(stream);
   const int heads = layout_.num_heads(), stored = c.num_pages * kPageTokens;
   // Pages lie scattered in a pool, between unused ones.
@@ -79,27 +79,20 @@ std::vector<uint8_t> GatherProblem::expected_keys() const {
 }
 
 std::vector<uint8_t> GatherProblem::expected_values() const {
-  const ValueLayout& value = layout_.value();
   std::vector<uint8_t> out(c_.batch * out_pages() * layout_.v_page_bytes());
   for_each_slot([&](int h, int64_t from, int slot, int64_t to, int token) {
-    const uint8_t* page = &v_pages_[from * layout_.v_page_bytes() + h * value.page_bytes()];
-    uint8_t* target = &out[to * layout_.v_page_bytes() + h * value.page_bytes()];
+    const HeadPlan& head = layout_.view().heads[h];
+    const ValueLayout& value = head.value;
+    const uint8_t* page = &v_pages_[from * layout_.v_page_bytes() + head.v_offset];
+    uint8_t* target = &out[to * layout_.v_page_bytes() + head.v_offset];
     if (!value.packed()) {
       const int row = value.head_dim * value.bits / 8;
       std::copy_n(page + slot * row, row, target + token * row);
       return;
     }
-    for (int64_t offset : {value.scale_offset(), value.zero_offset()}) {
-      for (int g = 0; g < value.groups(); ++g) {
-        std::copy_n(page + offset + (g * kPageTokens + slot) * 2, 2,
-                    target + offset + (g * kPageTokens + token) * 2);
-      }
-    }
-    for (int d = 0; d < value.head_dim; ++d) {
-      put_code(target + value.code_offset(), value_code_address(value.bits, d, token), value.bits,
-               get_code(page + value.code_offset(), value_code_address(value.bits, d, slot),
-                        value.bits));
-    }
+    target[token] = page[slot];
+    for (int d = 0; d < value.head_dim; ++d)
+      put_value_code(target, value, d, token, get_value_code(page, value, d, slot));
   });
   return out;
 }

@@ -13,8 +13,7 @@ struct GatherCase {
   int head_dim = 64;
   HeadBands bands = {{{4, 8, 4, 8}}, {{0, 12, 4, 16}}};
   HeadBands pre_bands = {};  // hybrid only
-  int v_bits = 4;
-  int v_group_size = 32;
+  ValueBits v_bits = 4;
   int batch = 2;
   int num_pages = 4;    // of a sequence
   int num_slots = 130;  // of a list; lists differ in length

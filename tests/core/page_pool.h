@@ -8,6 +8,18 @@
 
 namespace svdq::testing {
 
+// Writes a value's code where get_value_code finds it.
+inline void put_value_code(uint8_t* page, const ValueLayout& value, int channel, int slot,
+                           int code) {
+  const int low = low_plane_width(value.bits), high = value.bits - low;
+  put_code(page + value.code_offset(), value_code_address(low, channel, slot), low,
+           code & ((1 << low) - 1));
+  if (high > 0) {
+    put_code(page + value.high_plane_offset(), value_code_address(high, channel, slot), high,
+             code >> low);
+  }
+}
+
 // Pages of a sequence scattered over a pool of random bytes.
 struct PagePool {
   PagePool(Random& random, int64_t page_bytes, int64_t num_slots) : page_bytes(page_bytes) {

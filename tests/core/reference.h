@@ -4,9 +4,11 @@
 
 #include <cmath>
 #include <cstdint>
+#include <map>
 #include <vector>
 
 #include "kernels/params.h"
+#include "kernels/rotation.h"
 #include "tests/core/testing.h"
 
 namespace svdq::reference {
@@ -92,26 +94,66 @@ inline Row decode_key(const std::vector<Channel>& channels, const uint8_t* page,
   return key;
 }
 
-inline double read_half(const uint8_t* at) { return testing::read_number(at, DataType::kFloat16); }
-
-// Scale of a packed value's group.
-inline double value_scale(const ValueLayout& value, const uint8_t* page, int channel, int slot) {
-  return read_half(page + value.scale_offset() +
-                   (channel / value.group_size * kPageTokens + slot) * 2);
+// The rotation of values Q [dim, dim] by its definition (kernels/rotation.h).
+inline const Row& rotation_matrix(int dim) {
+  static std::map<int, Row> all;
+  Row& matrix = all[dim];
+  if (!matrix.empty()) return matrix;
+  const int block = rotation_block(dim), blocks = dim / block;
+  matrix.resize(int64_t{dim} * dim);
+  for (int r = 0; r < dim; ++r) {
+    for (int d = 0; d < dim; ++d) {
+      const double reflection = (r / block == d / block) - (blocks > 1 ? 2.0 / blocks : 0.0);
+      const double hadamard = __builtin_parity(r % block & d % block) ? -1 : 1;
+      matrix[int64_t{r} * dim + d] =
+          reflection * hadamard / std::sqrt(block) * static_cast<double>(rotation_sign(d));
+    }
+  }
+  return matrix;
 }
 
-// Value `channel` of slot `slot` in the value page of one head.
-inline double decode_value(const ValueLayout& value, const uint8_t* page, int channel, int slot,
-                           DataType window_dtype) {
-  if (!value.packed()) {
-    return testing::read_number(page + (int64_t{slot} * value.head_dim + channel) * value.bits / 8,
-                                window_dtype);
+inline Row rotate_value(const Row& value) {
+  const int dim = static_cast<int>(value.size());
+  const double* q = rotation_matrix(dim).data();
+  Row rotated(dim);
+  for (int r = 0; r < dim; ++r) {
+    for (int d = 0; d < dim; ++d) rotated[r] += q[int64_t{r} * dim + d] * value[d];
   }
-  const double zero =
-      read_half(page + value.zero_offset() + (channel / value.group_size * kPageTokens + slot) * 2);
-  const int code = get_code(page + value.code_offset(),
-                            value_code_address(value.bits, channel, slot), value.bits);
-  return zero + code * value_scale(value, page, channel, slot);
+  return rotated;
+}
+
+inline Row unrotate_value(const Row& rotated) {
+  const int dim = static_cast<int>(rotated.size());
+  const double* q = rotation_matrix(dim).data();
+  Row value(dim);
+  for (int r = 0; r < dim; ++r) {
+    for (int d = 0; d < dim; ++d) value[d] += q[int64_t{r} * dim + d] * rotated[r];
+  }
+  return value;
+}
+
+// Scale of a slot of packed values: 5 bits of exponent, 3 of mantissa, the exponent biased by 15.
+inline double value_scale(const uint8_t* page, int slot) {
+  const int exponent = page[slot] >> 3, mantissa = page[slot] & 7;
+  return exponent ? std::ldexp(8 + mantissa, exponent - 18) : std::ldexp(mantissa, -17);
+}
+
+// Codes of slot `slot` of packed values, less the middle.
+inline Row value_codes(const ValueLayout& value, const uint8_t* page, int slot) {
+  Row codes(value.head_dim);
+  for (int d = 0; d < value.head_dim; ++d)
+    codes[d] = get_value_code(page, value, d, slot) - static_cast<double>(mid_code(value.bits));
+  return codes;
+}
+
+// Exact values of slot `slot` in the value page of one head.
+inline Row exact_value(const ValueLayout& value, const uint8_t* page, int slot, DataType dtype) {
+  Row numbers(value.head_dim);
+  for (int d = 0; d < value.head_dim; ++d) {
+    numbers[d] =
+        testing::read_number(page + (int64_t{slot} * value.head_dim + d) * value.bits / 8, dtype);
+  }
+  return numbers;
 }
 
 }  // namespace svdq::reference

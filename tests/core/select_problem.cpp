@@ -32,7 +32,7 @@ const char* mode_of(const SelectCase& c) {
 
 SelectProblem::SelectProblem(const SelectCase& c, uint64_t stream)
     : c_(c),
-      layout_(layout_ints(c.rope, c.head_dim, c.bands, 4, 16, c.pre_bands)),
+      layout_(layout_ints(c.rope, c.head_dim, c.bands, 4, c.pre_bands)),
       frequencies_(inverse_frequencies(c.rope == RopeMode::kPost ? 0 : c.rotary_pairs)),
       rope_{frequencies_.data(), static_cast<int>(frequencies_.size())},
       cache_seqlens_(c.cache_seqlens.begin(), c.cache_seqlens.end()),

@@ -65,7 +65,7 @@ TEST_P(Attend, EveryHeadDim) {
     AttendCase c;
     c.head_dim = head_dim;
     c.rotary_pairs = head_dim / 2;
-    c.v_group_size = head_dim == 80 ? 80 : 16;
+    c.v_bits = {4, 3};
     c.bands = {{{4, 4, 0, 8}}, {{0, 8, 4, 0}}};
     c.cache_seqlens = {66};
     c.window_lens = {3};
@@ -135,16 +135,19 @@ TEST_P(Attend, SinksAreSkipped) {
 
 TEST_P(Attend, EveryValueFormat) {
   uint64_t stream = 7000;
-  for (int bits : {2, 4}) {
-    for (int group_size : {16, 32, 48, 96}) {
+  for (int bits : {2, 3, 4}) {
+    for (int head_dim : {64, 96}) {
       AttendCase c;
-      c.head_dim = 96;
-      c.rotary_pairs = 48;
+      c.head_dim = head_dim;
+      c.rotary_pairs = head_dim / 2;
       c.v_bits = bits;
-      c.v_group_size = group_size;
       check_all("packed values", c, stream += 10);
     }
   }
+  AttendCase mixed;
+  mixed.v_bits = {2, 4, 3};
+  mixed.bands = {{{0, 8, 4, 0}}, {{4, 4, 0, 0}}, {{0, 0, 8, 8}}};
+  check_all("bits by head", mixed, stream += 10);
   for (DataType dtype : {DataType::kFloat32, DataType::kBFloat16, DataType::kFloat16}) {
     AttendCase c;
     c.v_bits = dtype == DataType::kFloat32 ? 32 : 16;
@@ -213,7 +216,7 @@ TEST_P(Attend, OutliersHaveTheScoresOfTheirKeys) {
 // Each token of gathered pages has its own position, or is invalid.
 TEST_P(Attend, GatheredPages) {
   uint64_t stream = 9800;
-  for (int v_bits : {2, 4, 16}) {
+  for (int v_bits : {2, 3, 4, 16}) {
     for (int outliers : {0, 9}) {
       AttendCase c;
       c.gathered = true;

@@ -30,27 +30,33 @@ TEST(Check, MessageJoinsItsParts) {
 }
 
 TEST(Layout, OffsetsFollowTheBands) {
-  const Layout layout(
-      layout_ints(RopeMode::kPost, 96, {{{4, 8, 0, 16}}, {{0, 0, 0, 0}}, {{0, 4, 12, 0}}}, 2, 48));
+  const Layout layout(layout_ints(RopeMode::kPost, 96,
+                                  {{{4, 8, 0, 16}}, {{0, 0, 0, 0}}, {{0, 4, 12, 0}}}, {2, 3, 4}));
   EXPECT_EQ(layout.num_heads(), 3);
   EXPECT_EQ(layout.head_dim(), 96);
   EXPECT_EQ(layout.rope(), RopeMode::kPost);
   EXPECT_EQ(layout.rank(), 28 + 0 + 16);
   EXPECT_EQ(layout.k_page_bytes(), 8 * (4 * 8 + 8 * 4 + 16) + 8 * (4 * 4 + 12 * 2));
-  EXPECT_EQ(layout.v_page_bytes(), 3 * 64 * (2 * 4 + 96 / 4));
+  EXPECT_EQ(layout.v_page_bytes(), 64 * (3 + 96 * (2 + 3 + 4) / 8));
+  EXPECT_TRUE(layout.packs_values());
+  EXPECT_EQ(layout.value_bits(1), 3);
   const LayoutView view = layout.view();
   EXPECT_EQ(view.heads[0].first_channel, 0);
   EXPECT_EQ(view.heads[1].first_channel, 28);
   EXPECT_EQ(view.heads[2].first_channel, 28);
   EXPECT_EQ(view.heads[0].k_offset, 0);
   EXPECT_EQ(view.heads[2].k_offset, 8 * 80);
+  EXPECT_EQ(view.heads[0].v_offset, 0);
+  EXPECT_EQ(view.heads[1].v_offset, 64 * (1 + 96 * 2 / 8));
+  EXPECT_EQ(view.heads[2].v_offset, 64 * (2 + 96 * 5 / 8));
+  EXPECT_EQ(view.heads[2].value.bits, 4);
   EXPECT_EQ(view.heads[2].post.count[2], 12);
   EXPECT_EQ(view.heads[2].pre.rank(), 0);
 }
 
 TEST(Layout, PartsOfHybridPages) {
   const Layout layout(layout_ints(RopeMode::kHybrid, 96,
-                                  {{{4, 8, 0, 16}}, {{0, 0, 0, 0}}, {{0, 4, 12, 0}}}, 2, 48,
+                                  {{{4, 8, 0, 16}}, {{0, 0, 0, 0}}, {{0, 4, 12, 0}}}, {2, 4, 3},
                                   {{{0, 4, 0, 8}}, {{0, 0, 0, 0}}, {{0, 0, 8, 0}}}));
   EXPECT_EQ(layout.rank(), 12 + 28 + 8 + 16);
   EXPECT_EQ(layout.pre_rank(), 12 + 8);
@@ -61,6 +67,8 @@ TEST(Layout, PartsOfHybridPages) {
     EXPECT_EQ(view.rank, layout.rank());
     EXPECT_EQ(view.k_page_bytes, layout.k_page_bytes());
     EXPECT_EQ(view.num_heads, 3);
+    EXPECT_EQ(view.heads[1].value.bits, 4);
+    EXPECT_EQ(view.heads[2].v_offset, 64 * (2 + 96 * 6 / 8));
   }
   EXPECT_EQ(views[1].rope, RopeMode::kPre);
   EXPECT_EQ(views[2].rope, RopeMode::kPost);
@@ -100,19 +108,21 @@ TEST(Layout, RejectsInvalidLayouts) {
       {3, 3, "rope"},
       {3, -1, "rope"},
       {3, 1, "rope mode"},
-      {4, 3, "v_bits"},
-      {4, 0, "v_bits"},
-      {4, 8, "v_bits"},
-      {5, 0, "v_group_size"},
-      {5, 24, "v_group_size"},
-      {5, 128, "v_group_size"},
-      {5, -16, "v_group_size"},
+      {4, 1, "coding"},
+      {4, -1, "coding"},
+      {5, 2, "coding"},
+      {5, -1, "coding"},
+      {5, 0, "16 or 32 bits"},
       {6, 6, "multiple of 4"},
       {6, -4, "multiple of 4"},
       {6, 68, "68"},
       {6, huge, "8 bits"},
       {9, 4, "multiple of 8"},
       {10, 4, "rope mode"},
+      {14, 0, "values of 2, 3 or 4 bits"},
+      {14, 5, "values of 2, 3 or 4 bits"},
+      {14, 16, "values of 2, 3 or 4 bits"},
+      {14, huge, "values of 2, 3 or 4 bits"},
   };
   for (const Wrong& wrong : wrongs) {
     std::vector<int64_t> ints = good;
@@ -129,11 +139,12 @@ TEST(Layout, RejectsInvalidLayouts) {
   error_of([&] { Layout layout(longer); });
   error_of([&] { Layout layout(layout_ints(RopeMode::kPre, 64, none)); });
   error_of([&] { Layout layout(layout_ints(RopeMode::kHybrid, 64, none)); });
+  error_of([&] { Layout layout(layout_ints(RopeMode::kPre, 64, {some[0], some[0]}, {16, 32})); });
   // Each part of a hybrid head may code all channels at most.
   const testing::HeadBands all{{{64, 0, 0, 0}}}, more{{{64, 4, 0, 0}}};
-  ASSERT_NO_THROW(Layout(layout_ints(RopeMode::kHybrid, 64, all, 4, 16, all)));
-  error_of([&] { Layout layout(layout_ints(RopeMode::kHybrid, 64, all, 4, 16, more)); });
-  error_of([&] { Layout layout(layout_ints(RopeMode::kHybrid, 64, more, 4, 16, all)); });
+  ASSERT_NO_THROW(Layout(layout_ints(RopeMode::kHybrid, 64, all, 4, all)));
+  error_of([&] { Layout layout(layout_ints(RopeMode::kHybrid, 64, all, 4, more)); });
+  error_of([&] { Layout layout(layout_ints(RopeMode::kHybrid, 64, more, 4, all)); });
 }
 
 TEST(BitPlan, PaperSchedules) {

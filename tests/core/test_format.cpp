@@ -1,5 +1,6 @@
 // The packed format: addresses of codes, golden bytes, and codes that fill pages without overlap.
-#include "tests/core/testing.h"
+#include "tests/core/page_pool.h"
+#include "tests/core/reference.h"
 
 namespace svdq {
 namespace {
@@ -42,12 +43,62 @@ TEST(Format, GoldenBytes) {
 }
 
 TEST(Format, GoldenSizes) {
-  EXPECT_EQ(kFormatVersion, 2);
+  EXPECT_EQ(kFormatVersion, 3);
   EXPECT_EQ((Bands{{8, 16, 16, 8}}.page_bytes()), 64 * (8 + 8 + 4 + 1));
-  EXPECT_EQ((ValueLayout{4, 32, 96}.page_bytes()), 64 * (3 * 4 + 48));
-  EXPECT_EQ((ValueLayout{2, 64, 128}.code_offset()), 512);
-  EXPECT_EQ((ValueLayout{2, 64, 128}.zero_offset()), 256);
-  EXPECT_EQ((ValueLayout{32, 64, 64}.page_bytes()), 64 * 64 * 4);
+  EXPECT_EQ((ValueLayout{4, 96}.page_bytes()), 64 * (1 + 48));
+  EXPECT_EQ((ValueLayout{3, 128}.page_bytes()), 64 * (1 + 48));
+  EXPECT_EQ((ValueLayout{2, 128}.code_offset()), 64);
+  EXPECT_EQ((ValueLayout{3, 128}.high_plane_offset()), 64 * (1 + 32));
+  EXPECT_EQ((ValueLayout{32, 64}.code_offset()), 0);
+  EXPECT_EQ((ValueLayout{32, 64}.page_bytes()), 64 * 64 * 4);
+}
+
+// Low bits of a 3-bit code in the first plane, the high one in the second.
+TEST(Format, GoldenPlanes) {
+  const ValueLayout value{3, 16};
+  std::vector<uint8_t> page(value.page_bytes(), 0), expected = page;
+  testing::put_value_code(page.data(), value, 2, 9, 6);
+  testing::put_value_code(page.data(), value, 15, 63, 5);
+  expected[64 + 2 * 4 + 1] = 2 << 4;                 // quad 2: unit 2 of line 0
+  expected[64 + 4 * 64 + 2 * 4 + 1] = 1 << 2;        // unit 2 of line 0
+  expected[64 + 3 * 64 + 15 * 4 + 3] = 1 << 6;       // quad 15: unit 3 of line 3
+  expected[64 + 4 * 64 + 64 + 15 * 4 + 3] = 1 << 7;  // unit 7 of line 1
+  EXPECT_EQ(page, expected);
+  EXPECT_EQ(get_value_code(page.data(), value, 2, 9), 6);
+  EXPECT_EQ(get_value_code(page.data(), value, 15, 63), 5);
+}
+
+// Every finite half that is not negative goes to the nearest scale, the even one of two equally near.
+TEST(Format, ScalesAreRoundedToNearest) {
+  const auto scale = [](int byte) { return half_to_float(scale_as_half(byte)); };
+  for (int half = 0; half < 0x7c00; ++half) {
+    const float exact = half_to_float(static_cast<uint16_t>(half));
+    const int byte = scale_byte(static_cast<uint16_t>(half));
+    ASSERT_LE(byte, kLargestScale);
+    const float error = std::fabs(scale(byte) - exact);
+    if (byte > 0) {
+      const float below = std::fabs(scale(byte - 1) - exact);
+      ASSERT_TRUE(error < below || (error == below && byte % 2 == 0)) << half;
+    }
+    if (byte < kLargestScale) {
+      const float above = std::fabs(scale(byte + 1) - exact);
+      ASSERT_TRUE(error < above || (error == above && byte % 2 == 0)) << half;
+    }
+  }
+}
+
+// Rows of the rotation are orthonormal for every head_dim.
+TEST(Format, TheRotationIsOrthogonal) {
+  for (int dim : {16, 48, 64, 80, 96, 112, 128, 256, 320}) {
+    const reference::Row& q = reference::rotation_matrix(dim);
+    for (int r = 0; r < dim; ++r) {
+      for (int s = 0; s <= r; ++s) {
+        double product = 0;
+        for (int d = 0; d < dim; ++d) product += q[r * dim + d] * q[s * dim + d];
+        ASSERT_NEAR(product, r == s, 1e-12) << dim << ": rows " << r << " and " << s;
+      }
+    }
+  }
 }
 
 using AddressOf = CodeAddress (*)(int width, int channel, int token);
@@ -81,7 +132,7 @@ TEST(Format, KeyCodesFillEveryBand) {
 }
 
 TEST(Format, ValueCodesFillEveryPage) {
-  for (int width : {2, 4}) {
+  for (int width : {1, 2, 4}) {
     for (int head_dim = kLanes; head_dim <= kMaxHeadDim; head_dim += kLanes) {
       SCOPED_TRACE(::testing::Message() << width << " bits, head_dim " << head_dim);
       expect_bijective(value_code_address, width, head_dim);

@@ -32,7 +32,7 @@ TEST_P(Gather, EveryModeAndHeadDim) {
   for (int head_dim : {16, 80, 128, 512}) {
     GatherCase c;
     c.head_dim = head_dim;
-    c.v_group_size = 16;
+    c.v_bits = {3, 4, 2};
     c.bands = {{{4, 4, 0, 8}}, {{0, 0, 0, 0}}, {{0, 4, 4, 0}}};
     for (RopeMode mode : {RopeMode::kPre, RopeMode::kPost, RopeMode::kHybrid}) {
       c.rope = mode;
@@ -43,7 +43,7 @@ TEST_P(Gather, EveryModeAndHeadDim) {
 }
 
 TEST_P(Gather, EveryValueFormatAndNumberOfSlots) {
-  for (int bits : {2, 4, 16, 32}) {
+  for (int bits : {2, 3, 4, 16, 32}) {
     for (int slots : {1, 64, 65, 300}) {
       GatherCase c;
       c.v_bits = bits;

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <random>
 #include <string>
 #include <vector>
@@ -145,17 +146,34 @@ class ShuffledExecutor : public Executor {
 
 using HeadBands = std::vector<Bands>;  // one per head
 
+// Bits of the values of each head; heads past the last one begin again.
+class ValueBits {
+ public:
+  ValueBits(int bits) : bits_{bits} {}
+  ValueBits(std::initializer_list<int> bits) : bits_(bits) {}
+  ValueBits(std::vector<int> bits) : bits_(std::move(bits)) {}
+  int of(size_t head) const { return bits_[head % bits_.size()]; }
+  bool packed() const { return bits_[0] <= 4; }
+
+ private:
+  std::vector<int> bits_;
+};
+
 // `pre` is for hybrid layouts, whose post-RoPE channels are `heads`; empty: no pre-RoPE channels.
 inline std::vector<int64_t> layout_ints(RopeMode rope, int head_dim, const HeadBands& heads,
-                                        int v_bits = 4, int v_group_size = 16,
-                                        const HeadBands& pre = {}) {
-  std::vector<int64_t> ints = {kFormatVersion, static_cast<int64_t>(heads.size()),
-                               head_dim,       static_cast<int64_t>(rope),
-                               v_bits,         v_group_size};
+                                        const ValueBits& v_bits = 4, const HeadBands& pre = {}) {
+  const ValueCoding coding = v_bits.packed() ? ValueCoding::kPlain : ValueCoding::kNumbers;
+  std::vector<int64_t> ints = {kFormatVersion,
+                               static_cast<int64_t>(heads.size()),
+                               head_dim,
+                               static_cast<int64_t>(rope),
+                               static_cast<int64_t>(KeyCoding::kPlain),
+                               static_cast<int64_t>(coding)};
   for (size_t h = 0; h < heads.size(); ++h) {
     const Bands own = rope == RopeMode::kPre ? heads[h] : pre.empty() ? Bands{} : pre[h];
     for (int count : own.count) ints.push_back(count);
     for (int count : heads[h].count) ints.push_back(rope == RopeMode::kPre ? 0 : count);
+    ints.push_back(v_bits.of(h));
   }
   return ints;
 }

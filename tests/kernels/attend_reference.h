@@ -13,11 +13,12 @@
 
 namespace svdq::testing {
 
-// One key that a query sees: score, what that may be off, its value and the part of it that is code
-// times scale.
+// One key that a query sees: score, what that may be off, its value, and of packed values the scale and the largest
+// number that a rotated one is computed from.
 struct SeenKey {
   double score, error;
-  reference::Row value, coded;
+  reference::Row value;
+  double scale, largest;
 };
 
 struct Expected {
@@ -61,9 +62,9 @@ class AttendReference {
     const int dim = layout.head_dim, at = slot % kPageTokens;
     const int64_t id = p_.keys.page_table[b * p_.keys.table_stride + slot / kPageTokens];
     const uint8_t* keys = p_.keys.pages + id * layout.k_page_bytes;
-    const uint8_t* values = p_.v_pages + id * layout.v_page_bytes + h * layout.value.page_bytes();
-    SeenKey seen{0, 0, reference::Row(dim), reference::Row(dim)};
-    fill_values(seen, values, at);
+    const HeadPlan& head = layout.heads[h];
+    SeenKey seen{0, 0, reference::Row(dim), 0, 0};
+    fill_values(seen, head.value, p_.v_pages + id * layout.v_page_bytes + head.v_offset, at);
     if (const int64_t outlier = outlier_at(b, h, slot); outlier >= 0) {
       score_exact(p_.keys.outlier_keys, p_.keys.outlier_dtype, outlier * dim, query, seen);
       return seen;
@@ -115,15 +116,19 @@ class AttendReference {
     if (layout.rope == RopeMode::kHybrid) seen.error += magnitude * dim * 2 * kFloatRounding;
   }
 
-  void fill_values(SeenKey& seen, const uint8_t* values, int at) const {
-    const ValueLayout& value = p_.keys.layout.value;
-    for (int d = 0; d < p_.keys.layout.head_dim; ++d) {
-      seen.value[d] = reference::decode_value(value, values, d, at, p_.v_dtype);
-      if (!value.packed()) continue;
-      const int code =
-          get_code(values + value.code_offset(), value_code_address(value.bits, d, at), value.bits);
-      seen.coded[d] = code * reference::value_scale(value, values, d, at);
+  void fill_values(SeenKey& seen, const ValueLayout& value, const uint8_t* page, int at) const {
+    if (!value.packed()) {
+      seen.value = reference::exact_value(value, page, at, p_.v_dtype);
+      return;
     }
+    const double scale = reference::value_scale(page, at), mid = mid_code(value.bits);
+    reference::Row codes = reference::value_codes(value, page, at);
+    for (double& code : codes) {
+      code *= scale;
+      seen.largest = std::max(seen.largest, std::fabs(code) + 2 * mid * scale);
+    }
+    seen.value = reference::unrotate_value(codes);
+    seen.scale = scale;
   }
 
   // The core of a key. Its columns are sums of codes times halves; rotated, they become halves, as
@@ -174,7 +179,7 @@ class AttendReference {
   SeenKey exact(int b, int h, int64_t e, const reference::Row& query) const {
     const int dim = p_.keys.layout.head_dim;
     const int64_t at = b * p_.window.batch_stride + h * p_.window.head_stride + e * dim;
-    SeenKey seen{0, 0, reference::Row(dim), reference::Row(dim)};
+    SeenKey seen{0, 0, reference::Row(dim), 0, 0};
     score_exact(p_.window.keys, p_.window.dtype, at, query, seen);
     for (int d = 0; d < dim; ++d) seen.value[d] = number(p_.window.values, p_.window.dtype, at + d);
     return seen;
@@ -215,7 +220,9 @@ class AttendReference {
       sum += std::exp(key.score - most);
     }
     result.lse = most + std::log(sum);
-    const double summing = sum_rounding(static_cast<int64_t>(seen.size())) + 64 * kFloatRounding;
+    // Rotating back is a sum of head_dim numbers.
+    const double summing =
+        sum_rounding(static_cast<int64_t>(seen.size())) + sum_rounding(dim) + 64 * kFloatRounding;
     result.lse_tolerance = worst + summing + 8 * kFloatRounding * std::fabs(result.lse);
     for (int d = 0; d < dim; ++d) {
       double& out = result.out[d];
@@ -224,16 +231,18 @@ class AttendReference {
       double largest = 0;
       for (const SeenKey& key : seen) {
         const double p = std::exp(key.score - result.lse);
-        // Scores that are off move probabilities; a probability times a scale is a half.
+        // Scores that are off move probabilities.
         tolerance += p * std::expm1(key.error) * std::fabs(key.value[d] - out) * std::exp(worst);
-        tolerance += p * std::fabs(key.coded[d]) * 0x1p-11;
-        if (decodes(p_)) {
-          // So is the probability itself, relative to its page's maximum.
-          tolerance += (p * 0x1p-11 + 0x1p-25) * std::fabs(key.value[d]);
-          tolerance += 0x1p-25 * std::fabs(key.coded[d]);
+        if (key.scale > 0) {
+          // A probability times a scale is a half, and multiplies all codes and the middle code alike; so is the
+          // probability itself, relative to its page's maximum, where a warp decodes. What is rounded as a
+          // subnormal number may differ between planes and the middle, by the same in every channel: it meets in
+          // one as it is rotated back.
+          const int roundings = decodes(p_) ? 2 : 1;
+          tolerance += roundings * p * std::fabs(key.value[d]) * 0x1p-11;
+          tolerance += 0x1p-25 * (std::fabs(key.value[d]) + std::sqrt(dim) * key.largest);
         }
-        largest =
-            std::max(largest, std::fabs(key.value[d] - key.coded[d]) + std::fabs(key.coded[d]));
+        largest = std::max({largest, std::fabs(key.value[d]), key.largest});
       }
       tolerance += summing * largest + rounding(p_.queries.dtype) * std::fabs(out) + 0x1p-25;
     }
@@ -242,7 +251,7 @@ class AttendReference {
 
   // True if attend_decode serves the rows.
   static bool decodes(const AttendParams& p) {
-    return p.keys.layout.value.packed() &&
+    return p.keys.layout.packs_values() &&
            (p.token_slots || device::query_rows(p) <= device::kRowTile);
   }
 

@@ -36,8 +36,8 @@ class ChosenCase {
         {{"pre", RopeMode::kPre}, {"post", RopeMode::kPost}, {"hybrid", RopeMode::kHybrid}});
   }
   DataType dtype() const { return dtype("dtype", "fp32"); }
-  int v_bits() const { return number("v_bits", 4); }
-  int v_group_size() const { return number("v_group_size", head_dim() % 32 == 0 ? 32 : 16); }
+  // By head; heads take them in turn.
+  ValueBits v_bits() const { return numbers("v_bits", "4"); }
   uint64_t seed() const { return static_cast<uint64_t>(number("seed", 1)); }
   int slot() const { return number("slot", 5); }
   int tokens() const { return number("tokens", 150); }
@@ -69,15 +69,14 @@ class ChosenCase {
     c.bands = bands();
     if (c.rope == RopeMode::kHybrid) c.pre_bands = pre_bands();
     c.v_bits = v_bits();
-    c.v_group_size = v_group_size();
     c.group = number("group", 2);
     c.q_len = number("q_len", 1);
     c.dtype = dtype();
     const char* halves = c.dtype == DataType::kFloat16 ? "fp16" : "bf16";
     const char* same = c.dtype == DataType::kFloat32 ? "fp32" : halves;
-    c.window_dtype = dtype("window_dtype", c.v_bits == 16   ? halves
-                                           : c.v_bits == 32 ? "fp32"
-                                                            : same);
+    c.window_dtype = dtype("window_dtype", c.v_bits.of(0) == 16   ? halves
+                                           : c.v_bits.of(0) == 32 ? "fp32"
+                                                                  : same);
     c.cache_seqlens = numbers("kv_len", "130,70");
     c.window_lens = numbers("exact", std::to_string(c.q_len + 8));
     // One for all sequences, or one for each.
@@ -106,7 +105,7 @@ class ChosenCase {
 
  private:
   static std::string names() {
-    return " head_dim kv_heads group q_len kv_len exact bands pre v_bits v_group_size dtype "
+    return " head_dim kv_heads group q_len kv_len exact bands pre v_bits dtype "
            "window_dtype"
            " rope rotary_dim first_position sinks causal gathered split_pages split_window stages "
            "tiles slot"

@@ -38,7 +38,7 @@ TEST_P(AttendKernels, EveryHeadDim) {
     AttendCase c;
     c.head_dim = head_dim;
     c.rotary_pairs = head_dim / 2;
-    c.v_group_size = head_dim == 80 ? 80 : 16;
+    c.v_bits = {4, 3};
     c.bands = {{{4, 4, 0, 8}}, {{0, 8, 4, 0}}};
     c.cache_seqlens = {66};
     c.window_lens = {3};
@@ -83,13 +83,30 @@ TEST_P(AttendKernels, EveryGroupAndQueryLength) {
 
 TEST_P(AttendKernels, EveryValueFormat) {
   uint64_t stream = 5000;
-  for (int bits : {2, 4, 16, 32}) {
-    for (int group_size : {16, 32, 64}) {
+  for (int bits : {2, 3, 4, 16, 32}) {
+    for (int head_dim : {16, 64, 96}) {
       AttendCase c;
+      c.head_dim = head_dim;
+      c.rotary_pairs = head_dim / 2;
+      c.bands = {{{4, 4, 0, 8}}, {{0, 8, 4, 0}}};
       c.v_bits = bits;
-      c.v_group_size = group_size;
       c.window_dtype = bits == 16 ? DataType::kBFloat16 : DataType::kFloat32;
       check("values", c, stream += 10);
+    }
+  }
+}
+
+TEST_P(AttendKernels, BitsOfValuesDifferByHead) {
+  uint64_t stream = 5500;
+  for (int head_dim : {64, 80, 128}) {
+    for (int sinks : {0, 3}) {
+      AttendCase c;
+      c.head_dim = head_dim;
+      c.rotary_pairs = head_dim / 2;
+      c.bands = {{{0, 8, 4, 0}}, {{4, 4, 0, 0}}, {{0, 0, 8, 8}}};
+      c.v_bits = {2, 4, 3};
+      c.sink_tokens = sinks;
+      check("bits by head", c, stream += 10);
     }
   }
 }
@@ -167,7 +184,6 @@ TEST_P(AttendKernels, OutliersHaveTheScoresOfTheirKeys) {
     AttendCase c;
     c.head_dim = head_dim;
     c.rotary_pairs = head_dim / 2;
-    c.v_group_size = 16;
     c.bands = {{{4, 4, 0, 8}}, {{0, 8, 4, 0}}};
     c.outliers = 5;
     AttendTest::check("head_dim", c, stream += 10, nullptr);

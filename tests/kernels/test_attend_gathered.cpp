@@ -24,12 +24,11 @@ class AttendGathered : public testing::AttendTest {
 TEST_P(AttendGathered, EveryHeadDimAndValueFormat) {
   uint64_t stream = 100;
   for (int head_dim : {16, 80, 128, 256, 512}) {
-    for (int bits : {head_dim == 80 ? 2 : 4, head_dim == 80 ? 32 : 16}) {
+    for (int bits : {head_dim == 80 ? 2 : head_dim == 128 ? 3 : 4, head_dim == 80 ? 32 : 16}) {
       AttendCase c = small_case();
       c.head_dim = head_dim;
       c.rotary_pairs = head_dim / 2;
       c.v_bits = bits;
-      c.v_group_size = 16;
       c.window_dtype = bits == 16 ? DataType::kBFloat16 : DataType::kFloat32;
       c.cache_seqlens = {70};
       c.window_lens = {3};
@@ -60,7 +59,7 @@ TEST_P(AttendGathered, EveryGroupAndQueryLength) {
   AttendCase c = small_case();
   c.head_dim = 272;
   c.rotary_pairs = 136;
-  c.v_group_size = 16;
+  c.v_bits = {3, 4};
   c.group = 9;
   c.bands = {{{4, 4, 0, 0}}};
   c.cache_seqlens = {70};
@@ -105,7 +104,6 @@ TEST_P(AttendGathered, BadSlotsAreSaid) {
   for (AttendCase c : testing::in_every_mode(small_case())) {
     for (int head_dim : {64, 272}) {
       c.head_dim = head_dim;
-      c.v_group_size = 16;
       AttendProblem problem(c, 5000);
       AttendParams p = testing::captured_params(problem);
       const int64_t room = p.keys.table_stride * kPageTokens;

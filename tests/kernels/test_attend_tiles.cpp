@@ -61,12 +61,12 @@ TEST_P(AttendTiles, EveryWidthAlone) {
 }
 
 TEST_P(AttendTiles, EveryHeadDim) {
-  for (int head_dim : {16, 64, 80, 128, 144, 256, 512}) {
+  for (int head_dim : {16, 64, 80, 96, 128, 144, 256, 512}) {
     AttendCase c = small_case();
     c.dtype = c.window_dtype = DataType::kBFloat16;
     c.head_dim = head_dim;
     c.rotary_pairs = head_dim / 2;
-    c.v_group_size = head_dim == 80 ? 80 : 16;
+    c.v_bits = {3, 2};
     c.bands = {{{4, 4, 0, 8}}, {{0, 8, 4, 0}}};
     check_planned("head_dim", c, 200 + head_dim);
   }
@@ -111,16 +111,17 @@ TEST_P(AttendTiles, EveryCut) {
 TEST_P(AttendTiles, EveryValueFormat) {
   uint64_t stream = 5000;
   for (DataType dtype : {DataType::kBFloat16, DataType::kFloat16, DataType::kFloat32}) {
-    for (int bits : {2, 4, dtype == DataType::kFloat32 ? 32 : 16}) {
-      for (int group_size : {16, 64}) {
-        AttendCase c = small_case();
-        c.dtype = c.window_dtype = dtype;
-        c.v_bits = bits;
-        c.v_group_size = group_size;
-        check_planned("values", c, stream += 10);
-      }
+    for (int bits : {2, 3, 4, dtype == DataType::kFloat32 ? 32 : 16}) {
+      AttendCase c = small_case();
+      c.dtype = c.window_dtype = dtype;
+      c.v_bits = bits;
+      check_planned("values", c, stream += 10);
     }
   }
+  AttendCase mixed = small_case();
+  mixed.bands = {{{0, 8, 4, 0}}, {{4, 4, 0, 0}}, {{0, 0, 8, 8}}};
+  mixed.v_bits = {2, 4, 3};
+  check_planned("bits by head", mixed, stream += 10);
 }
 
 // Queries that are not of the exact rows' dtype are not rounded to it.

@@ -50,7 +50,7 @@ TEST_P(GatherKernel, EveryModeAndHeadDim) {
   for (int head_dim : {16, 80, 256, 512}) {
     GatherCase c;
     c.head_dim = head_dim;
-    c.v_group_size = 16;
+    c.v_bits = {3, 2, 4};
     c.bands = {{{4, 4, 0, 8}}, {{0, 0, 0, 0}}, {{0, 4, 4, 0}}};
     for (RopeMode mode : {RopeMode::kPre, RopeMode::kPost, RopeMode::kHybrid}) {
       c.rope = mode;
@@ -61,13 +61,10 @@ TEST_P(GatherKernel, EveryModeAndHeadDim) {
 }
 
 TEST_P(GatherKernel, EveryValueFormat) {
-  for (int bits : {2, 4, 16, 32}) {
-    for (int group_size : {16, 64}) {
-      GatherCase c;
-      c.v_bits = bits;
-      c.v_group_size = group_size;
-      check(c, 1000 + 10 * bits + group_size);
-    }
+  for (int bits : {2, 3, 4, 16, 32}) {
+    GatherCase c;
+    c.v_bits = bits;
+    check(c, 1000 + 10 * bits);
   }
 }
 

@@ -16,8 +16,7 @@ struct PackCase {
   RopeMode rope = RopeMode::kPost;
   int head_dim = 64;
   testing::HeadBands bands = {{{4, 8, 4, 8}}, {{0, 12, 4, 16}}};
-  int v_bits = 4;
-  int v_group_size = 32;
+  testing::ValueBits v_bits = 4;
   DataType dtype = DataType::kFloat32;
   int64_t slot = 0;
   int64_t num_tokens = 150;
@@ -165,8 +164,7 @@ class PackKernels : public testing::KernelTest {
   void check_values(const PackCase& c, uint64_t seed) {
     SCOPED_TRACE(::testing::Message() << "values, seed " << seed);
     random_ = Random(seed);
-    const Layout layout(
-        testing::layout_ints(RopeMode::kPost, c.head_dim, c.bands, c.v_bits, c.v_group_size));
+    const Layout layout(testing::layout_ints(RopeMode::kPost, c.head_dim, c.bands, c.v_bits));
     prepare(c, layout.v_page_bytes());
     PackValuesParams p{tokens_->source(), layout.view(), pages_.data(), table_.data(), c.slot};
     const DeviceArray<uint8_t> d_pages(pages_);
@@ -199,16 +197,17 @@ TEST_P(PackKernels, EverySpan) {
 }
 
 TEST_P(PackKernels, EveryHeadDim) {
-  for (int head_dim : {16, 80, 128, 512}) {
+  for (int head_dim : {16, 64, 80, 96, 128, 256, 512}) {
     PackCase c;
     c.head_dim = head_dim;
     c.num_tokens = 20;
     c.slot = 60;
-    c.v_group_size = head_dim == 80 ? 80 : 16;
     c.bands = {{{4, 4, 0, 8}}, {{0, 8, 4, 0}}};
     check_keys(c, 100 + head_dim);
-    c.v_bits = 2;
-    check_values(c, 200 + head_dim);
+    for (int bits : kValueBits) {
+      c.v_bits = {bits, 3};
+      check_values(c, 200 + 10 * head_dim + bits);
+    }
   }
 }
 
@@ -217,7 +216,7 @@ TEST_P(PackKernels, EveryDtype) {
     PackCase c;
     c.dtype = dtype;
     check_keys(c, 300 + static_cast<int>(dtype));
-    for (int bits : {2, 4, dtype == DataType::kFloat32 ? 32 : 16}) {
+    for (int bits : {2, 3, 4, dtype == DataType::kFloat32 ? 32 : 16}) {
       c.v_bits = bits;
       check_values(c, 310 + 3 * bits + static_cast<int>(dtype));
     }
@@ -237,9 +236,8 @@ TEST_P(PackKernels, BeforeRope) {
 // A case of the environment's.
 TEST_P(PackKernels, Chosen) {
   const testing::ChosenCase chosen;
-  const PackCase c = {chosen.rope(),   chosen.head_dim(),     chosen.bands(),
-                      chosen.v_bits(), chosen.v_group_size(), chosen.dtype(),
-                      chosen.slot(),   chosen.tokens(),       chosen.position()};
+  const PackCase c = {chosen.rope(),  chosen.head_dim(), chosen.bands(),  chosen.v_bits(),
+                      chosen.dtype(), chosen.slot(),     chosen.tokens(), chosen.position()};
   check_keys(c, 20000 + chosen.seed());
   check_values(c, 30000 + chosen.seed());
 }
