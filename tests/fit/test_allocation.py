@@ -8,17 +8,14 @@ import torch
 from svdq.fit.allocation import (
     DISTORTION,
     GRANULE,
-    Allocator,
-    Budget,
-    Demand,
     code_something,
     equal_budgets,
     overhead_bits,
     solve_lambda,
-    solve_widths,
     value_widths,
     water_fill,
 )
+from svdq.fit.allocator import Allocator, Budget, Demand, solve_widths
 from svdq.layout import WIDTHS, PageLayout
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from svdq.cache.cache import SVDqCache
-from svdq.fit.allocation import Answer, Demand
+from svdq.fit.allocator import Answer, Demand
 from svdq.fit.profile import Profile, mean_profile
 from svdq_bench.quality.prefix import read_prefix
 

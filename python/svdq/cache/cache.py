@@ -21,7 +21,7 @@ from svdq.cache.memory import MemoryReport, memory_report
 from svdq.cache.reads import ReadReport, read_report
 from svdq.cache.tensor_walk import held_bytes
 from svdq.config.settings import Settings
-from svdq.fit.allocation import Allocator, Budget
+from svdq.fit.allocator import Allocator, Budget
 from svdq.fit.profile import Profile
 from svdq.hf.rope import inverse_frequencies
 from svdq.ops.tensors import normal_tensors

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from svdq.cache.layer import SVDqLayer
 from svdq.cache.tensor_walk import nbytes, reachable_tensors
-from svdq.fit.allocation import Allocator
+from svdq.fit.allocator import Allocator
 from svdq.layout import PAGE_TOKENS
 from svdq.store.layer_store import LayerStore
 from svdq.store.packed import PackedStore

@@ -14,7 +14,6 @@ is all that a layer needs of the others.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -76,15 +75,15 @@ def solve_lambda(
     bands : [H, 4] int32 of every layer.
     """
     joined = torch.cat(list(spectra)).double()
-    price = _solve_price(
-        lambda x: _bits(water_fill(joined, x, overhead)),
+    price = solve_price(
+        lambda x: code_bits(water_fill(joined, x, overhead)),
         k_bits * joined.numel(),
         float(joined.max()),
     )
     return price, list(water_fill(joined, price, overhead).split([len(x) for x in spectra]))
 
 
-def _solve_price(bits_at: Callable[[float], int], budget: float, largest: float) -> float:
+def solve_price(bits_at: Callable[[float], int], budget: float, largest: float) -> float:
     """The least price at which the bits stay within a budget, by bisection.
 
     ``largest`` is the largest variance: no key is coded at a price well above it.
@@ -131,7 +130,7 @@ def _granules(spectrum: Tensor) -> Tensor:
     return spectrum.detach().cpu().double().unflatten(1, (-1, GRANULE)).sum(-1)
 
 
-def _bits(bands: Tensor) -> int:
+def code_bits(bands: Tensor) -> int:
     return int((bands.long() * torch.tensor(WIDTHS)).sum())
 
 
@@ -180,176 +179,9 @@ def _fill(bands: list[int], granules: list[float], budget: int) -> list[int]:
     return [counts[width] * GRANULE for width in WIDTHS]
 
 
-@dataclass(frozen=True)
-class Demand:
-    """What a layer tells of itself when it asks for widths.
-
-    Parameters
-    ----------
-    spectrum : [H, D] score variances, in descending order.
-    overhead : bits per token of any coded channel, see :func:`overhead_bits`.
-    taken : bits per key number that the layer spends otherwise, of its share of ``k_bits``.
-    value_loss : [H] loss of values, see :class:`svdq.fit.value_loss.ValueLoss`; None where their
-        bits are given.
-    """
-
-    spectrum: Tensor
-    overhead: float = 0.0
-    taken: float = 0.0
-    value_loss: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Widths:
-    """Bands of a layer's heads, [H, 4] int32, and the bits of their values where asked for."""
-
-    bands: Tensor
-    v_bits: tuple[int, ...] | None = None
-
-
-Answer = Callable[[Widths], None]
-
-
 def value_widths(loss: Tensor, lambda_: float, head_dim: int) -> tuple[int, ...]:
     """Bits of each head's values of least loss plus price, for losses [H]."""
     distortion = torch.tensor([VALUE_DISTORTION[bits] for bits in VALUE_BITS], dtype=torch.float64)
     price = lambda_ * head_dim * torch.tensor(VALUE_BITS)
     cost = VALUE_WEIGHT * head_dim * loss.cpu().double()[:, None] * distortion + price
     return tuple(VALUE_BITS[i] for i in cost.argmin(1).tolist())
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Bits to spend on average; of the three, ``kv_bits`` or one or both of the others.
-
-    Parameters
-    ----------
-    k_bits : code bits per key number.
-    v_bits : code bits per value number; None where each head's are given.
-    kv_bits : code bits per number of keys and values together, at one price for both.
-    """
-
-    k_bits: float | None = None
-    v_bits: float | None = None
-    kv_bits: float | None = None
-
-    def check(self, taken: float) -> None:
-        """Refuse budgets that pre-RoPE channels, which take so many bits of a key, use up."""
-        if self.k_bits is not None and taken >= self.k_bits:
-            raise ValueError(
-                f"k_bits={self.k_bits} must be more than the {taken} that pre-RoPE channels take"
-            )
-        least = taken + min(VALUE_BITS)
-        if self.kv_bits is not None and 2 * self.kv_bits <= least:
-            raise ValueError(
-                f"kv_bits={self.kv_bits} must be more than {least / 2}: values take "
-                f"{min(VALUE_BITS)} bits at least, pre-RoPE channels {taken} of a key"
-            )
-
-
-def solve_widths(demands: Sequence[Demand], budget: Budget) -> tuple[float, list[Widths]]:
-    """The price at which layers stay within a budget, or just below, and what they get.
-
-    Every layer gets at least one coded channel. The price is that of the keys.
-    """
-    spectra = torch.cat([x.spectrum for x in demands]).double()
-    numbers, dim = spectra.numel(), spectra.shape[1]
-    overhead = sum(x.overhead for x in demands) / len(demands)
-    taken = sum(x.taken * x.spectrum.numel() for x in demands)
-    losses = [x.value_loss for x in demands]
-    loss = None if losses[0] is None else torch.cat(losses).cpu().double()
-
-    def key_bits(price: float) -> int:
-        return _bits(water_fill(spectra, price, overhead))
-
-    def value_bits(price: float) -> int:
-        return dim * sum(value_widths(loss, price, dim))
-
-    largest = float(spectra.max())
-    if budget.kv_bits is None:
-        price = value_price = _solve_price(key_bits, budget.k_bits * numbers - taken, largest)
-        if budget.v_bits is not None:
-            largest = VALUE_WEIGHT * float(loss.max())
-            value_price = _solve_price(value_bits, budget.v_bits * numbers, largest)
-    else:
-        price = value_price = _solve_price(
-            lambda x: key_bits(x) + value_bits(x),
-            2 * budget.kv_bits * numbers - taken,
-            max(largest, VALUE_WEIGHT * float(loss.max())),
-        )
-    bands = water_fill(spectra, price, overhead).split([len(x.spectrum) for x in demands])
-    widths = []
-    for own, demand in zip(bands, demands, strict=True):
-        bits = None if loss is None else value_widths(demand.value_loss, value_price, dim)
-        widths.append(Widths(code_something(own, demand.spectrum), bits))
-    return price, widths
-
-
-@dataclass
-class Allocator:
-    """Widths for the layers of one cache, which ask for them one after another.
-
-    With a price, or where a budget holds for each layer or head, a layer is answered at once. A
-    budget for the whole model is solved when all its layers have told their spectra: until then
-    they wait and hold their tokens exact. The price stays for what is fitted later.
-
-    Parameters
-    ----------
-    num_layers : layers that will ask.
-    budget : bits on average; ``k_bits`` is None with a price.
-    lambda_ : price of a bit in squared score units.
-    scope : ``"model"``, ``"layer"`` or ``"head"``, over which the budget is an average.
-    known : widths by layer where a profile says them; then nothing is solved.
-    """
-
-    num_layers: int
-    budget: Budget
-    lambda_: float | None = None
-    scope: str = "model"
-    known: dict[int, Widths] | None = None
-    _given: float | None = field(init=False)
-    _waiting: dict[int, tuple[Demand, Answer]] = field(init=False)  # by layer
-
-    def __post_init__(self) -> None:
-        self._given = self.lambda_
-        self._waiting = {}
-
-    def reset(self) -> None:
-        """Forget all that layers asked and the solution."""
-        self.lambda_ = self._given
-        self._waiting = {}
-
-    def ask(self, layer: int, demand: Demand, answer: Answer) -> None:
-        """Tell what a layer asks for; ``answer`` is called with its widths.
-
-        That happens at once or, where layers wait for each other, when the last one asks.
-        """
-        self.budget.check(demand.taken)
-        if self.known is not None:
-            answer(self.known[layer])
-        elif self.scope == "head":
-            answer(Widths(equal_budgets(demand.spectrum, self.budget.k_bits - demand.taken)))
-        elif self.scope == "layer":
-            answer(solve_widths([demand], self.budget)[1][0])
-        elif self.lambda_ is not None:
-            answer(self._priced(demand))
-        else:
-            waiting = replace(demand, spectrum=demand.spectrum.cpu())
-            self._waiting[layer] = (waiting, answer)
-            if len(self._waiting) == self.num_layers:
-                self._answer_all()
-
-    def _priced(self, demand: Demand) -> Widths:
-        bands = water_fill(demand.spectrum, self.lambda_, demand.overhead)
-        v_bits = None
-        if demand.value_loss is not None:
-            v_bits = value_widths(demand.value_loss, self.lambda_, demand.spectrum.shape[1])
-        return Widths(code_something(bands, demand.spectrum), v_bits)
-
-    def _answer_all(self) -> None:
-        asked = [self._waiting[layer] for layer in sorted(self._waiting)]
-        self._waiting = {}
-        demands, answers = zip(*asked, strict=True)
-        self.lambda_, widths = solve_widths(demands, self.budget)
-        for answer, own in zip(answers, widths, strict=True):
-            answer(own)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from svdq.config.settings import Settings
-from svdq.fit.allocation import Answer, Demand, Widths, overhead_bits
+from svdq.fit.allocation import overhead_bits
+from svdq.fit.allocator import Answer, Demand, Widths
 from svdq.fit.bases import Bases, fit_bases, thinned
 from svdq.fit.key_gain import QueryEnergy, key_gain
 from svdq.fit.pre_channels import PreChannels
@@ -17,7 +18,7 @@ from svdq.fit.value_loss import ValueLoss
 from svdq.layout import NO_BANDS, PageLayout
 from svdq.ops.tensors import normal_tensors
 
-# allocate(demand, answer), see svdq.fit.allocation.Allocator.ask.
+# allocate(demand, answer), see svdq.fit.allocator.Allocator.ask.
 Allocate = Callable[[Demand, Answer], None]
 
 
@@ -46,7 +47,7 @@ class LayerFit:
     frequencies : maps the largest position in use to the layer's inverse frequencies; None for
         layers whose keys are packed as they come.
     allocate : called as ``allocate(demand, answer)`` for the layer's widths, see
-        :meth:`svdq.fit.allocation.Allocator.ask`; None where a schedule says them.
+        :meth:`svdq.fit.allocator.Allocator.ask`; None where a schedule says them.
 
     Attributes
     ----------

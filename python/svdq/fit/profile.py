@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from svdq.config.settings import Settings, renamed
-from svdq.fit.allocation import Allocator, Budget, Demand, Widths, overhead_bits
+from svdq.fit.allocation import overhead_bits
+from svdq.fit.allocator import Allocator, Budget, Demand, Widths
 from svdq.ops.tensors import normal_tensors
 
 FORMAT, VERSION = "svdq-profile", "1"
