@@ -91,6 +91,15 @@ struct ComponentsParams {
   float* variance;    // [H, D]
 };
 
+// Largest factor that makes decoded latents of a channel unbiased, and its inverse; see QuantizerParams.
+inline constexpr float kLargestGain = 2.0f;
+// Codes of more bits are unbiased as they are, and rounding a longer row anew would cost more than that.
+inline constexpr int kUnbiasedWidth = 4;
+
+// Ranges of the channels. With `clip` those of least fourth power of the error, and decoded latents are unbiased along
+// the latents of the sample: code and decoded value are those of one scale, but scale and row of the basis are both
+// multiplied by the root of the gain <x, x> / <x, decoded>. Then a latent has the same code as before, and its decoded
+// value is larger by the gain.
 struct QuantizerParams {
   TokenSource keys;
   LayoutView layout;

@@ -198,6 +198,37 @@ SVDQ_DEVICE float coding_error(const RangePlan& s, int count, const CodeRange& r
   return warp_sum(error);
 }
 
+// The root of the factor that makes decoded latents unbiased along the latents (kernels/params.h); a warp's work.
+SVDQ_DEVICE float root_gain(const RangePlan& s, int count, const CodeRange& range, float top) {
+  const float inverse = range.scale > 0.0f ? 1.0f / range.scale : 0.0f, mid = top / 2;
+  float square = 0.0f, product = 0.0f;
+  for (int i = lane_index(); i < count; i += kWarpSize) {
+    const float x = load(&s.latent[i]) - range.centre;
+    const float place = x * inverse + mid, least = place > 0.0f ? place : 0.0f;
+    const float code = static_cast<float>(round_to_int(least < top ? least : top));
+    square += x * x;
+    product += x * (code - mid) * range.scale;
+  }
+  square = warp_sum(square);
+  product = warp_sum(product);
+  float gain = product > 0.0f ? square / product : 1.0f;
+  gain = gain > 1 / kLargestGain ? gain : 1 / kLargestGain;
+  return square_root(gain < kLargestGain ? gain : kLargestGain);
+}
+
+// Writes the range of a channel of least error, with scale and row of the basis times the root of its gain; a warp's
+// work. `component` is the row before it is rounded.
+SVDQ_DEVICE void store_unbiased(const RangePlan& s, const QuantizerParams& p,
+                                const QuantizerWorkspace& w, int channel, const CodeRange& range,
+                                int count, float top, const float* component) {
+  constexpr float kTop = (1 << kUnbiasedWidth) - 1;
+  const float root = top <= kTop ? root_gain(s, count, range, top) : 1.0f;
+  if (lane_index() == 0) store_range(p, w, channel, {range.centre / root, range.scale * root});
+  const int dim = p.layout.head_dim;
+  for (int d = lane_index(); d < dim; d += kWarpSize)
+    store(&p.basis[int64_t{channel} * dim + d], float_to_bfloat16(load(&component[d]) * root));
+}
+
 // The error of candidate `lane`, as far as there are any.
 SVDQ_DEVICE float candidate_error(const float* errors, int candidates) {
   return lane_index() < candidates ? load(&errors[lane_index()]) : int_as_float(0x7f800000u);
@@ -297,8 +328,10 @@ search_range_kernel(QuantizerParams p, QuantizerWorkspace w, HeadTable heads, in
   sync_threads();
   const float error = candidate_error(s.error, 1 + kCoarse);
   const int best = first_min(error);
+  const int64_t row = int64_t{w.first_head + block_y()} * p.layout.head_dim + block_x();
+  const float* component = p.components + row * p.layout.head_dim;
   if (best == 0) {
-    if (thread_index() == 0) store_range(p, w, channel, full);
+    if (warp_index() == 0) store_unbiased(s, p, w, channel, full, count, top, component);
     return;
   }
 
@@ -313,7 +346,7 @@ search_range_kernel(QuantizerParams p, QuantizerWorkspace w, HeadTable heads, in
   const int fine = first_min(fine_error);
   const bool better = shuffle(fine_error, fine) < shuffle(error, best);
   const CodeRange range = clipped(better ? fine_multiple(coarse, fine) : coarse);
-  if (lane_index() == 0) store_range(p, w, channel, range);
+  store_unbiased(s, p, w, channel, range, count, top, component);
 }
 
 // mean + the centres' share of every row of the basis. Grid: x = channels of a key, y = head.

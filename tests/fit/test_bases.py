@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from support import assert_same, make_inv_freq, make_keys, make_layout, rms
+from support import assert_orthogonal, assert_same, make_inv_freq, make_keys, make_layout, rms
 from svdq import ops, reference
 from svdq.fit import bases as fitting
 from svdq.fit.bases import fit_keys, thinned
@@ -65,8 +65,7 @@ def test_hybrid_fits_its_pre_and_then_its_post_channels(backend, name):
     pre, post = reference.part_slices(layout)
     for h in range(layout.num_kv_heads):
         for at in (pre[h], post[h]):
-            rows = basis[at].float()
-            assert torch.allclose(rows @ rows.T, torch.eye(len(rows)), atol=0.02)
+            assert_orthogonal(basis[at])
         # The pre-RoPE channels are fitted as a layout of them alone is.
         assert torch.allclose(scale[pre[h]], expected.scale[pre[h]], rtol=0.1)
     assert (scale > 0).all()

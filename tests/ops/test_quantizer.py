@@ -1,5 +1,7 @@
 """fit_quantizer: basis vectors, ranges of the channels and the mean that centres them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -64,11 +66,39 @@ def two_valued(keys):
     return keys.sign() + keys
 
 
+def without_gain(codec):
+    """The codec whose rows have length 1: the same codes, not unbiased."""
+    root = codec.basis.double().norm(dim=1)
+    return replace(codec, basis=codec.basis / root[:, None], scale=codec.scale / root)
+
+
 def errors_by_width(keys, codec, layout):
-    """Roots of fourth powers of the error, which compare as squares do: by width, by channel."""
+    """Roots of fourth powers of the error of ranges alone, which compare as squares do: by width,
+    by channel."""
+    codec = without_gain(codec)
     error = fourth_power_error(keys, codec, layout)
     widths = reference.channel_widths(layout)
     return torch.stack([error[widths == w].sum() for w in WIDTHS]).sqrt(), error.sqrt()
+
+
+@pytest.mark.parametrize("num_tokens", [300, 4000])
+def test_decoded_latents_are_unbiased(backend, num_tokens):
+    """<x, decoded> / <x, x> is 1 for every channel, where least errors alone lose up to a third."""
+    layout = make_layout(64, [8, 4, 2, 1], 2)
+    keys = torch.randn(2, num_tokens, 64)  # of one size, so that no row's rounding adds much
+    mean, components, _ = reference.fit_basis(keys)
+    codec = ops.fit_quantizer(keys, mean, components, layout)
+    shares = []
+    for own in (codec, without_gain(codec)):
+        latent = reference.latents(keys, without_gain(own).basis, own.mean, layout)
+        widths, root = reference.channel_widths(layout), own.basis.double().norm(dim=1)
+        codes = reference.quantize(latent, own.scale / root, widths)
+        decoded = (codes - (2.0**widths - 1) / 2) * own.scale.double() * root
+        shares.append((latent * decoded).sum(0) / latent.square().sum(0))
+    # Rounding rows to bfloat16 moves a length by 2^-9 at most; codes that it moves are few.
+    assert_within(shares[0], torch.ones(layout.rank), 0.01)
+    ones = widths == 1
+    assert float((shares[1][ones] - 1).abs().mean()) > 0.05
 
 
 @pytest.mark.parametrize("shape", [None, heavy_tailed, skewed, two_valued])

@@ -65,6 +65,14 @@ def make_keys(
     return reference.rotate(keys, position + torch.arange(num_tokens), inv_freq).float()
 
 
+def assert_orthogonal(rows):
+    """Rows of a basis [r, D] are orthogonal, of length 1 but for the root of a channel's gain."""
+    lengths = rows.float().norm(dim=1)
+    assert ((lengths > 0.7) & (lengths < 1.42)).all()  # gains are 1/2 to 2
+    unit = rows.float() / lengths[:, None]
+    assert_within(unit @ unit.T, torch.eye(len(rows)), 0.02)
+
+
 def make_layout(
     head_dim: int, schedule: list[int], num_heads: int = 1, rope: str = "post", **options
 ) -> PageLayout:

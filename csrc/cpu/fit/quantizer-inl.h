@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 #include "csrc/core/parallel.h"
@@ -113,8 +114,16 @@ inline void fit_head_quantizer(const QuantizerParams& p, const RopeTable& table,
   float* centred = p.centred_mean + int64_t{h} * dim;
   for (int d = 0; d < dim; ++d) centred[d] = mean[d];
   for (int j = 0; j < rank; ++j) {
-    p.scale[head.first_channel + j] = s.ranges[j].scale;
-    for (int d = 0; d < dim; ++d) centred[d] += s.ranges[j].centre * s.basis_t[d * padded + j];
+    // Multiply scale and row by the root of the gain.
+    const Range& range = s.ranges[j];
+    const float root = std::sqrt(range.gain), centre = range.centre / root;
+    const float* component = p.components + (int64_t{h} * dim + j) * dim;
+    p.scale[head.first_channel + j] = range.scale * root;
+    for (int d = 0; d < dim; ++d) {
+      const uint16_t number = float_to_bfloat16(component[d] * root);
+      basis[int64_t{j} * dim + d] = number;
+      centred[d] += centre * bfloat16_to_float(number);
+    }
   }
 }
 

@@ -1,11 +1,13 @@
 // The range of a channel's codes: the centre and scale of least error for a sample of latents.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
 #include "csrc/cpu/simd-inl.h"
 #include "kernels/format.h"
+#include "kernels/params.h"
 
 #include "csrc/cpu/target_begin-inl.h"
 
@@ -13,7 +15,8 @@ namespace svdq::SVDQ_TARGET_NAME {
 
 struct Range {
   float centre;
-  float scale;  // distance between codes
+  float scale;       // distance between codes
+  float gain = 1.0f;  // of decoded latents: it makes them unbiased
 };
 
 // Selects all lanes of a vector.
@@ -44,6 +47,23 @@ inline float coding_error(const float* latent, int64_t n, Range range, float max
     error += square * square;
   });
   return reduce_add(error);
+}
+
+// Factor of decoded latents that makes them unbiased along the latents: with x = latent - centre and its decoded value
+// y, <x, x> / <x, y>. Least errors shrink latents on average, and what shrinks all of them does not average out.
+inline float unbiased_gain(const float* latent, int64_t n, Range range, float max_code) {
+  const F32 inverse = splat(range.scale > 0 ? 1.0f / range.scale : 0.0f);
+  const F32 mid = splat(max_code / 2);
+  F32 squares{}, products{};
+  for_each_vector(latent, n, [&](F32 v, auto lanes) {
+    const F32 x = select_lanes(lanes, v - range.centre, F32{});
+    const F32 code = min(max(round_even(x * inverse + mid), F32{}), splat(max_code));
+    squares += x * x;
+    products += x * (code - mid) * range.scale;
+  });
+  const float square = reduce_add(squares), product = reduce_add(products);
+  const float gain = product > 0 ? square / product : 1.0f;
+  return std::min(std::max(gain, 1 / kLargestGain), kLargestGain);
 }
 
 // The range of smallest error among the full range from minimum to maximum and multiples of the standard deviation
@@ -85,6 +105,7 @@ inline Range search_range(const float* latent, int64_t n, int width) {
   }
   for (int i = -4; i <= 4 && centre_multiple > 0; ++i)
     attempt(centre_multiple * (1 + 0.03f * static_cast<float>(i)));
+  if (width <= kUnbiasedWidth) best.gain = unbiased_gain(latent, n, best, max_code);
   return best;
 }
 

@@ -15,6 +15,7 @@ from svdq.ops import KeyCodec
 from svdq.reference.pages import QUAD
 
 SAMPLE_TOKENS = 4096  # tokens that the search for a clipped range looks at
+LARGEST_GAIN, UNBIASED_WIDTH = 2.0, 4  # of decoded latents, see kernels/params.h
 
 
 def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor | None, inverse: bool = False) -> Tensor:
@@ -172,6 +173,16 @@ def fit_quantizer(
     every = -(-latent.shape[0] // SAMPLE_TOKENS) if clip else 1
     multiples = [k / 10 for k in range(4, 81)] if clip else []
     scale, centre = _best_range(latent[::every], widths, multiples)
+    if clip:  # scale and row times the root of the gain that makes decoded latents unbiased
+        x = latent[::every] - centre
+        decoded = (quantize(x, scale, widths) - (2.0**widths - 1) / 2) * scale
+        product = (x * decoded).sum(0)
+        coarse = (product > 0) & (widths <= UNBIASED_WIDTH)
+        gain = torch.where(coarse, x.square().sum(0) / product, 1.0)
+        root = gain.clamp(1 / LARGEST_GAIN, LARGEST_GAIN).sqrt()
+        rows = torch.cat([components[h, : sum(n)] for h, n in enumerate(layout.bands)])
+        basis, scale = (rows.double() * root[:, None]).bfloat16(), scale * root
+        centre = centre / root
     shifts = [centre[at] @ basis[at].double() for at in head_slices(layout)]
     centred_mean = _stored(mean.double() + torch.stack(shifts), mean)
     return KeyCodec(basis, _stored(scale, mean), centred_mean, inv_freq=inv_freq)
