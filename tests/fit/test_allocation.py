@@ -1,13 +1,17 @@
 """Water-filling of bits, against a search through all widths, and what a cache makes of it."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from svdq.fit.allocation import (
+    BELOW_ONE_BIT,
     DISTORTION,
     GRANULE,
+    PLAIN,
+    USUAL,
     code_something,
     equal_budgets,
     overhead_bits,
@@ -122,14 +126,30 @@ def test_layers_wait_for_the_last_one():
     ask(0, spectra[0], 0)
     assert not answers
     ask(1, spectra[1], 1)
-    price, expected = solve_lambda(spectra, 0.7)
-    assert allocator.lambda_ == price
-    assert all(torch.equal(answers[i], bands) for i, bands in enumerate(expected))
+    price = allocator.solution.lambda_
+    assert allocator.solution.emphasis == BELOW_ONE_BIT
+    for i, spectrum in enumerate(spectra):
+        assert torch.equal(answers[i], water_fill(spectrum, price, 0.0, BELOW_ONE_BIT))
+    spent = sum(bits_of(answers[i]) for i in range(3)) / sum(x.numel() for x in spectra)
+    assert 0.68 < spent <= 0.7
     # Later questions are answered at once, at the same price.
     ask(0, spectra[0] * 2, "later")
-    assert torch.equal(answers["later"], water_fill(spectra[0] * 2, price))
+    assert torch.equal(answers["later"], water_fill(spectra[0] * 2, price, 0.0, BELOW_ONE_BIT))
     allocator.reset()
-    assert allocator.lambda_ is None
+    assert allocator.solution is None
+
+
+def test_emphasis_gives_small_channels_more():
+    spectrum = make_spectrum(2, 64)
+    price, _ = solve_lambda([spectrum], 0.7)
+    shares = []
+    for emphasis in (PLAIN, USUAL, BELOW_ONE_BIT):
+        bands = water_fill(spectrum, price, 0.0, emphasis)
+        shares.append(int(bands.sum()))
+    assert shares == sorted(shares) and shares[0] < shares[2]
+    # Nothing else changes: of channels of one variance all count as they do.
+    flat = torch.ones(1, 64)
+    assert torch.equal(water_fill(flat, 1e-3, 0.0, USUAL), water_fill(flat, 1e-3))
 
 
 def code_bits(widths):
@@ -152,20 +172,21 @@ def test_values_get_bits_by_what_they_lose(v_bits):
     assert keys <= 1.0 and v_bits - 0.26 < values <= v_bits
     every = [bits for x in widths for bits in x.v_bits]
     assert every == sorted(every)  # as the losses are
-    _, expected = solve_lambda([x.spectrum for x in make_demands()], 1.0)
-    assert all(torch.equal(a.bands, b) for a, b in zip(widths, expected, strict=True))
+    plain = [replace(x, value_loss=None) for x in make_demands()]
+    _, expected = solve_widths(plain, Budget(k_bits=1.0))
+    assert all(torch.equal(a.bands, b.bands) for a, b in zip(widths, expected, strict=True))
 
 
 @pytest.mark.parametrize("kv_bits", [1.5, 2.0, 3.0])
 def test_one_budget_for_keys_and_values(kv_bits):
     demands = make_demands()
-    price, widths = solve_widths(demands, Budget(kv_bits=kv_bits))
+    solution, widths = solve_widths(demands, Budget(kv_bits=kv_bits))
     spent = sum(code_bits(widths)) / 2
     assert kv_bits - 0.26 < spent <= kv_bits
     # One price for both: nobody would trade bits of keys for bits of values.
     for own, demand in zip(widths, demands, strict=True):
-        assert own.v_bits == value_widths(demand.value_loss, price, 64)
-        assert torch.equal(own.bands, water_fill(demand.spectrum, price))
+        assert own.v_bits == value_widths(demand.value_loss, solution.lambda_, 64)
+        assert torch.equal(own.bands, solution.bands(demand.spectrum, 0.0))
 
 
 def test_budgets_that_are_used_up():

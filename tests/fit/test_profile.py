@@ -7,7 +7,8 @@ import torch
 
 from cache_support import CONFIGS, make_model, make_tokens
 from svdq import Profile, SVDqCache
-from svdq.fit.allocation import overhead_bits, solve_lambda
+from svdq.fit.allocation import overhead_bits
+from svdq.fit.allocator import Budget, Demand, solve_widths
 from svdq_bench.quality.calibrate import measure_profile
 from svdq_bench.quality.prefix import read_prefix
 
@@ -37,8 +38,9 @@ def test_spectra_are_those_that_caches_allocate_by(profile):
     by_profile = prefilled(model, tokens, k_bits=1.0, profile=own)
     assert layouts(alone) == layouts(by_profile)
     overhead = overhead_bits(64, 400)
-    _, bands = solve_lambda([own.spectra[i] for i in (0, 1)], 1.0, overhead)
-    expected = [tuple(map(tuple, x.tolist())) for x in bands]
+    demands = [Demand(own.spectra[i], overhead) for i in (0, 1)]
+    _, widths = solve_widths(demands, Budget(k_bits=1.0))
+    expected = [tuple(map(tuple, x.bands.tolist())) for x in widths]
     assert [layout.bands for layout in layouts(by_profile)] == expected
     assert set(profile.spectra) == {0, 1} and profile.num_tokens == 400
     assert not torch.equal(profile.spectra[0], own.spectra[0])

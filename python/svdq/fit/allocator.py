@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from svdq.fit.allocation import (
+    BELOW_ONE_BIT,
+    USUAL,
     VALUE_WEIGHT,
+    Emphasis,
     code_bits,
     code_something,
     equal_budgets,
@@ -79,42 +82,68 @@ class Budget:
             )
 
 
-def solve_widths(demands: Sequence[Demand], budget: Budget) -> tuple[float, list[Widths]]:
+@dataclass(frozen=True)
+class Solution:
+    """The price of a bit, in squared score units, and how it is applied."""
+
+    lambda_: float
+    emphasis: Emphasis = USUAL
+
+    def bands(self, spectrum: Tensor, overhead: float) -> Tensor:
+        """Bands of heads with these spectra, [N, 4] int32; at least one coded channel."""
+        bands = water_fill(spectrum, self.lambda_, overhead, self.emphasis)
+        return code_something(bands, spectrum)
+
+
+def solve_widths(demands: Sequence[Demand], budget: Budget) -> tuple[Solution, list[Widths]]:
     """The price at which layers stay within a budget, or just below, and what they get.
 
     Every layer gets at least one coded channel. The price is that of the keys.
     """
     spectra = torch.cat([x.spectrum for x in demands]).double()
+    overhead = sum(x.overhead for x in demands) / len(demands)
+    solution, value_price = _solve(demands, budget, spectra, USUAL)
+    if code_bits(solution.bands(spectra, overhead)) < spectra.numel():
+        solution, value_price = _solve(demands, budget, spectra, BELOW_ONE_BIT)
+    widths = []
+    for demand in demands:
+        bits = None
+        if demand.value_loss is not None:
+            bits = value_widths(demand.value_loss, value_price, spectra.shape[1])
+        widths.append(Widths(solution.bands(demand.spectrum, overhead), bits))
+    return solution, widths
+
+
+def _solve(
+    demands: Sequence[Demand], budget: Budget, spectra: Tensor, emphasis: Emphasis
+) -> tuple[Solution, float]:
+    """Prices of keys and of values; ``spectra`` are those of all layers together."""
     numbers, dim = spectra.numel(), spectra.shape[1]
     overhead = sum(x.overhead for x in demands) / len(demands)
     taken = sum(x.taken * x.spectrum.numel() for x in demands)
-    losses = [x.value_loss for x in demands]
-    loss = None if losses[0] is None else torch.cat(losses).cpu().double()
 
     def key_bits(price: float) -> int:
-        return code_bits(water_fill(spectra, price, overhead))
+        return code_bits(water_fill(spectra, price, overhead, emphasis))
 
     def value_bits(price: float) -> int:
         return dim * sum(value_widths(loss, price, dim))
 
     largest = float(spectra.max())
+    if demands[0].value_loss is None:
+        price = solve_price(key_bits, budget.k_bits * numbers - taken, largest)
+        return Solution(price, emphasis), price
+    loss = torch.cat([x.value_loss for x in demands]).cpu().double()
+    largest_loss = VALUE_WEIGHT * float(loss.max())
     if budget.kv_bits is None:
-        price = value_price = solve_price(key_bits, budget.k_bits * numbers - taken, largest)
-        if budget.v_bits is not None:
-            largest = VALUE_WEIGHT * float(loss.max())
-            value_price = solve_price(value_bits, budget.v_bits * numbers, largest)
-    else:
-        price = value_price = solve_price(
-            lambda x: key_bits(x) + value_bits(x),
-            2 * budget.kv_bits * numbers - taken,
-            max(largest, VALUE_WEIGHT * float(loss.max())),
-        )
-    bands = water_fill(spectra, price, overhead).split([len(x.spectrum) for x in demands])
-    widths = []
-    for own, demand in zip(bands, demands, strict=True):
-        bits = None if loss is None else value_widths(demand.value_loss, value_price, dim)
-        widths.append(Widths(code_something(own, demand.spectrum), bits))
-    return price, widths
+        price = solve_price(key_bits, budget.k_bits * numbers - taken, largest)
+        value_price = solve_price(value_bits, budget.v_bits * numbers, largest_loss)
+        return Solution(price, emphasis), value_price
+    price = solve_price(
+        lambda x: key_bits(x) + value_bits(x),
+        2 * budget.kv_bits * numbers - taken,
+        max(largest, largest_loss),
+    )
+    return Solution(price, emphasis), price
 
 
 @dataclass
@@ -139,16 +168,15 @@ class Allocator:
     lambda_: float | None = None
     scope: str = "model"
     known: dict[int, Widths] | None = None
-    _given: float | None = field(init=False)
+    solution: Solution | None = field(init=False, default=None)
     _waiting: dict[int, tuple[Demand, Answer]] = field(init=False)  # by layer
 
     def __post_init__(self) -> None:
-        self._given = self.lambda_
-        self._waiting = {}
+        self.reset()
 
     def reset(self) -> None:
         """Forget all that layers asked and the solution."""
-        self.lambda_ = self._given
+        self.solution = None if self.lambda_ is None else Solution(self.lambda_)
         self._waiting = {}
 
     def ask(self, layer: int, demand: Demand, answer: Answer) -> None:
@@ -163,7 +191,7 @@ class Allocator:
             answer(Widths(equal_budgets(demand.spectrum, self.budget.k_bits - demand.taken)))
         elif self.scope == "layer":
             answer(solve_widths([demand], self.budget)[1][0])
-        elif self.lambda_ is not None:
+        elif self.solution is not None:
             answer(self._priced(demand))
         else:
             waiting = replace(demand, spectrum=demand.spectrum.cpu())
@@ -172,16 +200,16 @@ class Allocator:
                 self._answer_all()
 
     def _priced(self, demand: Demand) -> Widths:
-        bands = water_fill(demand.spectrum, self.lambda_, demand.overhead)
         v_bits = None
         if demand.value_loss is not None:
-            v_bits = value_widths(demand.value_loss, self.lambda_, demand.spectrum.shape[1])
-        return Widths(code_something(bands, demand.spectrum), v_bits)
+            price, dim = self.solution.lambda_, demand.spectrum.shape[1]
+            v_bits = value_widths(demand.value_loss, price, dim)
+        return Widths(self.solution.bands(demand.spectrum, demand.overhead), v_bits)
 
     def _answer_all(self) -> None:
         asked = [self._waiting[layer] for layer in sorted(self._waiting)]
         self._waiting = {}
         demands, answers = zip(*asked, strict=True)
-        self.lambda_, widths = solve_widths(demands, self.budget)
+        self.solution, widths = solve_widths(demands, self.budget)
         for answer, own in zip(answers, widths, strict=True):
             answer(own)
