@@ -97,7 +97,7 @@ def test_nothing_is_packed_before_a_basis_can_be_fitted():
 
 
 def test_default_needs_four_tokens_a_channel():
-    driver = Driver()
+    driver = Driver(preset="paper-1.25")
     driver.feed(255)
     assert driver.layer.tokens.packed.slots == [0]
     driver.feed(1)
@@ -134,7 +134,7 @@ def test_sinks_and_window_are_exact():
 
 
 def test_sinks_do_not_bend_the_basis():
-    plain, outliers = (Driver(query_weighted=False) for _ in range(2))
+    plain, outliers = (Driver(preset="paper-1.25") for _ in range(2))
     query, keys, values = plain.draw(400)
     plain.attend(query, keys, values)
     loud = keys.clone()

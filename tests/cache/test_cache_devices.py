@@ -17,7 +17,7 @@ def step(request, monkeypatch):
     """Feeds tokens on a fake CUDA device to one layer of a cache; returns what comes out."""
     config = make_model("llama", "sdpa").config
     assert config.head_dim == DIM and config.num_key_value_heads == HEADS
-    cache = SVDqCache(config, rope=request.param)
+    cache = SVDqCache(config, preset="paper-1.25", rope=request.param)
     bands = cache.settings.scheduled_bands(DIM)  # reads numbers: before the fakes
     monkeypatch.setattr(Settings, "scheduled_bands", lambda *_: bands)
     layer = cache.layers[0]

@@ -29,11 +29,22 @@ def prefilled(family, tokens, settings):
         {"preset": "exact"},
         {"rope": "post", "v_bits": 2, "clip": False, "sink_tokens": 3},
         {"k_bits": 0.7},
+        {"kv_bits": 2.5, "min_fit_tokens": 500},
         {"lambda_": 1e-3, "rope": "post"},
         {"rope": "hybrid", "k_bits": 1.25, "pre_channels": 8},
         {"rope": "rotated-mean"},
     ],
-    ids=["default", "fine", "exact", "post", "allocated", "price", "hybrid", "rotated mean"],
+    ids=[
+        "default",
+        "fine",
+        "exact",
+        "post",
+        "allocated",
+        "waiting",
+        "price",
+        "hybrid",
+        "rotated mean",
+    ],
 )
 def test_goes_on_like_the_original(tmp_path, family, settings):
     model, cache = prefilled(family, make_tokens(2, 400), settings)
@@ -85,7 +96,7 @@ def rewrite(path, **metadata):
 
 @pytest.fixture
 def path(tmp_path):
-    _, cache = prefilled("llama", make_tokens(1, 400), {})
+    _, cache = prefilled("llama", make_tokens(1, 400), {"preset": "paper-1.25"})
     cache.save(tmp_path / "cache")
     return tmp_path / "cache"
 

@@ -233,7 +233,10 @@ def test_model_without_full_attention():
 
 
 def test_schedules():
-    assert resolve_keys() == (PRESETS["paper-1.25"], None)
+    assert resolve_keys("paper-1.25") == (PRESETS["paper-1.25"], None)
+    with pytest.raises(ValueError, match="give one of preset, schedule, k_bits, kv_bits and"):
+        resolve_keys()
+    assert resolve_keys(kv_bits=2.5) == (None, None)
     assert resolve_keys(k_bits=2.25) == (None, 2.25)
     assert resolve_keys(k_bits=16) == resolve_keys(preset="exact") == (None, None)
     assert resolve_keys(lambda_=0.1) == (None, None)

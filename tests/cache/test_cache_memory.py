@@ -27,13 +27,15 @@ def assert_report_is_true(cache):
         {"rope": "post", "v_bits": 2},
         {"residual_length": 0},
         {"k_bits": 0.7},
+        {"k_bits": 0.7, "v_bits": 2.5},
         {"k_bits": 1.25, "allocate_across": "head", "rope": "post"},
         {"lambda_": 0.1, "query_weighted": False},
         {"rope": "hybrid", "outlier_fraction": 0.01},
         {"rope": "rotated-mean", "k_bits": 0.7},
     ],
     ids=[
-        *("default", "fine", "exact", "post", "no window", "allocated", "per head", "price"),
+        *("default", "fine", "exact", "post", "no window", "allocated", "allocated values"),
+        *("per head", "price"),
         *("hybrid", "rotated mean"),
     ],
 )
@@ -60,7 +62,7 @@ def test_report_equals_what_is_allocated(settings, dtype):
 
 def test_parts_are_what_the_format_says():
     """2 sequences, 2 KV heads, head_dim 64, 400 tokens: 5 pages each; 8 sinks, a window of 80."""
-    driver = Driver(2, torch.bfloat16)
+    driver = Driver(2, torch.bfloat16, preset="paper-1.25", query_weighted=True)
     driver.feed(400)
     report = driver.cache.memory_report()
     packed, coded = 2 * 5 * 64 * 2, 3 * 8  # numbers per channel; of 64 channels 24 have bits
@@ -119,7 +121,7 @@ def test_long_prompt_is_an_order_smaller():
 def test_no_layer_keeps_its_prompt():
     """While one layer of a model prefills, those before it hold packed keys alone."""
     model = make_model("llama")
-    cache = SVDqCache(model.config)
+    cache = SVDqCache(model.config, preset="paper-1.25")
     held, given = [], []
     update = SVDqLayer.update
 

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from cache_support import CONFIGS, Driver, assert_same_state, snapshot
 from svdq import PageLayout, Profile, Settings, SVDqCache
+from svdq.config import presets
 from svdq.config.presets import PRESETS
 
 # Names in files of the version before, by today's.
@@ -33,9 +34,9 @@ def in_old_names(path, settings=OLD_SETTINGS, tensors=OLD_TENSORS):
 
 
 def test_presets_become_schedules():
-    settings = Settings()
+    settings = Settings(preset="paper-1.25")
     assert (settings.preset, settings.schedule) == (None, PRESETS["paper-1.25"])
-    assert settings.query_weighted and not Settings(preset="paper-1.25").query_weighted
+    assert not settings.query_weighted and settings.v_bits == 4
     for exact in (Settings(k_bits=16), Settings(preset="exact")):
         assert (exact.preset, exact.schedule, exact.k_bits, exact.v_bits) == (
             "exact", None, None, "exact",
@@ -43,8 +44,47 @@ def test_presets_become_schedules():
         assert not exact.packs
 
 
+def test_defaults_are_averages():
+    settings = Settings()
+    assert (settings.kv_bits, settings.k_bits, settings.v_bits) == (presets.KV_BITS, None, None)
+    assert settings.query_weighted and settings.allocates and settings.allocates_values
+    settings = Settings(v_bits=3)
+    assert (settings.kv_bits, settings.k_bits, settings.v_bits) == (None, presets.K_BITS, 3)
+    assert not settings.allocates_values
+    settings = Settings(k_bits=1.5)
+    assert (settings.kv_bits, settings.k_bits, settings.v_bits) == (None, 1.5, 4)
+
+
 @pytest.mark.parametrize(
-    "options", [{}, {"preset": "exact"}, {"k_bits": 1.5}, {"lambda_": 0.1}, {"schedule": [4, 2]}]
+    ("options", "message"),
+    [
+        ({"kv_bits": 2, "v_bits": 4}, "kv_bits says the bits of values too"),
+        ({"kv_bits": 2, "k_bits": 1}, "give one of preset"),
+        ({"kv_bits": 1}, r"kv_bits must be above 1.0 and at most 6.0, got 1"),
+        ({"kv_bits": 6.5}, "kv_bits must be above"),
+        ({"preset": "paper-1.25", "v_bits": 2.5}, "is an average: give k_bits"),
+        ({"k_bits": 1, "v_bits": 4.5}, r"v_bits must be one of .* or between 2 and 4"),
+        ({"k_bits": 1, "v_bits": 2.5, "allocate_across": "head"}, "across the model or each layer"),
+        ({"lambda_": 1, "v_bits": 2.5}, "across the model or each layer"),
+    ],
+    ids=str,
+)
+def test_budgets_that_contradict_others(options, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"preset": "exact"},
+        {"kv_bits": 3},
+        {"k_bits": 1, "v_bits": 2.5},
+        {"k_bits": 1.5},
+        {"lambda_": 0.1},
+        {"schedule": [4, 2]},
+    ],
 )
 def test_settings_make_themselves_again(options):
     settings = Settings(**options)

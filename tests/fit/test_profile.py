@@ -85,7 +85,11 @@ def test_files(profile, tmp_path):
 @pytest.mark.parametrize(
     ("family", "settings", "message"),
     [
-        ("llama", {}, "a profile allocates bits: give k_bits, kv_bits or lambda_"),
+        (
+            "llama",
+            {"preset": "paper-1.25"},
+            "a profile allocates bits: give k_bits, kv_bits or lambda_",
+        ),
         ("llama", {"k_bits": 1, "rope": "post"}, "the profile is for"),
         ("llama", {"k_bits": 1, "query_weighted": False}, "the profile is for"),
         ("gemma3", {"k_bits": 1}, r"the profile is of layers \[0, 1\], the model compresses \[1\]"),

@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 from cache_support import CONFIGS, FINE, decoded, make_model, make_tokens
 from svdq import SVDqCache, cache_argument
+from svdq.config.presets import PRESETS
 
 PROMPT, NEW = 300, 80  # the window of 64 is passed while generating
 
@@ -150,6 +151,9 @@ def left_padded(prompts):
     "settings", [{}, {"rope": "post"}, {"preset": "exact"}, {"rope": "hybrid"}], ids=str
 )
 def test_padded_batch_equals_the_sequences_alone(family, settings):
+    """With a schedule: allocated bits are those of the mean of the batch."""
+    if "preset" not in settings:
+        settings = {"schedule": PRESETS["paper-1.25"], "query_weighted": True} | settings
     model = make_model(family)
     prompts = [make_tokens(1, length, seed=length) for length in (PROMPT, 400, 190, 3)]
     ids, mask = left_padded(prompts)
@@ -165,10 +169,11 @@ def test_padded_batch_equals_the_sequences_alone(family, settings):
 def test_padded_beams():
     model, prompts = make_model("llama"), [make_tokens(1, n, seed=n) for n in (PROMPT, 350)]
     ids, mask = left_padded(prompts)
-    cache = SVDqCache(CONFIGS["llama"])
+    cache = SVDqCache(CONFIGS["llama"], preset="paper-1.25")
     together = generate(model, ids, cache, attention_mask=mask, num_beams=3)[:, ids.shape[1] :]
     for row, prompt in enumerate(prompts):
-        alone = generate(model, prompt, SVDqCache(CONFIGS["llama"]), num_beams=3)
+        cache = SVDqCache(CONFIGS["llama"], preset="paper-1.25")
+        alone = generate(model, prompt, cache, num_beams=3)
         assert torch.equal(together[row], alone[0, prompt.shape[1] :])
 
 

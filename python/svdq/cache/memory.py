@@ -30,6 +30,7 @@ class MemoryReport:
     page_tables : of keys and values both, counted with the keys.
     value_codes, value_scales, sink_values, window_values : the same for values; values of 16 and 32
         bits in pages are codes.
+    value_loss : what coding values costs, by which their bits are allocated.
     lengths : lengths and positions of the sequences, inverse frequencies.
     waiting : bases and spectra of sequences whose bits are not allocated yet.
     other_layers : layers that are not compressed (sliding windows).
@@ -54,6 +55,7 @@ class MemoryReport:
     value_scales: int = 0
     sink_values: int = 0
     window_values: int = 0
+    value_loss: int = 0
     lengths: int = 0
     waiting: int = 0
     other_layers: int = 0
@@ -95,12 +97,31 @@ class MemoryReport:
         """Bits of a packed key number, codes alone: the number that papers quote."""
         return 8 * self.key_codes / self.packed_numbers if self.packed_numbers else 0.0
 
+    @property
+    def value_bytes(self) -> int:
+        """Everything allocated for the values."""
+        names = list(self.parts)
+        first, last = names.index("value_codes"), names.index("value_loss")
+        return sum(self.parts[name] for name in names[first : last + 1])
+
+    @property
+    def value_bits(self) -> float:
+        """True bits of a value number: codes, scales and exact values."""
+        return 8 * self.value_bytes / self.key_numbers if self.key_numbers else 0.0
+
+    @property
+    def value_code_bits(self) -> float:
+        """Bits of a packed value number, codes alone."""
+        return 8 * self.value_codes / self.packed_numbers if self.packed_numbers else 0.0
+
     def __str__(self) -> str:
         rows = [(name.replace("_", " "), size) for name, size in self.parts.items() if size]
         lines = [f"{name:<16}{size:>14,} B" for name, size in rows]
         lines.append(f"{'total':<16}{self.total_bytes:>14,} B  ({self.tokens:,} tokens)")
         lines.append(f"{'full cache':<16}{self.full_bytes:>14,} B  ({self.ratio:.2f}x)")
         lines.append(f"{'key bits':<16}{self.key_bits:>14.2f}    ({self.code_bits:.2f} in codes)")
+        values = f"({self.value_code_bits:.2f} in codes)"
+        lines.append(f"{'value bits':<16}{self.value_bits:>14.2f}    {values}")
         return "\n".join(lines)
 
 
@@ -141,6 +162,9 @@ def _add_layer(report: MemoryReport, tokens: LayerStore) -> None:
     if tokens.fit.energy is not None:
         report.key_gain += nbytes(tokens.fit.energy.total) + nbytes(tokens.fit.energy.count)
     report.key_gain += nbytes(tokens.fit.gain)
+    if tokens.fit.value_loss is not None:
+        held = [getattr(tokens.fit.value_loss, name) for name in tokens.fit.value_loss.NAMES]
+        report.value_loss += sum(map(nbytes, held))
     report.waiting += sum(map(nbytes, reachable_tensors(tokens.fit.waiting)))
     for store in tokens.stores:
         _add_packed(report, store)

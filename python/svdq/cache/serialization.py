@@ -91,7 +91,7 @@ def read(path: str | os.PathLike, device: str | torch.device) -> SavedCache:
                 f"{path} has format version {metadata['version']}, this svdq reads {FORMAT_VERSION}"
             )
         settings = renamed(json.loads(metadata["settings"]))
-        if all(settings[name] is None for name in ("schedule", "k_bits", "lambda_")):
+        if all(settings[name] is None for name in ("schedule", "k_bits", "kv_bits", "lambda_")):
             settings["preset"] = "exact"
         states = json.loads(metadata["layers"])
         tensors: list[dict[str, Tensor]] = [{} for _ in states]
@@ -126,6 +126,9 @@ def _save_svdq(layer: SVDqLayer) -> tuple[State, dict[str, Tensor]]:
     tensors = {"keys": window.keys[:, :, :used], "values": window.values[:, :, :used]}
     if tokens.fit.energy is not None:
         tensors |= {"energy": tokens.fit.energy.total, "seen": tokens.fit.energy.count}
+    if tokens.fit.value_loss is not None:
+        loss = tokens.fit.value_loss
+        tensors |= {f"value_{name}": getattr(loss, name) for name in loss.NAMES}
     if tokens.fit.gain is not None:
         tensors["gain"] = tokens.fit.gain
     state["stores"] = []
@@ -172,6 +175,9 @@ def _load_svdq(layer: SVDqLayer, state: State, tensors: dict[str, Tensor]) -> No
     tokens.position = state["first_position"]
     if tokens.fit.energy is not None:
         tokens.fit.energy.total, tokens.fit.energy.count = tensors["energy"], tensors["seen"]
+    if tokens.fit.value_loss is not None:
+        for name in tokens.fit.value_loss.NAMES:
+            setattr(tokens.fit.value_loss, name, tensors[f"value_{name}"])
     if "gain" in tensors:
         tokens.fit.gain = tensors["gain"]
     stores = [_load_store(layer, n, own, tensors) for n, own in enumerate(state["stores"])]

@@ -16,7 +16,9 @@ PRESETS: dict[str, Schedule | None] = {
     "paper-1.25": (4, 4, 2, 0, 0, 0, 0, 0),
     "exact": None,
 }
-DEFAULT_PRESET = "paper-1.25"
+# Averages where a cache is given none: of keys and values, and of keys where those of values are
+# given. Chosen by docs/evaluation.md#defaults.
+KV_BITS, K_BITS = 2.5, 2.0
 EXACT_BITS = 16
 MAX_BITS = max(WIDTHS)
 # Averages of keys and values: values of the fewest bits alone, and the most bits of both.
@@ -52,8 +54,8 @@ def resolve_keys(
     Raises
     ------
     ValueError
-        For more than one of the five, an unknown preset, a number out of range, or a schedule that
-        is none.
+        For none or more than one of the five, an unknown preset, a number out of range, or a
+        schedule that is none.
     """
     given = {"preset": preset, "schedule": schedule, "k_bits": k_bits}
     given |= {"kv_bits": kv_bits, "lambda_": lambda_}
@@ -80,7 +82,8 @@ def resolve_keys(
         return None, float(k_bits)
     if k_bits is not None:
         preset = "exact"
-    preset = DEFAULT_PRESET if preset is None else preset
+    if preset is None:
+        raise ValueError("give one of preset, schedule, k_bits, kv_bits and lambda_")
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {preset!r}")
     return PRESETS[preset], None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from svdq.config.bands import scheduled_bands
-from svdq.config.presets import resolve_keys
+from svdq.config.presets import K_BITS, KV_BITS, resolve_keys
 from svdq.config.sparsity import DEFAULT_CHANNELS, Sparsity
 from svdq.layout import PAGE_TOKENS, ROPE_MODES, VALUE_BITS, WIDTHS, Bands, PageLayout
 
@@ -34,15 +34,17 @@ def renamed(settings: dict[str, Any]) -> dict[str, Any]:
 class Settings:
     """Settings of the compression of a cache.
 
-    At most one of ``preset``, ``schedule``, ``k_bits``, ``kv_bits`` and ``lambda_`` is given.
+    At most one of ``preset``, ``schedule``, ``k_bits``, ``kv_bits`` and ``lambda_`` is given;
+    without any, ``kv_bits`` is :data:`svdq.presets.KV_BITS`, or with ``v_bits`` alone ``k_bits`` is
+    :data:`svdq.presets.K_BITS`. docs/evaluation.md has the tables that chose the defaults.
     Afterwards ``preset`` is None, except that it says ``"exact"`` where nothing is packed; any
     other preset has become its ``schedule``.
 
     Parameters
     ----------
-    preset : name of a bit schedule in :data:`svdq.presets.PRESETS`. By default that of
-        ``"paper-1.25"``, whose pages neither wait for other layers nor depend on other sequences.
-        ``"exact"`` packs nothing.
+    preset : name of a bit schedule in :data:`svdq.presets.PRESETS`: those of the paper, whose
+        pages neither wait for other layers nor depend on other sequences; ``"exact"`` packs
+        nothing.
     schedule : own bit schedule, widths of 8, 4, 2, 1, 0 per equal group of channels; instead of
         ``preset``.
     k_bits : code bits per key number on average, up to 8, allocated by water-filling; or 16 for
@@ -57,9 +59,9 @@ class Settings:
         ``"head"``, whose pages are then equally large.
     query_weighted : fit bases in units of attention score, see svdq/fit/key_gain.py. True by
         default, unless a ``preset`` or ``schedule`` is named: those are the paper's.
-    v_bits : 4 (default), 3 or 2 bits a value; a number between 4 and 2 where key widths are
-        allocated: an average over the same scope, by what each head loses; or exact: 16 or 32,
-        whichever the model's dtype has, or ``"exact"`` for either.
+    v_bits : 4 (the default where bits of keys are given), 3 or 2 bits a value; a number between
+        them where key widths are allocated: an average over the same scope, by what each head
+        loses; or exact: 16 or 32, whichever the model's dtype has, or ``"exact"`` for either.
     rope : keys to code. ``"pre"``: un-rotated (the paper, most accurate); ``"post"``: as they come
         (fastest); ``"hybrid"``: the first ``pre_channels`` channels of the un-rotated keys, then
         what those leave of the keys as they come; ``"rotated-mean"``: the same with the mean of the
@@ -126,6 +128,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         named = self.preset is not None or self.schedule is not None
+        if not named and not self.allocates:
+            average = ("kv_bits", KV_BITS) if self.v_bits is None else ("k_bits", K_BITS)
+            self._set(*average)
         schedule, k_bits = resolve_keys(
             self.preset, self.schedule, self.k_bits, self.lambda_, self.kv_bits
         )

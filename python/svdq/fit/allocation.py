@@ -28,7 +28,7 @@ DISTORTION = {8: 1.39e-4, 4: 0.01552, 2: 0.1388, 1: 0.4042, 0: 1.0}
 VALUE_DISTORTION = {4: 0.0117, 3: 0.0407, 2: 0.1357}
 # What a loss of values counts in units of score variance: the ratio at which keys and values of one
 # price cost the least KL together (docs/allocation.md).
-VALUE_WEIGHT = 1.0
+VALUE_WEIGHT = 0.1
 
 
 @dataclass(frozen=True)
