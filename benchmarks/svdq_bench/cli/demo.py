@@ -75,7 +75,7 @@ def demo(
             show_default=False,
         ),
     ] = None,
-    k_bits: KeyBits = "paper-1.25",
+    k_bits: KeyBits = "kv=2.5",
     v_bits: ValueBits = "4",
     rope: Annotated[
         Rope, typer.Option(help="Where keys are coded.", rich_help_panel=CACHE_PANEL)
@@ -97,11 +97,11 @@ def demo(
     """
     from svdq_bench.quality import demo as run
     from svdq_bench.quality import models, texts
-    from svdq_bench.quality.methods import CacheSettings, parse_schedule
+    from svdq_bench.quality.methods import CacheSettings
 
-    if parse_schedule(k_bits) is None:
-        raise ValueError(f"the demo shows packed keys; {k_bits!r} packs nothing")
     settings = CacheSettings(k_bits, v_bits, rope.value, clip, sink_tokens, residual_length)
+    if not settings.packs:
+        raise ValueError(f"the demo shows packed keys; {k_bits!r} packs nothing")
     run.check_new_tokens(new_tokens)
     if question is None:
         question = run.QUESTION if prompt_file else run.DEFAULT_TEXT_QUESTION

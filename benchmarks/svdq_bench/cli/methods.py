@@ -20,18 +20,21 @@ def asked_keys(
     presets: Sequence[str] | None,
     averages: Sequence[float] | None,
     prices: Sequence[float] | None = None,
+    joint: Sequence[float] | None = None,
     default: Sequence[str] = ("paper-1.25",),
 ) -> list[str]:
     """The words for :func:`svdq_bench.quality.methods.key_argument` that the options mean.
 
     Parameters
     ----------
-    presets, averages, prices : of ``--preset``, ``--k-bits`` and ``--lambda``; in this order.
+    presets, averages, prices, joint : of ``--preset``, ``--k-bits``, ``--lambda`` and
+        ``--kv-bits``; in this order.
     default : what stands for none of them.
     """
     keys = list(presets or [])
     keys += [f"{bits:.12g}" for bits in averages or []]
     keys += [f"lambda={price:.12g}" for price in prices or []]
+    keys += [f"kv={bits:.12g}" for bits in joint or []]
     return keys or list(default)
 
 
@@ -46,6 +49,7 @@ def make_methods(
     residual_length: int = 0,
     averages: Sequence[float] | None = None,
     prices: Sequence[float] | None = None,
+    joint: Sequence[float] | None = None,
     across: Across = Across.model,
     weighted: bool | None = None,
     profile: Path | None = None,
@@ -64,8 +68,10 @@ def make_methods(
     from svdq_bench.quality.matching import parse_peer
     from svdq_bench.quality.methods import CacheSettings, key_argument
 
-    keys = [word for word in asked_keys(presets, averages, prices) if word != NO_SVDQ]
-    if across is not Across.model and not any("k_bits" in key_argument(word) for word in keys):
+    keys = [word for word in asked_keys(presets, averages, prices, joint) if word != NO_SVDQ]
+    if across is not Across.model and not any(
+        key_argument(word).keys() & {"k_bits", "kv_bits"} for word in keys
+    ):
         raise ValueError(f"--allocate-across {across.value} needs bits to allocate, see --k-bits")
     settings = []
     for word in keys:

@@ -94,6 +94,15 @@ Averages = Annotated[
         show_default=False,
     ),
 ]
+JointAverages = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--kv-bits",
+        help="Bits per number of keys and values together, split between them; repeatable.",
+        rich_help_panel=CACHE_PANEL,
+        show_default=False,
+    ),
+]
 Prices = Annotated[
     list[float] | None,
     typer.Option(
@@ -135,8 +144,8 @@ Peers = Annotated[
 KeyBits = Annotated[
     str,
     typer.Option(
-        help="Bits per key number: a preset, an average to allocate (0.7), a price (lambda=0.01) "
-        "or a schedule (4,4,2,0,0,0,0,0).",
+        help="Bits per key number: a preset, an average to allocate (0.7), one of keys and values "
+        "(kv=2.5), a price (lambda=0.01) or a schedule (4,4,2,0,0,0,0,0).",
         rich_help_panel=CACHE_PANEL,
     ),
 ]

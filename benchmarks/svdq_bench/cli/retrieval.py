@@ -24,6 +24,7 @@ from svdq_bench.cli.options import (
     Dtype,
     GgufFile,
     HtmlFile,
+    JointAverages,
     JsonFile,
     Markdown,
     Model,
@@ -57,6 +58,7 @@ def retrieval(
     *,
     preset: Presets = None,
     k_bits: Averages = None,
+    kv_bits: JointAverages = None,
     price: Prices = None,
     allocate_across: AllocateAcross = Across.model,
     weighted: Weighted = None,
@@ -68,8 +70,8 @@ def retrieval(
     v_bits: Annotated[
         list[str],
         typer.Option(
-            help="Bits per value: 4 or 2 in per-token groups, 'exact' as the model computes them; "
-            "repeatable.",
+            help="Bits per value: 4, 3, 2 or between, 'exact' as the model computes them; "
+            "repeatable. Caches with --kv-bits say their own.",
             rich_help_panel=CACHE_PANEL,
         ),
     ] = ["exact"],  # noqa: B006
@@ -171,8 +173,9 @@ def retrieval(
     from svdq_bench.quality.retrieval import Sweep, evaluate_retrieval
     from svdq_bench.quality.tasks import NOISE, SampleMaker
 
+    given = preset or k_bits or price  # keys without bits of values
     methods = []  # one for each key setting and value bits, peers once
-    for number, bits in enumerate(v_bits):
+    for number, bits in enumerate(v_bits if given else v_bits[:1]):
         methods += make_methods(
             preset,
             [] if number else peer,
@@ -182,6 +185,7 @@ def retrieval(
             sink_tokens=sink_tokens,
             residual_length=residual_length,
             averages=k_bits,
+            joint=None if number else kv_bits,
             prices=price,
             across=allocate_across,
             weighted=weighted,
