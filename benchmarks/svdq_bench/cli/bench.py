@@ -23,7 +23,6 @@ from svdq_bench.cli.options import (
     KvLens,
     Markdown,
     Model,
-    PackedValueBits,
     QoHeads,
     Rope,
     Ropes,
@@ -49,7 +48,10 @@ def attend(
     *,
     rope: Ropes = [Rope.post, Rope.pre],  # noqa: B006  (typer reads it, nothing mutates it)
     preset: KeyBits = "paper-1.25",
-    v_bits: PackedValueBits = 4,
+    v_bits: Annotated[
+        list[int],
+        typer.Option(help="Bits per value: 4, 3 or 2; repeatable.", rich_help_panel=CACHE_PANEL),
+    ] = [4],  # noqa: B006
     sink_tokens: SinkTokens = 8,
     residual_length: Window = 64,
     kv_len: KvLens = [32768],  # noqa: B006
@@ -78,8 +80,9 @@ def attend(
     schedule = parse_schedule(preset)
     if schedule is None:
         raise ValueError(f"bench attend times packed keys; {preset!r} packs nothing")
-    if v_bits not in VALUE_BITS:
-        raise ValueError(f"v_bits must be 4, 3 or 2, got {v_bits}")
+    for bits in v_bits:
+        if bits not in VALUE_BITS:
+            raise ValueError(f"v_bits must be 4, 3 or 2, got {bits}")
     if model_shape is not None:
         model = find_shape(model_shape)
         num_qo_heads, num_kv_heads = model.num_qo_heads, model.num_kv_heads
@@ -88,7 +91,7 @@ def attend(
     shapes = [Shape(*heads, n, sink_tokens, residual_length, rope_theta) for n in kv_len]
     dtypes = [DTYPES[each.value] for each in dtype]
     for shape in shapes:
-        page_layout(shape, schedule, rope[0].value, v_bits)  # says early what pages cannot hold
+        page_layout(shape, schedule, rope[0].value, v_bits[0])  # says early what pages cannot hold
     if ggml.missing():
         typer.echo(ggml.missing(), err=True)
     bytes_asked = None if working_set is None else working_set * 1_000_000

@@ -200,7 +200,7 @@ def bench_attend(
     shape: Shape,
     schedule: Sequence[int],
     ropes: Sequence[str] = ("post", "pre"),
-    v_bits: int = 4,
+    v_bits: Sequence[int] = (4,),
     repeats: int = 30,
     working_set_bytes: int | None = None,
     begin: Callable[[str], None] = lambda step: None,
@@ -213,7 +213,7 @@ def bench_attend(
     shape : heads, head_dim and kv_len.
     schedule : bits of equal groups of latent channels.
     ropes : where keys are coded, one case each and dtype.
-    v_bits : bits a value.
+    v_bits : bits a value, one case each; named in cases where there are several.
     repeats : timed rounds; every round calls every case once.
     working_set_bytes : bytes that a case's copies take together, at least; None for twice the
         last-level cache and no less than 300 MB.
@@ -245,7 +245,7 @@ def _build_cases(
     shape: Shape,
     schedule: Sequence[int],
     ropes: Sequence[str],
-    v_bits: int,
+    v_bits: Sequence[int],
     working_set: int,
     dtypes: Sequence[torch.dtype],
 ) -> dict[str, Case]:
@@ -257,8 +257,10 @@ def _build_cases(
         cases[f"torch enable_gqa {name}"] = torch_case(shape, dtype, False, layers)
         cases[f"torch folded {name}"] = torch_case(shape, dtype, True, layers)
         for rope in ropes:
-            case = packed_case(shape, schedule, rope, v_bits, dtype, working_set)
-            cases[f"svdq {rope} {name}"] = case
+            for bits in v_bits:
+                words = f"{rope}, {bits}-bit values" if len(v_bits) > 1 else rope
+                case = packed_case(shape, schedule, rope, bits, dtype, working_set)
+                cases[f"svdq {words} {name}"] = case
     if ggml.missing() is None:
         for cache_type in ggml.CACHE_TYPES:
             cases[f"ggml {cache_type}"] = ggml_case(shape, cache_type, working_set)
