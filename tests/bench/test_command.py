@@ -7,7 +7,7 @@ import pytest
 
 from svdq.config.sparsity import DEFAULT_CHANNELS
 from svdq_bench.cli import demo, options
-from svdq_bench.speed import machine
+from svdq_bench.speed import layer_step, machine
 
 HEAVY = ("torch", "transformers", "numpy", "matplotlib", "safetensors", "svdq")
 RUN = """
@@ -66,20 +66,13 @@ def test_options_repeat_the_library_s_default():
     assert options.DEFAULT_CHANNELS == DEFAULT_CHANNELS
 
 
-@pytest.mark.parametrize(
-    ("flags", "computes"),
-    [
-        ("fma avx2 avx512f avx512_bf16", True),
-        ("avx512f amx_tile amx_bf16", True),
-        ("asimd bf16 i8mm", True),
-        ("fma avx2 avx512f", False),
-        ("", False),
-    ],
-)
-def test_the_demo_computes_in_the_processor_s_numbers(flags, computes, tmp_path, monkeypatch):
-    info = tmp_path / "cpuinfo"
-    info.write_text(f"model name\t: no bfloat16\nflags\t\t: {flags}\n")
-    monkeypatch.setattr(machine, "CPU_INFO", info)
+@pytest.mark.parametrize("faster", ["bfloat16", "float32"])
+def test_the_demo_takes_the_numbers_that_the_full_cache_is_faster_in(faster, monkeypatch):
+    monkeypatch.setattr(layer_step, "layer_step_ms", lambda dtype: 1.0 if dtype == faster else 2.0)
     dtype, reason = demo.choose_dtype()
-    assert dtype.value == ("bfloat16" if computes else "float32")
-    assert ("emulates" in reason) != computes
+    assert dtype.value == faster
+    assert f"1.00 ms in {faster}" in reason and "2.00 ms" in reason
+
+
+def test_a_layer_step_takes_time():
+    assert layer_step.layer_step_ms("float32", tokens=64, repeats=1) > 0

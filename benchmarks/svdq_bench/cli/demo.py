@@ -69,8 +69,8 @@ def demo(
     dtype: Annotated[
         Dtype | None,
         typer.Option(
-            help="Number format of the model and the full cache. Default: bfloat16 where the "
-            "processor computes in it, else float32.",
+            help="Number format of the model and the full cache. Default: bfloat16 or float32, "
+            "whichever the full cache is faster in.",
             rich_help_panel=MODEL_PANEL,
             show_default=False,
         ),
@@ -136,14 +136,16 @@ def demo(
 
 
 def choose_dtype() -> tuple[Dtype, str]:
-    """The number format that this machine computes in, and why."""
-    from svdq_bench.speed.machine import computes_bfloat16
+    """The number format in which the full cache is faster on this machine, and why.
 
-    if computes_bfloat16():
-        return Dtype.bfloat16, "this processor has bfloat16 arithmetic"
-    return Dtype.float32, (
-        "this processor emulates bfloat16, which would slow the full cache down and flatter svdq"
-    )
+    A processor may multiply matrices faster in bfloat16 and yet attend with one query far slower,
+    which would flatter svdq.
+    """
+    from svdq_bench.speed.layer_step import layer_step_ms
+
+    times = {dtype: layer_step_ms(dtype.value) for dtype in (Dtype.bfloat16, Dtype.float32)}
+    words = ", ".join(f"{ms:.2f} ms in {dtype.value}" for dtype, ms in times.items())
+    return min(times, key=times.get), f"a step of a small layer and its full cache takes {words}"
 
 
 def draw_picture(

@@ -11,7 +11,6 @@ from pathlib import Path
 
 CACHE_INFO = Path("/sys/devices/system/cpu/cpu0/cache")
 CPU_INFO = Path("/proc/cpuinfo")
-BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86, x86 and Arm
 
 
 def describe() -> dict[str, str | int | None]:
@@ -38,15 +37,6 @@ def describe_machine() -> dict[str, str | int | None]:
         "last_level_cache_bytes": last_level_cache_bytes(),
         "python": platform.python_version(),
     }
-
-
-def computes_bfloat16() -> bool:
-    """True if the processor has bfloat16 products; elsewhere a library emulates them, slowly."""
-    try:
-        words = CPU_INFO.read_text().split()
-    except OSError:
-        return False
-    return not BFLOAT16_FLAGS.isdisjoint(words)
 
 
 def cpu_name() -> str:
