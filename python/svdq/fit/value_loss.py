@@ -62,14 +62,15 @@ class ValueLoss:
         at = torch.tensor(positions, device=keys.device)[:, None]
         slots = torch.arange(tokens, device=keys.device)
         coded = (slots >= self.sink_tokens) & (slots <= at - self.residual_length)
-        grouped = query.float().unflatten(0, (heads, -1))
-        for h in range(heads):
-            scores = grouped[h].flatten(0, 1) @ keys[h].float().T  # [g * N, T]
-            scores = scores.unflatten(0, (-1, len(positions))).masked_fill(slots > at, -torch.inf)
-            p, v = scores.softmax(-1), values[h].float()
-            squares = v.square().sum(-1)
-            self.noise[b, h] += ((p * coded).square() @ squares).mean(0).sum()
-            self.output[b] += (p @ v).square().sum(-1).mean(0).sum()
+        grouped = query.to(keys.dtype).unflatten(0, (heads, -1))
+        for h, own in enumerate(grouped):
+            norms = torch.linalg.vector_norm(values[h], dim=-1, dtype=torch.float32)
+            for q in own:  # one query head at a time: a long prompt's probabilities are large
+                scores = (q @ keys[h].T).float().masked_fill_(slots > at, -torch.inf)
+                p = scores.softmax(-1)
+                out = (p.to(values.dtype) @ values[h]).float()
+                self.output[b] += out.square().sum() / len(own)
+                self.noise[b, h] += (p.mul_(coded).square() @ norms.square()).sum() / len(own)
 
     def mean(self) -> Tensor:
         """Loss of each head relative to its layer's output, mean over the sequences: [H]."""
