@@ -68,6 +68,11 @@ inline F32 round_even(F32 v) {
 inline F32 load_half(const uint16_t* from) {
   return (F32)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
+// Scales of values from their bytes (scale_as_half).
+inline F32 load_scales(const uint8_t* from) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return (F32)_mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), kScaleShift));
+}
 // Rounds to nearest, ties to even.
 inline void store_half(uint16_t* to, F32 v) {
   const __m256i bits = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -134,6 +139,7 @@ inline int store_at_least(F32 v, float bound, int32_t first, int32_t* to) {
 inline F32 round_even(F32 v) {
   return (F32)_mm256_round_ps((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
+inline I32 round_to_int(F32 v) { return (I32)_mm256_cvtps_epi32((__m256)v); }
 #else
 inline F32 round_even(F32 v) {
   // Adding and subtracting 1.5 * 2^23 rounds to a whole number, ties to even, for |v| < 2^22. This target has no
@@ -141,8 +147,8 @@ inline F32 round_even(F32 v) {
   const F32 magic = splat(12582912.0f);
   return (v + magic) - magic;
 }
-#endif
 inline I32 round_to_int(F32 v) { return __builtin_convertvector(round_even(v), I32); }
+#endif
 inline F32 scale_by_power(F32 v, F32 n) {
   const I32 bits = (__builtin_convertvector(n, I32) + 127) << 23;
   return v * (F32)bits;
@@ -172,6 +178,10 @@ inline void store_bytes(Byte* to, const I32 (&v)[4]) {
 }
 inline F32 load_half(const uint16_t* from) {
   return (F32)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+inline F32 load_scales(const uint8_t* from) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  return (F32)_mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(bytes), kScaleShift));
 }
 inline void store_half(uint16_t* to, F32 v) {
   const __m128i bits = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -216,6 +226,12 @@ inline F32 load_half(const uint16_t* from) {
   F32 v;
   for (int i = 0; i < kVecLanes; ++i) v[i] = half_to_float(from[i]);
   return v;
+}
+inline F32 load_scales(const uint8_t* from) {
+  U32 v;
+  for (int i = 0; i < kVecLanes; ++i) v[i] = from[i];
+  // As half_to_float, for bytes of at most kLargestScale.
+  return (F32)(v << (kScaleShift + 13)) * bits_to_float(0x77800000u);
 }
 inline void store_half(uint16_t* to, F32 v) {
   for (int i = 0; i < kVecLanes; ++i) to[i] = float_to_half(v[i]);

@@ -13,14 +13,6 @@ GatherProblem::GatherProblem(const GatherCase& c, uint64_t stream)
     : c_(c), layout_(layout_ints(c.rope, c.head_dim, c.bands, c.v_bits, c.pre_bands)) {
   Random random(stream);
   const int heads = layout_.num_heads(), stored = c.num_pages * kPageTokens;
-  // Pages lie scattered in a pool, between unused ones.
-  const int pages = c.batch * c.num_pages;
-  for (int i = 0; i < pages; ++i) table_.push_back(2 * (pages - 1 - i) + 1);
-  k_pages_.resize((2 * pages + 1) * layout_.k_page_bytes());
-  v_pages_.resize((2 * pages + 1) * layout_.v_page_bytes());
-  random.fill(k_pages_);
-  random.fill(v_pages_);
-
   // Lists fill their room, end before it, or are empty.
   slots_.assign(int64_t{c.batch} * heads * c.num_slots, kNoSlot);
   for (int64_t list = 0; list < int64_t{c.batch} * heads; ++list) {
@@ -32,6 +24,14 @@ GatherProblem::GatherProblem(const GatherCase& c, uint64_t stream)
     std::sort(all.begin(), all.end());
     std::copy(all.begin(), all.end(), slots_.begin() + list * c.num_slots);
   }
+
+  // Pages lie scattered in a pool, between unused ones.
+  const int pages = c.batch * c.num_pages;
+  for (int i = 0; i < pages; ++i) table_.push_back(2 * (pages - 1 - i) + 1);
+  k_pages_.resize((2 * pages + 1) * layout_.k_page_bytes());
+  v_pages_.resize((2 * pages + 1) * layout_.v_page_bytes());
+  random.fill(k_pages_);
+  random.fill(v_pages_);
 }
 
 GatherParams GatherProblem::params() {

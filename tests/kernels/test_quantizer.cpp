@@ -1,188 +1,15 @@
 // The kernels of the quantizer stage and the CPU backend against the formulas in double.
-#include "tests/kernels/device_tokens.h"
-
-#include <algorithm>
-#include <limits>
-
-#include "csrc/gpu/quantizer.h"
-#include "tests/kernels/quantizer_reference.h"
+#include "tests/kernels/quantizer_test.h"
 
 namespace svdq {
 namespace {
 
 using reference::Row;
-using testing::Bounded;
-using testing::DeviceArray;
-using testing::DeviceTokens;
-using testing::full_range;
-using testing::kFloatRounding;
-using testing::Latents;
+using testing::Fit;
+using testing::FitCase;
 using testing::possible_ranges;
-using testing::Random;
-using testing::Range;
-using testing::Tokens;
 
-struct FitCase {
-  int64_t num_tokens = 150;
-  int head_dim = 64;
-  RopeMode rope = RopeMode::kPost;
-  DataType dtype = DataType::kFloat32;
-  bool clip = true;
-  testing::HeadBands bands = {{{4, 8, 4, 8}}, {{0, 4, 8, 16}}};
-  int first_channel = 0;  // of the rows that are read; not 0: no vector may be
-  int64_t position = 300;
-  int64_t scratch = gpu::kScratchNumbers;
-};
-
-struct Fit {
-  std::vector<uint16_t> basis;
-  std::vector<float> scale, centred_mean;
-};
-
-class QuantizerKernels : public testing::KernelTest {
- protected:
-  void prepare(const FitCase& c, uint64_t stream) {
-    Random random(stream);
-    layout_ = std::make_unique<Layout>(testing::layout_ints(c.rope, c.head_dim, c.bands));
-    const int heads = layout_->num_heads(), dim = c.head_dim;
-    frequencies_ = testing::inverse_frequencies(c.rope == RopeMode::kPre ? dim / 2 : 0);
-    keys_ = std::make_unique<Tokens>(heads, c.num_tokens, dim + c.first_channel, c.dtype);
-    keys_->fill_like_keys(random, 2.0);
-    components_.resize(heads * dim * dim);
-    for (float& x : components_) x = static_cast<float>(random.normal() / std::sqrt(dim));
-    rows_.assign(heads, {});
-    mean_.assign(heads * dim, 0);
-    for (int h = 0; h < heads; ++h) {
-      Row sum(dim);
-      for (int64_t t = 0; t < c.num_tokens; ++t) {
-        Row row(dim);
-        for (int d = 0; d < dim; ++d) row[d] = keys_->get(h, t, d + c.first_channel);
-        reference::rotate(row, rope(), -static_cast<double>(c.position + t));
-        for (int d = 0; d < dim; ++d) sum[d] += row[d];
-        rows_[h].push_back(row);
-      }
-      for (int d = 0; d < dim; ++d)
-        mean_[h * dim + d] = static_cast<float>(sum[d] / static_cast<double>(c.num_tokens));
-    }
-  }
-
-  Rope rope() const { return {frequencies_.data(), static_cast<int>(frequencies_.size())}; }
-
-  QuantizerParams params(const FitCase& c) const {
-    TokenSource source = keys_->source();
-    source.data =
-        static_cast<const uint8_t*>(source.data) + c.first_channel * testing::size_of(source.dtype);
-    return {source, layout_->view(), rope(), c.position, c.clip, mean_.data(), components_.data()};
-  }
-
-  Fit on_device(const FitCase& c) {
-    const DeviceTokens keys(*keys_, c.first_channel);
-    const DeviceArray<float> frequencies(frequencies_), mean(mean_), components(components_),
-        scale(static_cast<size_t>(layout_->rank())), centred_mean(mean_.size());
-    const DeviceArray<uint16_t> basis(static_cast<size_t>(layout_->rank() * c.head_dim));
-    QuantizerParams p = params(c);
-    p.keys = keys.source();
-    p.rope.inv_freq = frequencies.data();
-    p.mean = mean.data();
-    p.components = components.data();
-    p.basis = basis.data();
-    p.scale = scale.data();
-    p.centred_mean = centred_mean.data();
-    gpu::fit_quantizer(p, stream(), c.scratch);
-    return {basis.read(), scale.read(), centred_mean.read()};
-  }
-
-  Fit on_cpu(const FitCase& c) const {
-    Fit fit{std::vector<uint16_t>(layout_->rank() * c.head_dim),
-            std::vector<float>(layout_->rank()), std::vector<float>(mean_.size())};
-    QuantizerParams p = params(c);
-    p.basis = fit.basis.data();
-    p.scale = fit.scale.data();
-    p.centred_mean = fit.centred_mean.data();
-    current_backend().fit_quantizer(p, SerialExecutor());
-    return fit;
-  }
-
-  // Latents of a channel: of all tokens, or of the sample that a search looks at.
-  Latents latents(const FitCase& c, int h, const reference::Channel& channel,
-                  const std::vector<uint16_t>& basis) const {
-    const uint16_t* row = &basis[channel.row * c.head_dim];
-    const float* mean = &mean_[h * c.head_dim];
-    Latents l{{}, 0, static_cast<double>((1 << channel.width) - 1)};
-    const int64_t runs = gpu::ceil_div(c.num_tokens, kPageTokens),
-                  samples = c.clip ? std::min<int64_t>(runs, 64) : runs;
-    double magnitude = 0;
-    for (int64_t sample = 0; sample < samples; ++sample) {
-      const int64_t first = sample * runs / samples * kPageTokens;
-      for (int64_t t = first; t < std::min(first + kPageTokens, c.num_tokens); ++t) {
-        const Row& key = rows_[h][t];
-        l.x.push_back(reference::project(key, mean, row));
-        double parts = 0;
-        for (int d = 0; d < c.head_dim; ++d) {
-          parts += (2 * std::fabs(key[d]) + std::fabs(double{mean[d]})) *
-                   std::fabs(double{bfloat16_to_float(row[d])});
-        }
-        magnitude = std::max(magnitude, parts);
-      }
-    }
-    // Turning back and centring cost under 24 roundings of the key (tests/kernels/test_pack.cpp).
-    l.error = magnitude * (24 * kFloatRounding + testing::sum_rounding(c.head_dim));
-    return l;
-  }
-
-  void check_fit(const FitCase& c, const Fit& fit) const {
-    const int dim = c.head_dim;
-    for (int h = 0; h < layout_->num_heads(); ++h) {
-      Row centred(&mean_[h * dim], &mean_[h * dim] + dim), error(dim), magnitude(dim);
-      const HeadPlan& head = layout_->view().heads[h];
-      for (const reference::Channel& channel : reference::channels_of(head)) {
-        const Latents l = latents(c, h, channel, fit.basis);
-        const std::vector<Range> ranges =
-            c.clip ? possible_ranges(l) : std::vector<Range>{full_range(l)};
-        const double scale = fit.scale[channel.row];
-        const auto is_it = [&](const Range& range) {
-          return std::fabs(scale - range.scale.value) <= range.scale.error;
-        };
-        const auto found = std::find_if(ranges.begin(), ranges.end(), is_it);
-        ASSERT_NE(found, ranges.end())
-            << "head " << h << " channel " << channel.row << ": " << scale << " is none of "
-            << ranges.size() << " ranges, " << ranges[0].scale.value << " the first";
-        for (int d = 0; d < dim; ++d) {
-          const double basis = bfloat16_to_float(fit.basis[channel.row * dim + d]);
-          centred[d] += found->centre.value * basis;
-          error[d] += found->centre.error * std::fabs(basis);
-          magnitude[d] += std::fabs(found->centre.value * basis);
-        }
-        for (int d = 0; d < dim; ++d) {
-          const int j = channel.row - head.first_channel;
-          ASSERT_EQ(fit.basis[channel.row * dim + d],
-                    float_to_bfloat16(components_[(h * dim + j) * dim + d]));
-        }
-      }
-      for (int d = 0; d < dim; ++d) {
-        const double rounding = testing::sum_rounding(head.rank() + 1) *
-                                (magnitude[d] + std::fabs(double{mean_[h * dim + d]}));
-        ASSERT_NEAR(fit.centred_mean[h * dim + d], centred[d], error[d] + rounding)
-            << "head " << h << " channel " << d;
-      }
-    }
-  }
-
-  void check(const FitCase& c, uint64_t stream) {
-    SCOPED_TRACE(::testing::Message() << c.num_tokens << " tokens, head_dim " << c.head_dim
-                                      << ", clip " << c.clip << ", stream " << stream);
-    prepare(c, stream);
-    const Fit fit = on_device(c);
-    check_fit(c, fit);
-    SCOPED_TRACE("on the CPU");
-    check_fit(c, on_cpu(c));
-  }
-
-  std::unique_ptr<Layout> layout_;
-  std::vector<float> frequencies_, components_, mean_;
-  std::unique_ptr<Tokens> keys_;
-  std::vector<std::vector<Row>> rows_;  // [H][T], rotated back
-};
+class QuantizerKernels : public testing::QuantizerTest {};
 
 TEST_P(QuantizerKernels, EveryHeadDim) {
   uint64_t stream = 900;
@@ -238,6 +65,57 @@ TEST_P(QuantizerKernels, ManyTokens) {
     c.dtype = DataType::kBFloat16;
     c.bands = {{{0, 4, 4, 8}}};
     check(c, 960 + clip);
+  }
+}
+
+// Decoded latents are unbiased along the latents, as their means are in the middle of the codes. Rows have no channels
+// of keys in common, so that each centre can be read back from the mean.
+TEST_P(QuantizerKernels, DecodedLatentsAreUnbiased) {
+  FitCase c;
+  c.num_tokens = 2000;
+  c.bands = {{{4, 4, 4, 8}}, {{0, 4, 8, 8}}};
+  prepare(c, 990);
+  const int dim = c.head_dim;
+  for (size_t i = 0; i < components_.size(); ++i) {
+    const size_t row = i / dim % dim;
+    if (i % 32 != row % 32) components_[i] = 0;
+  }
+  const Fit device = on_device(c), cpu = on_cpu(c);
+  check_fit(c, device);
+  for (int h = 0; h < layout_->num_heads(); ++h) {
+    for (const reference::Channel& channel : reference::channels_of(layout_->view().heads[h])) {
+      if (channel.width > kUnbiasedWidth) continue;
+      SCOPED_TRACE(::testing::Message() << "head " << h << " channel " << channel.row);
+      double gains[2];
+      for (const Fit* fit : {&device, &cpu}) {
+        const uint16_t* row = &fit->basis[channel.row * dim];
+        double length = 0, before = 0, square = 0, product = 0;
+        for (int d = 0; d < dim; ++d) {
+          length += std::pow(double{bfloat16_to_float(row[d])}, 2);
+          before += std::pow(double{component(c, h, channel)[d]}, 2);
+        }
+        const double scale = fit->scale[channel.row], mid = channel.mid();
+        for (const Row& key : rows_[h]) {
+          // The latent along the row, and the row's multiple that it is decoded to.
+          const double x = reference::project(key, &fit->centred_mean[h * dim], row);
+          const double code = std::clamp(std::round(x / scale + mid), 0.0, 2 * mid);
+          square += x * x;
+          product += x * (code - mid) * scale * length;
+        }
+        // The fit's latents are along the rounded component, these along the row: each is off by up to one rounding of
+        // its parts, and the length of the row by up to two.
+        EXPECT_NEAR(product / square / before, 1, 4 * testing::rounding(DataType::kBFloat16));
+        gains[fit == &cpu] = length / before;
+      }
+      // Without the gain, codes of one bit lose a fifth of normal latents.
+      if (channel.width == 1) {
+        EXPECT_GT(gains[0], 1.1);
+      }
+      // Rounding may settle a draw between ranges, and no more than a draw between bfloat16 numbers otherwise.
+      if (possible_ranges(latents(c, h, channel)).size() == 1) {
+        EXPECT_NEAR(gains[0], gains[1], testing::rounding(DataType::kBFloat16) * gains[1]);
+      }
+    }
   }
 }
 

@@ -28,9 +28,7 @@ struct ValueScales {
 inline void load_value_scales(const uint8_t* page, uint64_t mask, ValueScales& out) {
   F32 max_scale{};
   for (int t = 0; t < kPageTokens; t += kVecLanes) {
-    uint16_t half[kVecLanes];
-    for (int i = 0; i < kVecLanes; ++i) half[i] = scale_as_half(page[t + i]);
-    F32 scale = load_half(half);
+    F32 scale = load_scales(page + t);
     if (mask != ~uint64_t{0}) scale = select_lanes(mask_lanes(mask, t), scale, F32{});
     max_scale = max(max_scale, scale);
     store(out.scale + t, scale);
@@ -145,7 +143,8 @@ struct ValueLine {
     if constexpr (kBits == 3) {
       const int tile = line * kTiles;
       const int64_t high_line = block * (kTokenQuads / kHighTiles) + tile / kHighTiles;
-      loaded.high = load<U32>(high + high_line * kLineBytes + part * kVecBytes) >> tile % kHighTiles;
+      loaded.high =
+          load<U32>(high + high_line * kLineBytes + part * kVecBytes) >> tile % kHighTiles;
     }
     return loaded;
   }

@@ -23,40 +23,43 @@
 namespace svdq::SVDQ_TARGET_NAME {
 
 // Sum of kLanes partial sums, halves first: one order on all machines.
-inline float sum_lanes(const float (&partial)[kLanes]) {
-  float sum[kLanes];
-  std::memcpy(sum, partial, sizeof(sum));
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
+inline float sum_lanes(F32 (&partial)[kParts]) {
+  for (int half = kParts / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) partial[i] += partial[i + half];
+  }
+  F32 sum = partial[0];
+  for (int half = kVecLanes / 2; half > 0; half /= 2) {
+    I32 partner;
+    for (int i = 0; i < kVecLanes; ++i) partner[i] = i ^ half;
+    sum += __builtin_shuffle(sum, partner);
   }
   return sum[0];
 }
 
-// Replaces a rotated row by its codes, 32-bit integers; returns the byte of its scale. Partial sums of the channels of a lane ascend,
-// one fused multiply-add each.
+// Replaces a rotated row by its codes, 32-bit integers; returns the byte of its scale. Partial sums of the channels of a
+// lane ascend, one fused multiply-add each.
 inline int quantize_value_row(float* row, ValueLayout value) {
-  alignas(kLineBytes) float partial[kLanes];
   const auto sum_of = [&](const auto& add) {
-    for (int part = 0; part < kParts; ++part) {
-      F32 sum{};
-      for (int d = part * kVecLanes; d < value.head_dim; d += kLanes)
-        add(sum, load<F32>(row + d));
-      store(partial + part * kVecLanes, sum);
+    F32 partial[kParts] = {};
+    for (int d = 0; d < value.head_dim; d += kLanes) {
+      for (int part = 0; part < kParts; ++part) add(partial[part], row + d + part * kVecLanes);
     }
     return sum_lanes(partial);
   };
-  const float square = sum_of([](F32& sum, F32 x) { sum += x * x; });
+  const float square = sum_of([](F32& sum, const float* at) {
+    const F32 x = load<F32>(at);
+    sum += x * x;
+  });
   const float step =
       value_step(value.bits) * std::sqrt(square / static_cast<float>(value.head_dim));
-  const float inverse = step > 0 ? 1.0f / step : 0.0f;
+  const F32 inverse = splat(step > 0 ? 1.0f / step : 0.0f);
   const F32 middle = splat(mid_code(value.bits)), top = splat(2 * mid_code(value.bits));
-  const auto code_of = [&](F32 x) {
-    return round_to_int(min(max(x * inverse + middle, F32{}), top));
-  };
-  const float product =
-      sum_of([&](F32& sum, F32 x) { sum += x * (to_float(code_of(x)) - middle); });
-  for (int d = 0; d < value.head_dim; d += kVecLanes)
-    store(row + d, code_of(load<F32>(row + d)));
+  const float product = sum_of([&](F32& sum, float* at) {
+    const F32 x = load<F32>(at);
+    const I32 code = round_to_int(min(max(x * inverse + middle, F32{}), top));
+    sum += x * (to_float(code) - middle);
+    store(at, code);
+  });
   return step > 0 ? scale_byte(float_to_half(std::min(square / product, 65504.0f))) : 0;
 }
 
@@ -90,14 +93,16 @@ inline void write_value_lines(const float* codes, int dim, PageSpan span, uint8_
   }
 }
 
+// Loads and rotates the values of a span into rows [64, D] by slot.
 template <DataType kType>
-inline void load_value_rows(const TokenSource& values, int h, int dim, PageSpan span, float* rows) {
+inline void load_rotated_rows(const TokenSource& values, int h, int dim, PageSpan span,
+                              float* rows) {
   const TokenSource from = values;  // a copy, which no store can alias
   for (int r = 0; r < span.count; ++r) {
     prefetch_token(from, h, dim, span.token + r + kPageTokens);
     const int64_t at = h * from.head_stride + (span.token + r) * from.token_stride;
-    for (int d = 0; d < dim; d += kVecLanes)
-      store(rows + r * dim + d, load_number<kType>(from.data, at + d));
+    rotate_values(rows + (span.first + r) * dim, dim,
+                  [&](int d) { return load_number<kType>(from.data, at + d); });
   }
 }
 
@@ -117,14 +122,10 @@ inline void pack_value_page(const PackValuesParams& p, int h, const PageSpan& sp
                             uint8_t* page) {
   const ValueLayout& value = p.layout.heads[h].value;
   const int dim = value.head_dim;
-  with_dtype(p.values.dtype, [&]<DataType kType>() {
-    load_value_rows<kType>(p.values, h, dim, span, rows + span.first * dim);
-  });
-  for (int slot = span.first; slot < span.first + span.count; ++slot) {
-    float* row = rows + slot * dim;
-    rotate_value_row(row, dim);
-    page[slot] = static_cast<uint8_t>(quantize_value_row(row, value));
-  }
+  with_dtype(p.values.dtype,
+             [&]<DataType kType>() { load_rotated_rows<kType>(p.values, h, dim, span, rows); });
+  for (int slot = span.first; slot < span.first + span.count; ++slot)
+    page[slot] = static_cast<uint8_t>(quantize_value_row(rows + slot * dim, value));
   if (span.full()) {
     write_value_planes<true>(rows, value, span, page);
   } else {

@@ -43,20 +43,28 @@ inline uint32_t key_shift(uint32_t quad, uint32_t group) {
 template <int kWidth>
 inline void gather_band(const TokenAddress* addresses, int64_t offset, int count, uint8_t* to) {
   constexpr uint32_t kMask = kWidth == 8 ? ~0u : ((1u << kWidth % 8) - 1) * 0x01010101u;
+  // Quads this far apart have whole lines between them and the same bits of their lanes.
+  constexpr uint32_t kStride = 8 / kWidth > kGroups ? 8 / kWidth / kGroups : 1;
   const uint32_t quads = static_cast<uint32_t>(count) / kQuad;
   for (uint32_t t = 0; t < kPageTokens; ++t) {
     if (addresses[t].token < 0) continue;
     const uint32_t token = static_cast<uint32_t>(addresses[t].token);
     const uint8_t* source = addresses[t].keys + offset + token % kLanes * kQuad;
     uint8_t* target = to + offset + t % kLanes * kQuad;
-    for (uint32_t quad = 0; quad < quads; ++quad) {
-      uint32_t lane, own;
-      uint8_t* at = target + key_line<kWidth>(quad, t / kLanes);
-      std::memcpy(&lane, source + key_line<kWidth>(quad, token / kLanes), 4);
-      std::memcpy(&own, at, 4);
-      lane = lane >> key_shift<kWidth>(quad, token / kLanes) & kMask;
-      own |= lane << key_shift<kWidth>(quad, t / kLanes);
-      std::memcpy(at, &own, 4);
+    for (uint32_t first = 0; first < kStride; ++first) {
+      const uint8_t* from = source + key_line<kWidth>(first, token / kLanes);
+      uint8_t* at = target + key_line<kWidth>(first, t / kLanes);
+      const uint32_t down = key_shift<kWidth>(first, token / kLanes),
+                     up = key_shift<kWidth>(first, t / kLanes);
+      for (uint32_t quad = first; quad < quads; quad += kStride) {
+        uint32_t lane, own;
+        std::memcpy(&lane, from, 4);
+        std::memcpy(&own, at, 4);
+        own |= (lane >> down & kMask) << up;
+        std::memcpy(at, &own, 4);
+        from += key_line<kWidth>(kStride, 0);
+        at += key_line<kWidth>(kStride, 0);
+      }
     }
   }
 }
@@ -91,8 +99,7 @@ inline void gather_value_plane(const ValueLayout& value, int64_t plane,
     int down[kLineTokens], up[kLineTokens], count = 0;
     for (int t = first; t < first + kLineTokens; ++t) {
       if (addresses[t].token < 0) continue;
-      source[count] =
-          addresses[t].values + plane + addresses[t].token / kLineTokens * kLineBytes;
+      source[count] = addresses[t].values + plane + addresses[t].token / kLineTokens * kLineBytes;
       down[count] = shift(addresses[t].token);
       up[count++] = shift(t);
     }
@@ -191,8 +198,7 @@ inline void gather(const GatherParams& p, const Executor& executor) {
       if (next < visits) {
         TokenAddress* ahead = addresses[next % 2];
         find(b, next % heads, first + next / heads, ahead);
-        for (int t = 0; t < kPageTokens; ++t)
-          prefetch_codes(layout.heads[next % heads], ahead[t]);
+        for (int t = 0; t < kPageTokens; ++t) prefetch_codes(layout.heads[next % heads], ahead[t]);
       }
       // Copy the codes of this page.
       const int64_t row = b * pages + page;
