@@ -63,12 +63,9 @@ Layout::Layout(const std::vector<int64_t>& ints) {
     SVDQ_CHECK(value.packed() || h == 0 || value.bits == heads_[0].value.bits,
                "layout: exact values must have as many bits in every head, got ", value.bits,
                " in head ", h, " and ", heads_[0].value.bits, " in head 0");
-    HeadPlan head{parse_bands(counts, h),
-                  parse_bands(counts + kNumWidths, h),
-                  rank_,
-                  k_page_bytes_,
-                  value,
-                  v_page_bytes_};
+    HeadPlan head{
+        parse_bands(counts, h), parse_bands(counts + kNumWidths, h), rank_, k_page_bytes_, value,
+        v_page_bytes_};
     SVDQ_CHECK((head.pre.rank() == 0 || rope_ != RopeMode::kPost) &&
                    (head.post.rank() == 0 || rope_ != RopeMode::kPre),
                "layout: head ", h, " has channels that its rope mode does not use");
@@ -81,9 +78,10 @@ Layout::Layout(const std::vector<int64_t>& ints) {
     k_page_bytes_ += head.page_bytes();
     v_page_bytes_ += value.page_bytes();
     heads_.push_back(head);
-    pre_heads_.push_back({head.pre, Bands{}, head.first_channel, head.k_offset, value, head.v_offset});
-    post_heads_.push_back({Bands{}, head.post, head.first_post_channel(), head.post_offset(), value,
-                           head.v_offset});
+    pre_heads_.push_back(
+        {head.pre, Bands{}, head.first_channel, head.k_offset, value, head.v_offset});
+    post_heads_.push_back(
+        {Bands{}, head.post, head.first_post_channel(), head.post_offset(), value, head.v_offset});
   }
   SVDQ_CHECK(rank_ > 0, "layout: no head has a coded channel");
 }

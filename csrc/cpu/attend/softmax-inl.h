@@ -29,8 +29,8 @@ struct RowBlock {
 };
 
 inline RowBlock sub_block(const RowBlock& rows, int64_t first, int head_dim) {
-  return {rows.max + first, rows.sum + first * kVecLanes,
-          rows.middle_sum + first * kVecLanes, rows.out + first * head_dim};
+  return {rows.max + first, rows.sum + first * kVecLanes, rows.middle_sum + first * kVecLanes,
+          rows.out + first * head_dim};
 }
 
 inline void reset_rows(const RowBlock& rows, int count, int head_dim) {
@@ -50,8 +50,7 @@ inline void rescale_row(const RowBlock& rows, int r, float factor, int head_dim)
 
 // Raises the maximum of row r to that of a block, which is larger.
 inline void raise_max(const RowBlock& rows, int r, float block_max, int head_dim) {
-  if (rows.max[r] != kNoScore)
-    rescale_row(rows, r, std::exp2(rows.max[r] - block_max), head_dim);
+  if (rows.max[r] != kNoScore) rescale_row(rows, r, std::exp2(rows.max[r] - block_max), head_dim);
   rows.max[r] = block_max;
 }
 

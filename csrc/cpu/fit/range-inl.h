@@ -15,7 +15,7 @@ namespace svdq::SVDQ_TARGET_NAME {
 
 struct Range {
   float centre;
-  float scale;       // distance between codes
+  float scale;        // distance between codes
   float gain = 1.0f;  // of decoded latents: it makes them unbiased
 };
 
