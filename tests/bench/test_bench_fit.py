@@ -100,7 +100,7 @@ def test_peak_growth_counts_what_is_freed_again():
 PEAKS = """
 import json, sys, torch
 from transformers import LlamaConfig
-from svdq import SVDqCache
+from svdq import SVDqCache, sample_positions
 from svdq_bench.speed.attend import Shape, synthetic_keys
 from svdq_bench.speed.memory import peak_growth
 
@@ -116,7 +116,8 @@ with torch.inference_mode():
         for tokens in (2000, 32768):  # first a little, so that libraries have what they keep
             cache = SVDqCache(config, **settings)
             some = keys[:, :, :tokens].contiguous(), values[:, :, :tokens].contiguous()
-            growth = peak_growth(lambda: cache.layers[0].prefill_from(*some, energy))
+            queries = torch.randn(2 * heads, len(sample_positions(tokens)), dim) / 8
+            growth = peak_growth(lambda: cache.layers[0].prefill_from(*some, energy, queries))
             full = some[0].nbytes + some[1].nbytes
             assert cache.layers[0].tokens.any_packed
         peaks[name] = growth / full, cache.allocated_bytes() / full
@@ -124,9 +125,10 @@ print(json.dumps(peaks))
 """
 
 CACHES = {
-    "pre": {},
+    "default": {},
+    "pre": {"preset": "paper-1.25", "query_weighted": True},
     "post": {"rope": "post"},
-    "unweighted": {"query_weighted": False},
+    "unweighted": {"preset": "paper-1.25"},
     "hybrid": {"rope": "hybrid"},
     "layer": {"k_bits": 1.25, "allocate_across": "layer"},
     "min-max": {"clip": False},

@@ -14,6 +14,7 @@ from torch import Tensor
 from svdq.ops.tensors import normal_tensors
 
 SAMPLE_QUERIES = 32  # of a prompt
+PIECE = 8  # queries whose probabilities are held at once
 
 
 def sample_positions(num_tokens: int) -> list[int]:
@@ -60,17 +61,18 @@ class ValueLoss:
         """
         heads, tokens = keys.shape[:2]
         at = torch.tensor(positions, device=keys.device)[:, None]
-        slots = torch.arange(tokens, device=keys.device)
-        coded = (slots >= self.sink_tokens) & (slots <= at - self.residual_length)
-        grouped = query.to(keys.dtype).unflatten(0, (heads, -1))
-        for h, own in enumerate(grouped):
-            norms = torch.linalg.vector_norm(values[h], dim=-1, dtype=torch.float32)
-            for q in own:  # one query head at a time: a long prompt's probabilities are large
-                scores = (q @ keys[h].T).float().masked_fill_(slots > at, -torch.inf)
+        slots = torch.arange(keys.shape[1], device=keys.device)
+        for h, own in enumerate(query.to(keys.dtype).unflatten(0, (len(keys), -1))):
+            norms = torch.linalg.vector_norm(values[h], dim=-1, dtype=torch.float32).square()
+            # A few queries of a head at a time: probabilities over a long prompt are large.
+            pieces = zip(own.split(PIECE, dim=1), at.split(PIECE), strict=True)
+            for some, last in ((q, last) for piece, last in pieces for q in piece):
+                scores = (some @ keys[h].T).float().masked_fill_(slots > last, -torch.inf)
                 p = scores.softmax(-1)
                 out = (p.to(values.dtype) @ values[h]).float()
                 self.output[b] += out.square().sum() / len(own)
-                self.noise[b, h] += (p.mul_(coded).square() @ norms.square()).sum() / len(own)
+                coded = (slots >= self.sink_tokens) & (slots <= last - self.residual_length)
+                self.noise[b, h] += (p.mul_(coded).square_() @ norms).sum() / len(own)
 
     def mean(self) -> Tensor:
         """Loss of each head relative to its layer's output, mean over the sequences: [H]."""
