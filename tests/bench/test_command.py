@@ -1,10 +1,13 @@
 """The ``svdq`` command as a process: its imports before it answers, and without its packages."""
 
+import inspect
 import subprocess
 import sys
 
 import pytest
 
+from svdq import layout
+from svdq.config import presets
 from svdq.config.sparsity import DEFAULT_CHANNELS
 from svdq_bench.cli import demo, options
 from svdq_bench.speed import layer_step, machine
@@ -76,3 +79,10 @@ def test_the_demo_takes_the_numbers_that_the_full_cache_is_faster_in(faster, mon
 
 def test_a_layer_step_takes_time():
     assert layer_step.layer_step_ms("float32", tokens=64, repeats=1) > 0
+
+
+def test_options_repeat_the_library():
+    """What the command line knows without importing torch."""
+    assert options.VALUE_BITS == layout.VALUE_BITS
+    defaults = {name: p.default for name, p in inspect.signature(demo.demo).parameters.items()}
+    assert defaults["k_bits"] == f"kv={presets.KV_BITS}"

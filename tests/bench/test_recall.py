@@ -136,20 +136,32 @@ def test_selection_is_that_of_the_formula(prefix, rope):
     store = layer.tokens.packed
     generator = torch.Generator().manual_seed(3)
     mass = torch.rand((3, 2, 600), generator=generator, dtype=torch.float64)
-    found = selected_mass(mass, selected_slots(prefix.queries[0], layer, one, 30, TASK))
+    chosen = selected_slots(prefix.queries[0], layer, one, 30, TASK)
+    found = selected_mass(mass, chosen)
     for n, position in enumerate(TASK.positions):
         query = prefix.queries[0][:, n].unflatten(0, (2, 2)) / layer.tokens.fit.gain[0][:, None]
-        slots, _ = reference.select(
-            query.reshape(1, 4, 1, 64),
-            first_slots(store, position + 1 - 64).packed_keys(8),
-            30,
+        query = query.reshape(1, 4, 1, 64)
+        packed = first_slots(store, position + 1 - 64).packed_keys(8)
+        slots, _ = reference.select(query, packed, 30, 1.0, channels=8)
+        at = packed.layout, packed.page_table[0], 0, int(packed.cache_seqlens[0])
+        weights = reference.token_masses(
+            query[0],
+            reference.unpack_codes(packed.k_pages, *at),
+            packed.codec.sequence(0),
+            packed.layout,
             1.0,
             channels=8,
+            sink_tokens=8,
         )
         for h in range(2):
-            # Two tokens of 30 may differ, where some have nearly the same weight.
             expected = mass[n, h, slots[0, h].long()].sum().item()
-            assert found[n, h].item() == pytest.approx(expected, abs=2.01)
+            differ = set(chosen[n][h].tolist()) ^ set(slots[0, h].tolist())
+            # The operator rounds queries (tests/ops/test_select.py bounds that): of tokens whose
+            # weights are within some per cent it may choose another, and no other ones.
+            least = weights[h, slots[0, h].long()].min()
+            for slot in differ:
+                assert weights[h, slot].item() == pytest.approx(least.item(), rel=0.05)
+            assert abs(found[n, h].item() - expected) <= len(differ) / 2
 
 
 def test_groups_that_chosen_tokens_lie_in():

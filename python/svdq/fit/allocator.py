@@ -102,9 +102,9 @@ def solve_widths(demands: Sequence[Demand], budget: Budget) -> tuple[Solution, l
     """
     spectra = torch.cat([x.spectrum for x in demands]).double()
     overhead = sum(x.overhead for x in demands) / len(demands)
-    solution, value_price = _solve(demands, budget, spectra, USUAL)
+    solution, value_price = _solve(demands, budget, spectra, overhead, USUAL)
     if code_bits(solution.bands(spectra, overhead)) < spectra.numel():
-        solution, value_price = _solve(demands, budget, spectra, BELOW_ONE_BIT)
+        solution, value_price = _solve(demands, budget, spectra, overhead, BELOW_ONE_BIT)
     widths = []
     for demand in demands:
         bits = None
@@ -115,11 +115,14 @@ def solve_widths(demands: Sequence[Demand], budget: Budget) -> tuple[Solution, l
 
 
 def _solve(
-    demands: Sequence[Demand], budget: Budget, spectra: Tensor, emphasis: Emphasis
+    demands: Sequence[Demand],
+    budget: Budget,
+    spectra: Tensor,
+    overhead: float,
+    emphasis: Emphasis,
 ) -> tuple[Solution, float]:
-    """Prices of keys and of values; ``spectra`` are those of all layers together."""
+    """Prices of keys and of values; spectra and overhead are those of all layers together."""
     numbers, dim = spectra.numel(), spectra.shape[1]
-    overhead = sum(x.overhead for x in demands) / len(demands)
     taken = sum(x.taken * x.spectrum.numel() for x in demands)
 
     def key_bits(price: float) -> int:
