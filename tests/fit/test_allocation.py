@@ -184,9 +184,30 @@ def test_one_budget_for_keys_and_values(kv_bits):
     spent = sum(code_bits(widths)) / 2
     assert kv_bits - 0.26 < spent <= kv_bits
     # One price for both: nobody would trade bits of keys for bits of values.
+    mean = torch.cat([x.value_loss for x in demands]).mean()
     for own, demand in zip(widths, demands, strict=True):
-        assert own.v_bits == value_widths(demand.value_loss, solution.lambda_, 64)
-        assert torch.equal(own.bands, solution.bands(demand.spectrum, 0.0))
+        assert own.v_bits == value_widths(demand.value_loss / mean, solution.lambda_, 64)
+        bands = water_fill(demand.spectrum, solution.lambda_, 0.0, solution.emphasis)
+        assert torch.equal(own.bands, bands)
+
+
+def test_losses_of_values_have_a_unit_of_their_own():
+    # All losses shrink as a context grows, and keys' errors do less harm in the same way.
+    halved = [replace(x, value_loss=x.value_loss / 2) for x in make_demands()]
+    _, expected = solve_widths(make_demands(), Budget(kv_bits=2.0))
+    _, widths = solve_widths(halved, Budget(kv_bits=2.0))
+    assert [x.v_bits for x in widths] == [x.v_bits for x in expected]
+    assert all(torch.equal(a.bands, b.bands) for a, b in zip(widths, expected, strict=True))
+
+
+def test_layers_fitted_later_pay_the_price_of_values():
+    answers = []
+    allocator = Allocator(2, Budget(k_bits=1.0, v_bits=2.5))
+    for layer, demand in enumerate(make_demands()):
+        allocator.ask(layer, demand, answers.append)
+    for layer, demand in enumerate(make_demands()):
+        allocator.ask(layer, demand, answers.append)
+    assert [x.v_bits for x in answers[:2]] == [x.v_bits for x in answers[2:]]
 
 
 def test_budgets_that_are_used_up():

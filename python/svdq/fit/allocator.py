@@ -84,69 +84,77 @@ class Budget:
 
 @dataclass(frozen=True)
 class Solution:
-    """The price of a bit, in squared score units, and how it is applied."""
+    """Prices of a bit, in squared score units, and how they are applied.
+
+    Parameters
+    ----------
+    lambda_ : price of a bit of the keys.
+    emphasis : how much small channels count.
+    value_lambda : price of a bit of the values.
+    mean_loss : of values, over all heads, which is the unit of theirs.
+    """
 
     lambda_: float
     emphasis: Emphasis = USUAL
+    value_lambda: float = 0.0
+    mean_loss: float = 1.0
 
-    def bands(self, spectrum: Tensor, overhead: float) -> Tensor:
-        """Bands of heads with these spectra, [N, 4] int32; at least one coded channel."""
-        bands = water_fill(spectrum, self.lambda_, overhead, self.emphasis)
-        return code_something(bands, spectrum)
+    def widths(self, demand: Demand, overhead: float) -> Widths:
+        """What a layer gets: at least one coded channel, bits of values where it tells a loss."""
+        bands = water_fill(demand.spectrum, self.lambda_, overhead, self.emphasis)
+        v_bits = None
+        if demand.value_loss is not None:
+            loss, dim = demand.value_loss / self.mean_loss, demand.spectrum.shape[1]
+            v_bits = value_widths(loss, self.value_lambda, dim)
+        return Widths(code_something(bands, demand.spectrum), v_bits)
 
 
 def solve_widths(demands: Sequence[Demand], budget: Budget) -> tuple[Solution, list[Widths]]:
-    """The price at which layers stay within a budget, or just below, and what they get.
+    """The prices at which layers stay within a budget, or just below, and what they get.
 
-    Every layer gets at least one coded channel. The price is that of the keys.
+    Every layer gets at least one coded channel.
     """
-    spectra = torch.cat([x.spectrum for x in demands]).double()
     overhead = sum(x.overhead for x in demands) / len(demands)
-    solution, value_price = _solve(demands, budget, spectra, overhead, USUAL)
-    if code_bits(solution.bands(spectra, overhead)) < spectra.numel():
-        solution, value_price = _solve(demands, budget, spectra, overhead, BELOW_ONE_BIT)
-    widths = []
-    for demand in demands:
-        bits = None
-        if demand.value_loss is not None:
-            bits = value_widths(demand.value_loss, value_price, spectra.shape[1])
-        widths.append(Widths(solution.bands(demand.spectrum, overhead), bits))
+    solution = _solve(demands, budget, overhead, USUAL)
+    widths = [solution.widths(x, overhead) for x in demands]
+    if sum(code_bits(x.bands) for x in widths) < sum(x.spectrum.numel() for x in demands):
+        solution = _solve(demands, budget, overhead, BELOW_ONE_BIT)
+        widths = [solution.widths(x, overhead) for x in demands]
     return solution, widths
 
 
 def _solve(
-    demands: Sequence[Demand],
-    budget: Budget,
-    spectra: Tensor,
-    overhead: float,
-    emphasis: Emphasis,
-) -> tuple[Solution, float]:
-    """Prices of keys and of values; spectra and overhead are those of all layers together."""
+    demands: Sequence[Demand], budget: Budget, overhead: float, emphasis: Emphasis
+) -> Solution:
+    spectra = torch.cat([x.spectrum for x in demands]).double()
     numbers, dim = spectra.numel(), spectra.shape[1]
     taken = sum(x.taken * x.spectrum.numel() for x in demands)
 
     def key_bits(price: float) -> int:
         return code_bits(water_fill(spectra, price, overhead, emphasis))
 
-    def value_bits(price: float) -> int:
-        return dim * sum(value_widths(loss, price, dim))
-
     largest = float(spectra.max())
     if demands[0].value_loss is None:
         price = solve_price(key_bits, budget.k_bits * numbers - taken, largest)
-        return Solution(price, emphasis), price
+        return Solution(price, emphasis)
     loss = torch.cat([x.value_loss for x in demands]).cpu().double()
+    mean_loss = max(float(loss.mean()), 1e-30)
+    loss = loss / mean_loss
+
+    def value_bits(price: float) -> int:
+        return dim * sum(value_widths(loss, price, dim))
+
     largest_loss = VALUE_WEIGHT * float(loss.max())
     if budget.kv_bits is None:
         price = solve_price(key_bits, budget.k_bits * numbers - taken, largest)
         value_price = solve_price(value_bits, budget.v_bits * numbers, largest_loss)
-        return Solution(price, emphasis), value_price
+        return Solution(price, emphasis, value_price, mean_loss)
     price = solve_price(
         lambda x: key_bits(x) + value_bits(x),
         2 * budget.kv_bits * numbers - taken,
         max(largest, largest_loss),
     )
-    return Solution(price, emphasis), price
+    return Solution(price, emphasis, price, mean_loss)
 
 
 @dataclass
@@ -195,19 +203,12 @@ class Allocator:
         elif self.scope == "layer":
             answer(solve_widths([demand], self.budget)[1][0])
         elif self.solution is not None:
-            answer(self._priced(demand))
+            answer(self.solution.widths(demand, demand.overhead))
         else:
             waiting = replace(demand, spectrum=demand.spectrum.cpu())
             self._waiting[layer] = (waiting, answer)
             if len(self._waiting) == self.num_layers:
                 self._answer_all()
-
-    def _priced(self, demand: Demand) -> Widths:
-        v_bits = None
-        if demand.value_loss is not None:
-            price, dim = self.solution.lambda_, demand.spectrum.shape[1]
-            v_bits = value_widths(demand.value_loss, price, dim)
-        return Widths(self.solution.bands(demand.spectrum, demand.overhead), v_bits)
 
     def _answer_all(self) -> None:
         asked = [self._waiting[layer] for layer in sorted(self._waiting)]
