@@ -11,11 +11,13 @@ from cache_support import make_model, make_tokens
 from model_support import make_text, make_tokenizer
 from svdq_bench.quality import models, texts
 from svdq_bench.quality.demo import make_prompt
+from svdq_bench.quality.footprint import PARTS, evaluate_memory
 from svdq_bench.quality.implementation import attention
 from svdq_bench.quality.memory import full_cache_bytes, svdq_cache_bytes
 from svdq_bench.quality.methods import CacheSettings, key_argument, parse_schedule
 from svdq_bench.quality.metrics import CHUNK_POSITIONS, Scores, compare_logits
 from svdq_bench.quality.perplexity import Task, evaluate_perplexity, prefill
+from svdq_bench.quality.prefix import read_prefix
 
 
 def direct_scores(reference, candidate, targets):
@@ -200,6 +202,35 @@ def test_byte_formula_is_what_caches_report(family, options):
         expected = cache.memory_report().total_bytes
         assert expected == cache.allocated_bytes()
         assert svdq_cache_bytes(caches[1100], num_tokens) == expected
+
+
+def test_memory_rows_add_up_and_go_beyond_what_the_model_reads():
+    model = make_model("llama", "sdpa", torch.bfloat16)
+    limit = models.max_tokens(model.config)
+    lengths = [2 * limit, 300]
+    methods = [CacheSettings("kv=2.5"), CacheSettings("paper-1.25")]
+    steps = []
+    ids = make_tokens(1, limit + 7)[0]
+    rows = evaluate_memory(model, ids, methods, lengths, start=7, begin=steps.append)
+    assert len(steps) == 4
+    assert [row["tokens"] for row in rows] == [300, 2 * limit] * 2
+    assert [row["preset"] for row in rows] == ["kv=2.5"] * 2 + ["paper-1.25"] * 2
+    for row in rows[::2]:
+        parts = sum(row[name] for name in PARTS if name.startswith("key"))
+        assert parts < row["key_bits"] < parts + 0.2  # and page tables
+        parts = sum(row[name] for name in PARTS if name.startswith("value"))
+        assert parts <= row["value_bits"] < parts + 0.1  # and the loss that bits follow
+    for row in rows[1::2]:
+        assert "key_bits" not in row
+        assert row["times_smaller_bf16"] > 1
+    cache = methods[1].compress(read_prefix(model, ids[None, 7 : 7 + limit]))
+    assert rows[3]["cache_bytes"] == svdq_cache_bytes(cache, 2 * limit)
+
+
+def test_memory_of_contexts_that_the_text_lacks():
+    model = make_model("llama", "sdpa")
+    with pytest.raises(ValueError, match="300 tokens at token 7 does not fit .* 306 tokens"):
+        evaluate_memory(model, make_tokens(1, 306)[0], [CacheSettings("kv=2")], [300], start=7)
 
 
 def test_full_cache_bytes_count_keys_and_values():
