@@ -26,9 +26,6 @@ from svdq.layout import VALUE_BITS, WIDTHS
 DISTORTION = {8: 1.39e-4, 4: 0.01552, 2: 0.1388, 1: 0.4042, 0: 1.0}
 # The same of b-bit values with a scale that is unbiased along the token (kernels/rotation.h).
 VALUE_DISTORTION = {4: 0.0117, 3: 0.0407, 2: 0.1357}
-# A relative error of the values of a head of mean loss counts like that of its scores, times this:
-# the ratio at which keys and values of one price cost the least KL together (docs/allocation.md).
-VALUE_WEIGHT = 1.0
 
 
 @dataclass(frozen=True)
@@ -211,6 +208,9 @@ def _fill(bands: list[int], granules: list[float], budget: int) -> list[int]:
 def value_widths(loss: Tensor, lambda_: float, head_dim: int) -> tuple[int, ...]:
     """Bits of each head's values of least loss plus price.
 
+    In the mean head a relative error of the values counts like as large a variance of the scores,
+    because either moves the output by that much times ``sum p^2 |v|^2``.
+
     Parameters
     ----------
     loss : [H], relative to the mean of all heads.
@@ -218,5 +218,5 @@ def value_widths(loss: Tensor, lambda_: float, head_dim: int) -> tuple[int, ...]
     """
     distortion = torch.tensor([VALUE_DISTORTION[bits] for bits in VALUE_BITS], dtype=torch.float64)
     price = lambda_ * head_dim * torch.tensor(VALUE_BITS)
-    cost = VALUE_WEIGHT * loss.cpu().double()[:, None] * distortion + price
+    cost = loss.cpu().double()[:, None] * distortion + price
     return tuple(VALUE_BITS[i] for i in cost.argmin(1).tolist())

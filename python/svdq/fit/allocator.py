@@ -11,7 +11,6 @@ from torch import Tensor
 from svdq.fit.allocation import (
     BELOW_ONE_BIT,
     USUAL,
-    VALUE_WEIGHT,
     Emphasis,
     code_bits,
     code_something,
@@ -144,7 +143,7 @@ def _solve(
     def value_bits(price: float) -> int:
         return dim * sum(value_widths(loss, price, dim))
 
-    largest_loss = VALUE_WEIGHT * float(loss.max())
+    largest_loss = float(loss.max())
     if budget.kv_bits is None:
         price = solve_price(key_bits, budget.k_bits * numbers - taken, largest)
         value_price = solve_price(value_bits, budget.v_bits * numbers, largest_loss)
