@@ -117,6 +117,9 @@ class Build(BuildExtension):
             options.append("-DSVDQ_EMULATION=ON")
         if cuda:
             options += [f"-DCMAKE_CUDA_COMPILER={cuda[0]}", f"-DSVDQ_CUDA_ARCHS={cuda[1]}"]
+            packages = cuda_toolkit.package_folder()
+            if packages is not None:
+                options.append(f"-DSVDQ_CUDA_PACKAGES={packages}")
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
         configure = ["cmake", "-S", str(ROOT), "-B", str(LIBRARIES), *options]
         build = ["cmake", "--build", str(LIBRARIES), "--parallel", jobs, "--target", *targets]

@@ -2,17 +2,21 @@
 # the tests and the extension link.
 #
 # SVDQ_CUDA_ARCHS, a cache variable or one of the environment, names the architectures as CMake writes them
-# (90;120, 80-virtual for PTX alone), or is `all` or `native`.
+# (90;120, 80-virtual for PTX alone), or is `all` or `native`. SVDQ_CUDA_PACKAGES is the folder of pip's packages of CUDA
+# (site-packages/nvidia/cu13), by default that of .venv.
 set(SVDQ_ALL_ARCHS 80 86 89 90 100 120 80-virtual)
 # The kernels use instructions of sm_80 alone, so one PTX text serves every architecture; a front end for each would take twice
 # the time, and emulators of PTX run the text that GPUs do.
 set(SVDQ_PTX 80)
 
+if(NOT SVDQ_CUDA_PACKAGES)
+  file(GLOB SVDQ_CUDA_PACKAGES ${PROJECT_SOURCE_DIR}/.venv/lib/python3*/site-packages/nvidia/cu*)
+endif()
+
 # --- Find the compiler: CMAKE_CUDA_COMPILER or CUDACXX, else that of pip's packages in .venv, else on the PATH. ---
 if(NOT DEFINED CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
-  file(GLOB pip_nvcc ${PROJECT_SOURCE_DIR}/.venv/lib/python3*/site-packages/nvidia/cu*/bin/nvcc)
-  if(pip_nvcc)
-    list(GET pip_nvcc 0 CMAKE_CUDA_COMPILER)
+  if(EXISTS "${SVDQ_CUDA_PACKAGES}/bin/nvcc")
+    set(CMAKE_CUDA_COMPILER ${SVDQ_CUDA_PACKAGES}/bin/nvcc)
   else()
     find_program(CMAKE_CUDA_COMPILER nvcc PATHS /usr/local/cuda/bin REQUIRED)
   endif()
@@ -113,14 +117,15 @@ else()
   if(TARGET CUDA::cublas AND TARGET CUDA::cusolver)
     list(APPEND cuda_libraries CUDA::cublas CUDA::cusolver)
   else()
-    # A toolkit of compiler and runtime alone takes them from .venv. Only csrc/cuda/linalg.cpp sees those headers,
-    # since nvcc refuses headers of another release.
-    file(GLOB pip_root ${PROJECT_SOURCE_DIR}/.venv/lib/python3*/site-packages/nvidia/cu*)
-    if(NOT EXISTS "${pip_root}/include/cublas_v2.h")
-      message(FATAL_ERROR "The CUDA toolkit at ${cuda_root} has no cuBLAS and cuSOLVER")
+    # A toolkit of compiler and runtime alone takes them from pip's packages. Only csrc/cuda/linalg.cpp sees those
+    # headers, since nvcc refuses headers of another release.
+    if(NOT EXISTS "${SVDQ_CUDA_PACKAGES}/include/cublas_v2.h")
+      message(FATAL_ERROR "Neither the CUDA toolkit at ${cuda_root} nor pip's packages (SVDQ_CUDA_PACKAGES, "
+        "'${SVDQ_CUDA_PACKAGES}') have cuBLAS and cuSOLVER")
     endif()
-    set_source_files_properties(csrc/cuda/linalg.cpp PROPERTIES INCLUDE_DIRECTORIES ${pip_root}/include)
-    svdq_find_files(${pip_root}/lib cublas cusolver)
+    set_source_files_properties(csrc/cuda/linalg.cpp PROPERTIES
+      INCLUDE_DIRECTORIES ${SVDQ_CUDA_PACKAGES}/include)
+    svdq_find_files(${SVDQ_CUDA_PACKAGES}/lib cublas cusolver)
   endif()
 endif()
 target_link_libraries(svdq_cuda_toolkit INTERFACE ${cuda_libraries})

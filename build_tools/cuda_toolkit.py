@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -83,26 +84,46 @@ def toolkit_requirement() -> str:
     return re.search(r'^cuda-build = \["(cuda-toolkit\[.*?\])"\]', text, re.M)[1] + f"=={version}"
 
 
-def find_nvcc() -> Path:
-    """The compiler in the running Python's packages, if it fits the installed torch."""
+def package_folder() -> Path | None:
+    """The folder of torch's own packages of CUDA in the running Python, ``nvidia/cu13``."""
     import torch
 
-    toolkit_requirement()
-    major, minor = torch.version.cuda.split(".")[:2]
+    major = (torch.version.cuda or "").split(".")[0]
     spec = importlib.util.find_spec("nvidia")
     for folder in spec.submodule_search_locations if spec else []:
-        nvcc = Path(folder) / f"cu{major}" / "bin/nvcc"
+        if (Path(folder) / f"cu{major}").is_dir():
+            return Path(folder) / f"cu{major}"
+    return None
+
+
+def find_nvcc() -> Path:
+    """The compiler of torch's CUDA release.
+
+    The first of CUDACXX, the running Python's packages, CUDA_HOME and the PATH that has one.
+    """
+    import torch
+
+    if torch.version.cuda is None:
+        raise NoToolkit(f"torch {torch.__version__} is built without CUDA")
+    wanted = ".".join(torch.version.cuda.split(".")[:2])
+    packages, home = package_folder(), os.environ.get("CUDA_HOME")
+    candidates = [
+        os.environ.get("CUDACXX"),
+        packages and packages / "bin/nvcc",
+        home and Path(home) / "bin/nvcc",
+        shutil.which("nvcc"),
+    ]
+    others = []
+    for nvcc in [Path(path) for path in candidates if path]:
         if not nvcc.exists():
             continue
         said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
         release = re.search(r"release (\d+\.\d+)", said.stdout)
-        if release is None or release[1] != f"{major}.{minor}":
-            raise NoToolkit(
-                f"{nvcc} is of CUDA {release and release[1]}, torch of"
-                f" {torch.version.cuda}: run `python build_tools/cuda_toolkit.py install`"
-            )
-        return nvcc
-    raise NoToolkit("nvcc is not installed: run `python build_tools/cuda_toolkit.py install`")
+        if release is not None and release[1] == wanted:
+            return nvcc
+        others.append(f"{nvcc} is of CUDA {release and release[1]}, torch of {wanted}")
+    found = others[0] if others else "nvcc is not installed"
+    raise NoToolkit(f"{found}: run `python build_tools/cuda_toolkit.py install`")
 
 
 def find_compiler() -> tuple[Path, str] | None:

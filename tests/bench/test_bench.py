@@ -1,5 +1,11 @@
 """The benchmarks' bookkeeping: what is run, counted and compared. No test depends on a time."""
 
+import importlib.util
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,8 +13,9 @@ from cache_support import make_model, make_tokens
 from svdq import _C
 from svdq.layout import PageLayout
 from svdq_bench.speed import machine, timing
-from svdq_bench.speed.attend import Shape, bench_attend, packed_case, synthetic_keys, torch_case
+from svdq_bench.speed.attend import Variants, bench_attend, packed_case, torch_case
 from svdq_bench.speed.prefill import bench_prefill
+from svdq_bench.speed.shape import Shape, synthetic_keys
 from svdq_bench.speed.timing import Timing, time_interleaved
 
 SCHEDULE = (4, 4, 2, 0, 0, 0, 0, 0)
@@ -71,9 +78,8 @@ def test_shapes_turn_by_their_base():
 
 
 def test_attend_rows_of_one_dtype():
-    rows = bench_attend(
-        SHAPE, SCHEDULE, ["hybrid"], repeats=1, working_set_bytes=1, dtypes=[torch.float32]
-    )
+    variants = Variants(SCHEDULE, ["hybrid"], dtypes=[torch.float32])
+    rows = bench_attend(SHAPE, variants, repeats=1, working_set_bytes=1)
     cases = ["torch enable_gqa float32", "torch folded float32", "svdq hybrid float32"]
     assert [row["case"] for row in rows] == cases
     for row in rows:
@@ -111,7 +117,8 @@ def test_synthetic_keys_are_compressible():
 
 def test_attend_rows_compare_with_torch():
     steps = []
-    rows = bench_attend(SHAPE, SCHEDULE, repeats=2, working_set_bytes=400_000, begin=steps.append)
+    variants = Variants(SCHEDULE)
+    rows = bench_attend(SHAPE, variants, repeats=2, working_set_bytes=400_000, begin=steps.append)
     assert [row["case"] for row in rows] == [
         f"{case} {dtype}"
         for dtype in ("bfloat16", "float32")
@@ -174,3 +181,44 @@ def test_machine_is_described(tmp_path):
     assert machine.last_level_cache_bytes(tmp_path) == 1 << 30
     assert machine.last_level_cache_bytes(tmp_path / "none") is None
     assert machine.package_version("no-such-distribution") is None
+
+
+def test_batches_are_as_many_calls():
+    shape = replace(SHAPE, batch=3)
+    case = packed_case(shape, SCHEDULE, "pre", 4, torch.float32)
+    assert case.call(0).shape == (3, 4, 1, 64)
+    assert case.num_bytes == 3 * packed_case(SHAPE, SCHEDULE, "pre", 4, torch.float32).num_bytes
+    rows = bench_attend(shape, Variants(SCHEDULE, ["post"]), repeats=1, working_set_bytes=1)
+    for row in rows:
+        assert row["batch"] == 3
+        assert row["ns_per_token"] == pytest.approx(row["ms"] * 1e6 / 300 / 2 / 3)
+
+
+@pytest.mark.parametrize("device", ["cuda", "tpu"])
+def test_devices_that_are_not_there(device):
+    if device == "cuda" and torch.cuda.is_available() and _C.BUILT_WITH_CUDA:
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match="no GPU|no CUDA kernels|must be one of"):
+        bench_attend(SHAPE, Variants(SCHEDULE), device=device)
+
+
+INTERPRETED = """
+import torch
+from svdq_bench.speed.split_kv import split_kv_attention
+for batch, q_heads, heads, tokens, dim, splits in [
+    (1, 4, 2, 300, 64, 3), (2, 8, 1, 129, 64, 2), (1, 40, 2, 64, 128, 1), (1, 2, 2, 5, 64, 0),
+]:
+    query = torch.randn(batch, q_heads, dim).half()
+    keys, values = torch.randn(2, batch, heads, tokens, dim).half().unbind()
+    out = split_kv_attention(query, keys, values, splits)
+    exact = [x.double() for x in (query[:, :, None], keys, values)]
+    expected = torch.nn.functional.scaled_dot_product_attention(*exact, enable_gqa=True)
+    # Probabilities and the result are rounded to half: 2^-11 each, of values up to about 5.
+    assert (out - expected[:, :, 0]).abs().max() < 2 * 5 * 2**-11
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_triton_baseline_is_attention():
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", INTERPRETED], env=env, check=True)

@@ -101,7 +101,7 @@ PEAKS = """
 import json, sys, torch
 from transformers import LlamaConfig
 from svdq import SVDqCache, sample_positions
-from svdq_bench.speed.attend import Shape, synthetic_keys
+from svdq_bench.speed.shape import Shape, synthetic_keys
 from svdq_bench.speed.memory import peak_growth
 
 heads, dim, tokens = 4, 64, 32768

@@ -12,7 +12,7 @@ from svdq.store.attend import select_tokens
 from svdq_bench.cli import app
 from svdq_bench.quality.plots import to_svg
 from svdq_bench.speed import timing
-from svdq_bench.speed.attend import Shape
+from svdq_bench.speed.shape import Shape
 from svdq_bench.speed.sparse import (
     bench_sparse,
     exact_rows,

@@ -64,17 +64,25 @@ def attend(
         list[Dtype],
         typer.Option(help="Number formats; repeatable.", rich_help_panel=SHAPE_PANEL),
     ] = [Dtype.bfloat16, Dtype.float32],  # noqa: B006
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.", rich_help_panel=SHAPE_PANEL)] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda.", rich_help_panel=SHAPE_PANEL)] = "cpu",
     repeats: Rounds = 30,
     working_set: WorkingSet = None,
     json_file: JsonFile = None,
     markdown: Markdown = False,
 ) -> None:
-    """Time one decode step over packed pages, against torch's attention in bfloat16 and float32."""
+    """Time one decode step over packed pages, against torch's attention in bfloat16 and float32.
+
+    On a GPU (--device cuda) steps are replayed from CUDA graphs, and FlashInfer and flash-attn are
+    timed too where they are installed, or FlashDecoding in Triton.
+    """
     from svdq_bench.quality.methods import parse_schedule
     from svdq_bench.quality.models import DTYPES
     from svdq_bench.speed import ggml
-    from svdq_bench.speed.attend import Shape, bench_attend, page_layout
+    from svdq_bench.speed.attend import Variants, bench_attend
+    from svdq_bench.speed.gpu import check_device
     from svdq_bench.speed.models import model_shape as find_shape
+    from svdq_bench.speed.shape import Shape, page_layout
     from svdq_bench.speed.timing import WARMUP
 
     schedule = parse_schedule(preset)
@@ -88,20 +96,20 @@ def attend(
         num_qo_heads, num_kv_heads = model.num_qo_heads, model.num_kv_heads
         head_dim, rope_theta = model.head_dim, model.rope_theta
     heads = (num_qo_heads, num_kv_heads, head_dim)
-    shapes = [Shape(*heads, n, sink_tokens, residual_length, rope_theta) for n in kv_len]
+    exact = (sink_tokens, residual_length)
+    shapes = [Shape(*heads, n, *exact, rope_theta, batch) for n in kv_len]
     dtypes = [DTYPES[each.value] for each in dtype]
     for shape in shapes:
         page_layout(shape, schedule, rope[0].value, v_bits[0])  # says early what pages cannot hold
-    if ggml.missing():
+    check_device(device)
+    if device == "cpu" and ggml.missing():
         typer.echo(ggml.missing(), err=True)
     bytes_asked = None if working_set is None else working_set * 1_000_000
-    ropes = [mode.value for mode in rope]
+    variants = Variants(schedule, [mode.value for mode in rope], v_bits, dtypes)
     rows = []
     with step_progress(len(shapes) * (1 + WARMUP + repeats)) as begin:
         for shape in shapes:
-            rows += bench_attend(
-                shape, schedule, ropes, v_bits, repeats, bytes_asked, begin, dtypes
-            )
+            rows += bench_attend(shape, variants, repeats, bytes_asked, begin, device)
     title = f"one decode step, {num_qo_heads} query / {num_kv_heads} KV heads of {head_dim}"
     report(rows, json_file, markdown, title)
 

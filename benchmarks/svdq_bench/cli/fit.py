@@ -74,9 +74,9 @@ def fit(
     import torch
 
     from svdq_bench.quality.methods import parse_schedule
-    from svdq_bench.speed.attend import Shape, page_layout
     from svdq_bench.speed.fit import bench_fit
     from svdq_bench.speed.models import model_shape as find_shape
+    from svdq_bench.speed.shape import Shape, page_layout
     from svdq_bench.speed.timing import WARMUP
 
     bits = parse_schedule(schedule)

@@ -64,7 +64,7 @@ def sparse(
     from svdq.config.sparsity import Sparsity
     from svdq_bench.quality.budgets import parse_budget
     from svdq_bench.quality.methods import parse_schedule
-    from svdq_bench.speed.attend import Shape, page_layout
+    from svdq_bench.speed.shape import Shape, page_layout
     from svdq_bench.speed.sparse import bench_sparse
     from svdq_bench.speed.timing import WARMUP
 

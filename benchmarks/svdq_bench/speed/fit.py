@@ -17,9 +17,9 @@ from svdq.fit.bases import fit_bases
 from svdq.fit.pre_channels import PreChannels
 from svdq.layout import PAGE_TOKENS
 from svdq.store.packed import PackedStore
-from svdq_bench.speed.attend import Shape, page_layout, synthetic_keys
 from svdq_bench.speed.memory import peak_growth
 from svdq_bench.speed.models import ModelShape
+from svdq_bench.speed.shape import Shape, page_layout, synthetic_keys
 from svdq_bench.speed.timing import Timing, time_interleaved
 
 STAGES = ("fit_basis", "fit_quantizer", "pack_keys", "pack_values")

@@ -27,15 +27,8 @@ from svdq.store.packed import PackedStore
 from svdq.store.window import WindowStore
 from svdq_bench.quality.budgets import budget_text
 from svdq_bench.speed import machine
-from svdq_bench.speed.attend import (
-    Case,
-    Shape,
-    copies_of,
-    num_bytes,
-    page_layout,
-    synthetic_keys,
-    torch_case,
-)
+from svdq_bench.speed.attend import Case, copies_of, num_bytes, torch_case
+from svdq_bench.speed.shape import Shape, page_layout, synthetic_keys
 from svdq_bench.speed.timing import Timing, time_interleaved
 
 FIT_TOKENS = 4096  # keys that basis and ranges are fitted on
