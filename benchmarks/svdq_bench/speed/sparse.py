@@ -63,7 +63,7 @@ def random_store(
     lanes[:, :, 1:] = lanes[:, :, :1]
     pool.v_pages = pool.v_pages[torch.arange(pages) % len(pool.pages[0])]
     pool.slots = [shape.packed_tokens]
-    pool.set_pages([tuple(range(pages))])
+    pool.set_pages([list(range(pages))])
     return store
 
 

@@ -172,7 +172,7 @@ def _add_layer(report: MemoryReport, tokens: LayerStore) -> None:
 
 def _add_packed(report: MemoryReport, packed: PackedStore) -> None:
     layout, pool, codec, drift = packed.layout, packed.pool, packed.codec, packed.drift
-    used = len(pool.used_pages)
+    used = pool.num_used
     v_page_bytes = pool.v_pages.shape[1] * pool.v_pages.itemsize
     report.key_codes += used * layout.k_page_bytes
     report.value_codes += used * layout.v_code_bytes

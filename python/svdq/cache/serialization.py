@@ -141,7 +141,7 @@ def _save_svdq(layer: SVDqLayer) -> tuple[State, dict[str, Tensor]]:
 
 def _save_store(store: PackedStore) -> tuple[State, dict[str, Tensor]]:
     pool = store.pool
-    pages = sorted(pool.used_pages)
+    pages = pool.used_pages
     renumbered = {page: i for i, page in enumerate(pages)}
     state = {
         "layout": store.layout.ints,
@@ -208,7 +208,7 @@ def _load_store(layer: SVDqLayer, n: int, state: State, tensors: dict[str, Tenso
     store.set_first_position(state["position"])
     store.pool.k_pages, store.pool.v_pages = named["k_pages"], named["v_pages"]
     store.pool.slots = state["slots"]
-    store.pool.set_pages([tuple(own) for own in state["pages"]])
+    store.pool.set_pages(state["pages"])
     return store
 
 

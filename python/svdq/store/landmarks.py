@@ -62,7 +62,7 @@ class Landmarks:
         page = heads * chunks * (code_bytes + 3 * self.scale.itemsize)
         return pages_of(slots) * page
 
-    def add(self, keys: Tensor, pages: tuple[int, ...], start: int) -> None:
+    def add(self, keys: Tensor, pages: list[int], start: int) -> None:
         """Take the keys [H, T, D] of a sequence with these pages, from slot ``start`` on.
 
         ``start`` is the first slot of a chunk. The last chunk may be part full.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from svdq.layout import PAGE_TOKENS, PageLayout, pages_of
 from svdq.ops.tensors import int32_tensor, normal_tensors
@@ -29,12 +29,14 @@ class PagePool:
 
     A page is never written again once its 64 slots are full, so sequences that were copied from one
     another (beams) name the same pages; a page that is part full is copied before one of its owners
-    goes on filling it.
+    goes on filling it. Giving a sequence pages takes time for these pages alone, however many there
+    are.
 
     Attributes
     ----------
     k_pages, v_pages : [P, bytes] uint8 (values of 16 or 32 bits: [P, numbers] in ``dtype``).
-    pages, page_table : the pages of each sequence in order, as tuples and as [B, N] int32.
+    pages, page_table : the pages of each sequence in order, as lists and as [B, N] int32, with room
+        to grow.
     slots, cache_seqlens : packed slots of each sequence, as a list and as [B] int32.
     """
 
@@ -56,7 +58,7 @@ class PagePool:
         self.k_pages = torch.empty((0, layout.k_page_bytes), dtype=torch.uint8, device=device)
         self.v_pages = torch.empty((0, v_page), dtype=v_dtype, device=device)
         self.slots = [0] * batch_size
-        self.set_pages([()] * batch_size)
+        self.set_pages([[] for _ in range(batch_size)])
 
     @property
     def size(self) -> int:
@@ -64,16 +66,25 @@ class PagePool:
         return self.k_pages.shape[0]
 
     @property
-    def used_pages(self) -> set[int]:
-        """Rows of the pools that some sequence names."""
-        return set().union(*self.pages)
+    def used_pages(self) -> list[int]:
+        """Rows of the pools that some sequence names, ascending."""
+        return [page for page, owners in enumerate(self._owners) if owners]
+
+    @property
+    def num_used(self) -> int:
+        """How many rows of the pools some sequence names."""
+        return self.size - len(self._free)
 
     @normal_tensors
-    def set_pages(self, pages: list[tuple[int, ...]]) -> None:
-        """Set the pages of each sequence; ``page_table`` and ``cache_seqlens`` follow."""
+    def set_pages(self, pages: list[list[int]]) -> None:
+        """Set the pages of each sequence; all else but the pools follows."""
         self.pages = pages
-        longest = max((len(pages) for pages in self.pages), default=0)
-        rows = [(*pages, *[0] * (longest - len(pages))) for pages in self.pages]
+        self._owners = [0] * self.size
+        for page in (page for own in pages for page in own):
+            self._owners[page] += 1
+        self._free = [page for page in range(self.size - 1, -1, -1) if not self._owners[page]]
+        longest = max(map(len, pages), default=0)
+        rows = [[*own, *[0] * (longest - len(own))] for own in pages]
         self.page_table = int32_tensor(rows, self.device).reshape(len(rows), longest)
         self.cache_seqlens = int32_tensor(self.slots, self.device)
 
@@ -84,62 +95,84 @@ class PagePool:
 
     def host_table(self, b: int) -> Tensor:
         """Page table [N] of sequence b on the CPU, where the pack and unpack stages read it."""
-        return torch.tensor(self.pages[b], dtype=torch.int32)
+        if self.page_table.device.type == "cpu":
+            return self.page_table[b]
+        return int32_tensor(self.pages[b], torch.device("cpu"))
 
     @normal_tensors
-    def reserve(self, num_pages: int) -> None:
-        """Make room for this many more pages; the pools grow by at least an eighth."""
-        missing = num_pages - (self.size - len(self.used_pages))
-        if missing <= 0:
-            return
-        have, size = self.size, self.size + max(missing, self.size // 8)
-        for name in ("k_pages", "v_pages"):
-            old = getattr(self, name)
-            new = old.new_empty((size, old.shape[1]))
-            new[:have] = old
-            setattr(self, name, new)
-        if self._page_data is not None:
-            self._page_data.resize(size)
+    def reserve(self, num_pages: int, longest: int = 0) -> None:
+        """Make room for this many more pages, and tables for ``longest`` pages of a sequence.
+
+        The pools and the tables grow by at least an eighth.
+        """
+        missing = num_pages - len(self._free)
+        if missing > 0:
+            have, size = self.size, self.size + max(missing, self.size // 8)
+            for name in ("k_pages", "v_pages"):
+                old = getattr(self, name)
+                new = old.new_empty((size, old.shape[1]))
+                new[:have] = old
+                setattr(self, name, new)
+            if self._page_data is not None:
+                self._page_data.resize(size)
+            self._owners += [0] * (size - have)
+            self._free = [*range(size - 1, have - 1, -1), *self._free]
+        columns = self.page_table.shape[1]
+        if longest > columns:
+            longest = max(longest, columns + columns // 8)
+            self.page_table = nn.functional.pad(self.page_table, (0, longest - columns))
 
     def extend(self, b: int, end: int) -> None:
         """Give sequence b pages of its own for the slots from ``slots[b]`` to ``end``."""
-        pages, slots = self.pages[b], self.slots[b]
+        own, slots = self.pages[b], self.slots[b]
         count = pages_of(end)
-        others = set().union(*self.pages[:b], *self.pages[b + 1 :])
-        shared = slots % PAGE_TOKENS > 0 and pages[-1] in others
-        if count == len(pages) and not shared:
+        shared = slots % PAGE_TOKENS > 0 and self._owners[own[-1]] > 1
+        if count == len(own) and not shared:
             return
-        self.reserve(count - len(pages) + shared)
-        free = sorted(set(range(self.size)) - self.used_pages)
+        self.reserve(count - len(own) + shared, count)
+        first = len(own)
         if shared:
-            source, copy = pages[-1], free.pop(0)
+            first, source = first - 1, own.pop()
+            self._owners[source] -= 1
+            copy = self._take(b)
             for pool in (self.k_pages, self.v_pages):
                 pool[copy] = pool[source]
             if self._page_data is not None:
                 self._page_data.copy_page(source, copy)
-            pages = (*pages[:-1], copy)
-        self.pages[b] = (*pages, *free[: count - len(pages)])
-        self.set_pages(self.pages)
+        while len(own) < count:
+            self._take(b)
+        self.page_table[b, first:count] = int32_tensor(own[first:], self.device)
+
+    def _take(self, b: int) -> int:
+        """A free page, which becomes the last of sequence b."""
+        page = self._free.pop()
+        self._owners[page] = 1
+        self.pages[b].append(page)
+        return page
 
     def truncate(self, b: int, slots: int) -> None:
         """Forget packed slots of sequence b from ``slots`` on."""
-        self.slots[b] = slots
-        self.pages[b] = self.pages[b][: pages_of(slots)]
-        self.set_pages(self.pages)
+        self.set_slots(b, slots)
+        own = self.pages[b]
+        while len(own) > pages_of(slots):
+            page = own.pop()
+            self._owners[page] -= 1
+            if not self._owners[page]:
+                self._free.append(page)
 
     def select(self, indices: list[int]) -> None:
         """Make sequence i name the pages of the old sequence ``indices[i]``."""
         self.slots = [self.slots[i] for i in indices]
-        self.set_pages([self.pages[i] for i in indices])
+        self.set_pages([list(self.pages[i]) for i in indices])
 
     @normal_tensors
     def compact(self) -> None:
         """Give pages back that no sequence names any more, once they are a quarter of the pools."""
-        used = sorted(self.used_pages)
-        if self.size - len(used) <= self.size // 4:
+        if len(self._free) <= self.size // 4:
             return
+        used = self.used_pages
         renumbered = {page: i for i, page in enumerate(used)}
         self.k_pages, self.v_pages = self.k_pages[used], self.v_pages[used]
         if self._page_data is not None:
             self._page_data.take(used)
-        self.set_pages([tuple(renumbered[page] for page in pages) for pages in self.pages])
+        self.set_pages([[renumbered[page] for page in pages] for pages in self.pages])

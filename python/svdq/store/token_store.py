@@ -137,7 +137,8 @@ class TokenStore:
         self._plan({b: own[b][0] for b, count in enumerate(counts) if count >= self.fit_tokens})
         if self.packed is not None:
             targets = [self._target(b, count) for b, count in enumerate(counts)]
-            self.packed.pool.reserve(sum(target // PAGE_TOKENS for target in targets))
+            pages = [target // PAGE_TOKENS for target in targets]
+            self.packed.pool.reserve(sum(pages), max(pages))
         kept = [n - max(target - sinks, 0) for n, target in zip(counts, targets, strict=True)]
         self.window.reserve(max(*kept, self.steady_tokens if any(targets) else 0))
         for b, target in enumerate(targets):
