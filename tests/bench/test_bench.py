@@ -11,11 +11,13 @@ import torch
 
 from cache_support import make_model, make_tokens
 from svdq import _C
+from svdq.config.settings import Settings
 from svdq.layout import PageLayout
 from svdq_bench.speed import machine, timing
 from svdq_bench.speed.attend import Variants, bench_attend, packed_case, torch_case
 from svdq_bench.speed.prefill import bench_prefill
 from svdq_bench.speed.shape import Shape, synthetic_keys
+from svdq_bench.speed.steps import bench_steps
 from svdq_bench.speed.timing import Timing, time_interleaved
 
 SCHEDULE = (4, 4, 2, 0, 0, 0, 0, 0)
@@ -192,6 +194,17 @@ def test_batches_are_as_many_calls():
     for row in rows:
         assert row["batch"] == 3
         assert row["ns_per_token"] == pytest.approx(row["ms"] * 1e6 / 300 / 2 / 3)
+
+
+@pytest.mark.parametrize("rope", ["post", "pre"])
+def test_steps_that_pack_are_told_apart(rope):
+    shape = replace(SHAPE, batch=2, kv_len=400)
+    seen = []
+    settings = Settings.of(schedule=SCHEDULE, v_bits=4, rope=rope)
+    (row,) = bench_steps(shape, settings, torch.float32, seen.append)
+    assert seen == ["packing", "steps"]
+    assert row["boundary_ratio"] == row["boundary_ms"] / row["ordinary_ms"]
+    assert (row["batch"], row["kv_len"], row["case"]) == (2, 400, f"{rope}, 2 sequences")
 
 
 @pytest.mark.parametrize("device", ["cuda", "tpu"])

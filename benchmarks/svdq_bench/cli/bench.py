@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from svdq_bench.cli import fit, generate, sparse
+from svdq_bench.cli import fit, generate, sparse, steps
 from svdq_bench.cli.errors import reports_errors
 from svdq_bench.cli.options import (
     CACHE_PANEL,
@@ -164,5 +164,6 @@ def prefill(
 
 
 app.command()(sparse.sparse)
+app.command()(steps.steps)
 app.command()(fit.fit)
 app.command()(generate.generate)

@@ -111,6 +111,13 @@ COLUMNS: dict[str, list[tuple[str, str, Callable[[Any], str]]]] = {
         ("cache_bytes", "cache, all in, MB", _megabytes),
         ("cache_ratio", "times smaller", _number(1)),
     ],
+    "steps": [
+        ("case", "keys", str),
+        ("kv_len", "tokens", "{:,}".format),
+        ("ordinary_ms", "ms a step", _number(2)),
+        ("boundary_ms", "ms a step that packs", _number(2)),
+        ("boundary_ratio", "ratio", _number(3)),
+    ],
     "sparse": [
         ("case", "case", str),
         ("kv_len", "tokens", "{:,}".format),
