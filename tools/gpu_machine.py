@@ -41,7 +41,7 @@ class Tools:
         facts = {
             "gpu": gpu,
             "python": sys.version.split()[0],
-            **{name: _version(name) for name in ("torch", "transformers", "pytest")},
+            **{name: _version(name) for name in ("torch", "transformers", "pytest", "setuptools")},
             "torch's CUDA": torch_cuda,
             "nvcc": said,
             "cmake": _first_line(["cmake", "--version"]),
