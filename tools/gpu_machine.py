@@ -71,7 +71,7 @@ def _find_nvcc() -> tuple[Path | None, str | None]:
         if nvcc.exists():
             said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
             release = re.search(r"release (\d+\.\d+)", said.stdout)
-            return nvcc, f"{nvcc}, {release[1] if release else 'unknown release'}"
+            return nvcc, f"CUDA {release[1]}" if release else "unknown release"
     return None, None
 
 

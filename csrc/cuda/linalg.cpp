@@ -4,7 +4,7 @@
 #include <cusolverDn.h>
 
 #include <map>
-#include <memory>
+#include <mutex>
 
 #include "csrc/cuda/status.h"
 
@@ -21,44 +21,61 @@ void check(cusolverStatus_t status, const char* what) {
              static_cast<int>(status));
 }
 
-template <typename Handle, auto kCreate, auto kDestroy>
-class Owned {
- public:
-  explicit Owned(const char* what) { check(kCreate(&handle_), what); }
-  ~Owned() { kDestroy(handle_); }
-  Owned(const Owned&) = delete;
-  Owned& operator=(const Owned&) = delete;
-  Handle get() const { return handle_; }
+}  // namespace
 
- private:
-  Handle handle_ = nullptr;
+// Creating handles costs milliseconds and memory, so calls take turns with those of their device. A call has its own,
+// since a handle remembers its stream. They are never destroyed: when the program ends, the libraries may be gone
+// before whoever would destroy them.
+struct LinearAlgebra::Handles {
+  Handles() {
+    check(cublasCreate(&blas), "create a handle");
+    check(cusolverDnCreate(&solver), "create a handle");
+    check(cusolverDnCreateParams(&params), "create parameters");
+  }
+
+  cublasHandle_t blas = nullptr;
+  cusolverDnHandle_t solver = nullptr;
+  cusolverDnParams_t params = nullptr;
 };
 
-// Creating a handle costs milliseconds and memory, so each thread keeps one for each device; threads
-// do not share any, since a handle remembers its stream.
-struct Handles {
-  Owned<cublasHandle_t, cublasCreate, cublasDestroy> blas{"create a handle"};
-  Owned<cusolverDnHandle_t, cusolverDnCreate, cusolverDnDestroy> solver{"create a handle"};
-  Owned<cusolverDnParams_t, cusolverDnCreateParams, cusolverDnDestroyParams> params{
-      "create parameters"};
+struct LinearAlgebra::Pool {
+  std::mutex mutex;
+  std::map<int, std::vector<Handles*>> idle;  // by device
+
+  static Pool& get() {
+    static Pool& pool = *new Pool;
+    return pool;
+  }
 };
 
-Handles& handles() {
-  thread_local std::map<int, std::unique_ptr<Handles>> of_device;
-  int device = 0;
-  cuda::check(cudaGetDevice(&device), "current device");
-  std::unique_ptr<Handles>& found = of_device[device];
-  if (!found) found = std::make_unique<Handles>();
-  return *found;
+LinearAlgebra::~LinearAlgebra() {
+  if (!handles_) return;
+  Pool& pool = Pool::get();
+  const std::lock_guard lock(pool.mutex);
+  pool.idle[device_].push_back(handles_);
 }
 
-}  // namespace
+LinearAlgebra::Handles& LinearAlgebra::handles() {
+  if (handles_) return *handles_;
+  cuda::check(cudaGetDevice(&device_), "current device");
+  Pool& pool = Pool::get();
+  {
+    const std::lock_guard lock(pool.mutex);
+    std::vector<Handles*>& idle = pool.idle[device_];
+    if (!idle.empty()) {
+      handles_ = idle.back();
+      idle.pop_back();
+    }
+  }
+  if (!handles_) handles_ = new Handles;
+  return *handles_;
+}
 
 void LinearAlgebra::add_gram(const float* rows, int heads, int64_t tokens, int dim, float* gram) {
   // A workspace of this call's own makes results independent of what other streams do; the size is
   // what cuBLAS recommends for all architectures before Hopper, and small products need no more.
   constexpr size_t kWorkspaceBytes = size_t{4} << 20;
-  const cublasHandle_t blas = handles().blas.get();
+  const cublasHandle_t blas = handles().blas;
   if (!workspace_) workspace_ = context_.allocate(context_.owner, kWorkspaceBytes);
   check(cublasSetStream(blas, static_cast<cudaStream_t>(context_.stream)), "set the stream");
   check(cublasSetWorkspace(blas, workspace_, kWorkspaceBytes), "set the workspace");
@@ -77,21 +94,21 @@ void LinearAlgebra::add_gram(const float* rows, int heads, int64_t tokens, int d
 
 void LinearAlgebra::eigenvectors(float* matrices, float* values, int heads, int dim, int* info) {
   Handles& of = handles();
-  const cusolverDnHandle_t solver = of.solver.get();
+  const cusolverDnHandle_t solver = of.solver;
   check(cusolverDnSetStream(solver, static_cast<cudaStream_t>(context_.stream)), "set the stream");
   constexpr auto kVectors = CUSOLVER_EIG_MODE_VECTOR;
   constexpr auto kTriangle = CUBLAS_FILL_MODE_LOWER;  // both are stored; one is read
   size_t device_bytes = 0, host_bytes = 0;
-  check(cusolverDnXsyevBatched_bufferSize(solver, of.params.get(), kVectors, kTriangle, dim,
-                                          CUDA_R_32F, matrices, dim, CUDA_R_32F, values, CUDA_R_32F,
+  check(cusolverDnXsyevBatched_bufferSize(solver, of.params, kVectors, kTriangle, dim, CUDA_R_32F,
+                                          matrices, dim, CUDA_R_32F, values, CUDA_R_32F,
                                           &device_bytes, &host_bytes, heads),
         "workspace of the eigenvectors");
   void* workspace = context_.allocate(context_.owner, static_cast<int64_t>(device_bytes));
   host_workspace_.resize(host_bytes);
   // Eigenvectors come in columns, columns first: in memory, one a row.
-  check(cusolverDnXsyevBatched(solver, of.params.get(), kVectors, kTriangle, dim, CUDA_R_32F,
-                               matrices, dim, CUDA_R_32F, values, CUDA_R_32F, workspace,
-                               device_bytes, host_workspace_.data(), host_bytes, info, heads),
+  check(cusolverDnXsyevBatched(solver, of.params, kVectors, kTriangle, dim, CUDA_R_32F, matrices,
+                               dim, CUDA_R_32F, values, CUDA_R_32F, workspace, device_bytes,
+                               host_workspace_.data(), host_bytes, info, heads),
         "eigenvectors");
 }
 

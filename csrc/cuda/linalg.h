@@ -15,13 +15,21 @@ class LinearAlgebra {
   explicit LinearAlgebra(const GpuContext& context) : context_(context) {}
   LinearAlgebra(const LinearAlgebra&) = delete;
   LinearAlgebra& operator=(const LinearAlgebra&) = delete;
+  ~LinearAlgebra();
 
   void add_gram(const float* rows, int heads, int64_t tokens, int dim, float* gram);
   // The solver may use memory of this object until the stream is waited for.
   void eigenvectors(float* matrices, float* values, int heads, int dim, int* info);
 
  private:
+  struct Handles;
+  struct Pool;
+
+  Handles& handles();
+
   GpuContext context_;
+  int device_ = 0;
+  Handles* handles_ = nullptr;             // lent by the pool from the first call on
   void* workspace_ = nullptr;              // of cuBLAS, from the first call on
   std::vector<std::byte> host_workspace_;  // of cuSOLVER
 };

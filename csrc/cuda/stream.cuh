@@ -21,6 +21,9 @@ class Range {
   Range& operator=(const Range&) = delete;
 };
 
+// Lets a kernel have as much shared memory as a block may, once for each device.
+void allow_shared_memory(const void* kernel, int most_bytes, const char* name);
+
 class Stream {
  public:
   // The stream of `context`; `stage` is shown by profilers as long as this object lives.
@@ -34,11 +37,10 @@ class Stream {
   void launch(const char* name, const device::LaunchShape& shape, void (*kernel)(Params...),
               const typename device::Identity<Params>::type&... params) {
     static_assert((sizeof(Params) + ... + 0) <= 4096 - 8 * sizeof...(Params), "CUDA's limit");
+    gpu::check_launch(name, shape, limits_);
     constexpr int kWithoutAsking = 48 * 1024;  // of shared memory
     if (shape.smem_bytes > kWithoutAsking) {
-      check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize, shape.smem_bytes),
-            name);
+      allow_shared_memory(reinterpret_cast<const void*>(kernel), limits_.max_shared_bytes, name);
     }
     const dim3 grid(shape.grid_x, shape.grid_y, shape.grid_z);
     kernel<<<grid, shape.threads, shape.smem_bytes, handle()>>>(params...);

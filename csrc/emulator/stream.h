@@ -24,6 +24,7 @@ class Stream {
   void launch(const char* name, const device::LaunchShape& shape, void (*kernel)(Params...),
               const std::type_identity_t<Params>&... params) {
     static_assert((sizeof(Params) + ... + 0) <= 4096 - 8 * sizeof...(Params), "CUDA's limit");
+    gpu::check_launch(name, shape, limits_);
     const emulator::Counters counters = emulator::launch(options_, name, shape, kernel, params...);
     if (observer_) observer_(name, counters);
   }

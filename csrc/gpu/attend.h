@@ -167,6 +167,8 @@ void attend_class(const AttendParams& p, const AttendTiling* tiling, Stream& str
 
 template <typename Stream>
 void attend(const AttendParams& p, Stream& stream) {
+  check_aligned(p.keys.pages, "k_pages");
+  check_aligned(p.v_pages, "v_pages");
   with_dim_class(p.keys.layout.head_dim,
                  [&]<int kDim>() { attend_class<kDim>(p, nullptr, stream); });
 }

@@ -53,6 +53,19 @@ inline void check_aligned(const void* data, const char* name) {
              " must start at a multiple of 16 bytes for CUDA kernels");
 }
 
+// A launch beyond what a device takes would fail with a code that names nothing.
+inline void check_launch(const char* name, const device::LaunchShape& shape,
+                         const DeviceLimits& limits) {
+  constexpr int kLargestGrid = 65535;  // in y and z
+  SVDQ_CHECK(shape.grid_x > 0 && shape.grid_y > 0 && shape.grid_z > 0 &&
+                 shape.grid_y <= kLargestGrid && shape.grid_z <= kLargestGrid,
+             name, " would take a grid of ", shape.grid_x, " x ", shape.grid_y, " x ", shape.grid_z,
+             " blocks; CUDA takes up to ", kLargestGrid,
+             " in y and z: fewer sequences, heads or tokens a call");
+  SVDQ_CHECK(shape.smem_bytes <= limits.max_shared_bytes, name, " would take ", shape.smem_bytes,
+             " bytes of shared memory a block, the device has ", limits.max_shared_bytes);
+}
+
 inline device::HeadTable head_table(const LayoutView& layout) {
   SVDQ_CHECK(layout.num_heads <= device::kMaxKvHeads, "the layout has ", layout.num_heads,
              " KV heads; CUDA kernels take up to ", device::kMaxKvHeads);

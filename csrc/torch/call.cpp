@@ -21,6 +21,9 @@ namespace svdq::torch_binding {
 struct Call::Cuda {
   explicit Cuda(const at::Device& device) : guard(device) {
     const cudaDeviceProp& properties = *at::cuda::getCurrentDeviceProperties();
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        properties.major >= 8, "svdq's CUDA kernels need compute capability 8.0 or newer, got ",
+        properties.major, ".", properties.minor, " (", properties.name, ")");
     context.stream = at::cuda::getCurrentCUDAStream().stream();
     context.num_sms = properties.multiProcessorCount;
     context.max_shared_bytes = static_cast<int>(properties.sharedMemPerBlockOptin);
