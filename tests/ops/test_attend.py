@@ -99,6 +99,25 @@ def test_attend(backend, name):
         assert rms(out - case.expected.out) <= QUALITY * case.coding_error
 
 
+def test_rounded_weights_move_no_page_as_a_whole(backend):
+    """Errors of scores multiply codes less the middle, so their mean is that of random errors.
+
+    Of 8-bit channels and narrower ones in one vector, the narrower have no low terms.
+    """
+    if uses_halves():
+        return  # queries are rounded, too, and all tokens share that
+    layout = make_layout(64, [8, 4, 2, 1, 1, 0, 0, 0], 2, "pre")
+    cache, _, _ = make_cache(layout, [64], [0], rotary_dim=2)
+    query, off, allowed = torch.randn(1, 4, 1, 64), [], []
+    for token in range(64):  # alone, so that the log-sum-exp is its score
+        one = cache.but(sink_tokens=token, cache_seqlens=torch.tensor([token + 1]).int())
+        expected = expect(one, query)
+        off.append(ops.attend(query, **one.kwargs())[1] - expected.lse)
+        allowed.append(expected.lse_error)
+    mean, random = torch.stack(off).mean(0), torch.stack(allowed).mean(0) / 64**0.5
+    assert_within(mean, torch.zeros(1, 4, 1), random)
+
+
 def test_the_bounds_notice_one_missing_token(backend):
     """The checks above must fail where one token of 170 is left out."""
     case = given("paper-1.25-post")

@@ -158,7 +158,8 @@ inline void absorb_page(const AbsorbedQuery& query, const SlowPairs& slow,
       for (int v = 0; v < 4; ++v) {
         const F32 rest =
             load<F32>(sums + v * kVecLanes) * inverse[v % kQuadVecs] - to_float(code[v]);
-        code[v] = round_to_int(rest * kLowPerHigh);
+        // Channels past the 8-bit ones have no low terms, so the constant must lack them too.
+        code[v] = lane + v * kVecLanes < wide_lanes ? round_to_int(rest * kLowPerHigh) : I32{};
       }
       int8_t* low = out.low + d * query.lanes + lane;
       store_bytes(low, code);
