@@ -208,12 +208,22 @@ struct Window {
   int64_t head_stride;
   int rows;             // E
   const int32_t* lens;  // [B]
+  int sink_rows;  // leading rows that are slots 0, 1, ...; the others end before the queries or with them
+};
+
+// What a model does to the logits of its softmax, in addition to scaling them.
+struct LogitRules {
+  float softcap;       // a logit x becomes softcap * tanh(x / softcap); 0: it stays
+  const float* sinks;  // [Hq], one more logit of each query head, without a value; may be null
+  int window_size;     // a query at position p sees keys at positions > p - window_size; 0: all
+  const int32_t* query_position;  // [B], position of the first query; null without window_size
 };
 
 struct AttendParams {
   PackedKeys keys;
   Queries queries;
   Window window;
+  LogitRules rules;
   const uint8_t* v_pages;  // [P, v_page_bytes], as many as key pages
   DataType v_dtype;        // of values of 16 and 32 bits in v_pages
   bool causal;
@@ -221,7 +231,7 @@ struct AttendParams {
   // kNoSlot for none. May be null: token i of the pages is slot i.
   const int32_t* token_slots;  // [B, H, table_stride * 64] ascending
   void* out;                   // [B, Hq, L, D] in the queries' dtype
-  float* lse;                  // [B, Hq, L], natural logarithm
+  float* lse;                  // [B, Hq, L], natural logarithm, of sinks too
 };
 
 // Key sparsity: which packed tokens are worth attending. Queries q of a KV head (rows: its query

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "csrc/cpu/simd-inl.h"
+#include "kernels/machine/math.h"
 #include "kernels/params.h"
 
 #include "csrc/cpu/target_begin-inl.h"
@@ -23,6 +24,23 @@ inline F32 exp2(F32 v) {
   sum = sum * x + 6.931469671e-1f;
   sum = sum * x + 1.0f;
   return scale_by_power(sum, whole);
+}
+
+// Hyperbolic tangent, relative error below 1e-6.
+inline F32 tanh(F32 v) {
+  const F32 size = max(v, -v);
+  // Near zero an odd polynomial (that of Cephes): a difference of exponentials would cancel.
+  const F32 square = v * v;
+  F32 sum = splat(-5.70498872745e-3f);
+  sum = sum * square + 2.06390887954e-2f;
+  sum = sum * square - 5.37397155531e-2f;
+  sum = sum * square + 1.33314422036e-1f;
+  sum = sum * square - 3.33332819422e-1f;
+  const F32 near_zero = sum * square * v + v;
+  const F32 power = exp2(size * (-2 * kLog2E));  // e^(-2 |v|)
+  const F32 far = (1.0f - power) / (1.0f + power);
+  const F32 signed_far = v < 0.0f ? -far : far;
+  return size >= 0.625f ? signed_far : near_zero;  // a NaN stays one
 }
 
 inline F32 load_as_float(const void* data, DataType dtype, int64_t index) {

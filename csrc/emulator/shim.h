@@ -167,6 +167,7 @@ inline uint32_t ballot(bool predicate, uint32_t members = kWarp, Site site = Sit
 inline int count_bits(uint32_t bits) { return std::popcount(bits); }
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float log2_fast(float x) { return std::log2(x); }
+inline float reciprocal_fast(float x) { return 1.0f / x; }
 inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
 inline float square_root(float x) { return std::sqrt(x); }
 inline double round_double(double x) { return std::nearbyint(x); }

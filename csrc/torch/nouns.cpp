@@ -119,6 +119,32 @@ Window check_window(const Checker& check, const Layout& layout, const WindowTens
           given.lens.const_data_ptr<int32_t>()};
 }
 
+LogitRules check_rules(const Checker& check, const RuleTensors& given, int64_t num_query_heads,
+                       int64_t batch) {
+  // Bounds that neither vanish in a float nor leave its range where scores are in units of log2.
+  check.require(
+      given.softcap == 0 || (given.softcap >= 1e-30 && given.softcap <= 1e30),
+      "softcap must be 0, for none, or 1e-30 to 1e30, got " + std::to_string(given.softcap));
+  check.require(given.window_size >= 0 && given.window_size <= INT32_MAX,
+                "window_size must be 0, for none, or a positive 32-bit number, got " +
+                    std::to_string(given.window_size));
+  check.require(given.window_size == 0 || given.query_position.has_value(),
+                "query_position must be given with window_size");
+  LogitRules rules{};
+  rules.softcap = static_cast<float>(given.softcap);
+  rules.window_size = static_cast<int>(given.window_size);
+  if (given.sinks) {
+    check.tensor(*given.sinks, "sinks", at::kFloat, {num_query_heads});
+    check.finite(*given.sinks, "sinks");
+    rules.sinks = given.sinks->const_data_ptr<float>();
+  }
+  if (given.query_position) {
+    check.tensor(*given.query_position, "query_position", at::kInt, {batch});
+    rules.query_position = given.query_position->const_data_ptr<int32_t>();
+  }
+  return rules;
+}
+
 UnpackParams check_packed_tokens(const Checker& check, const Layout& layout,
                                  const at::Tensor& pages, const at::Tensor& page_table,
                                  int64_t slot, int64_t num_tokens) {

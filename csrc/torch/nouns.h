@@ -36,6 +36,13 @@ struct WindowTensors {
   const at::Tensor& lens;
 };
 
+struct RuleTensors {
+  double softcap;
+  const std::optional<at::Tensor>& sinks;
+  int64_t window_size;
+  const std::optional<at::Tensor>& query_position;
+};
+
 // The codec of one sequence, or of each sequence of a batch.
 KeyCodec check_codec(const Checker& check, const Layout& layout, const CodecTensors& given,
                      std::optional<int64_t> batch = std::nullopt);
@@ -50,6 +57,10 @@ Queries check_queries(const Checker& check, const Layout& layout, const at::Tens
 
 Window check_window(const Checker& check, const Layout& layout, const WindowTensors& given,
                     int64_t batch);
+
+// What a model does to its logits. Sinks on a CUDA device are not read: one that is not finite makes results NaN.
+LogitRules check_rules(const Checker& check, const RuleTensors& given, int64_t num_query_heads,
+                       int64_t batch);
 
 // Packed tokens that start at `slot` of one sequence.
 UnpackParams check_packed_tokens(const Checker& check, const Layout& layout,

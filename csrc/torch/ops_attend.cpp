@@ -19,31 +19,33 @@ std::tuple<at::Tensor, at::Tensor> attend(
     const std::optional<at::Tensor>& inv_freq, at::IntArrayRef layout_ints,
     const at::Tensor& v_pages, const std::optional<at::Tensor>& token_slots,
     const at::Tensor& window_keys, const at::Tensor& window_values, const at::Tensor& window_lens,
-    bool causal) {
+    bool causal, double softcap, const std::optional<at::Tensor>& sinks, int64_t window_size,
+    const std::optional<at::Tensor>& query_position) {
   const Checker check("svdq::attend", query);
   const Layout layout = check.layout(layout_ints);
   check.shape(k_pages, "k_pages", {-1, layout.k_page_bytes()});
   const DataType v_dtype = check.value_pool(v_pages, layout);
   Queries queries = check_queries(check, layout, query, sm_scale);
   const int64_t batch = query.size(0);
-  const PackedKeys keys = check_packed_keys(check, layout,
-                                            {k_pages,
-                                             page_table,
-                                             cache_seqlens,
-                                             first_position,
-                                             outlier_slots,
-                                             &outlier_keys,
-                                             sink_tokens,
-                                             {basis, scale, mean, post_mean, inv_freq}},
-                                            batch, std::min(k_pages.size(0), v_pages.size(0)));
-  const Window window =
-      check_window(check, layout, {window_keys, window_values, window_lens}, batch);
+  PackedKeys keys = check_packed_keys(check, layout,
+                                      {k_pages,
+                                       page_table,
+                                       cache_seqlens,
+                                       first_position,
+                                       outlier_slots,
+                                       &outlier_keys,
+                                       sink_tokens,
+                                       {basis, scale, mean, post_mean, inv_freq}},
+                                      batch, std::min(k_pages.size(0), v_pages.size(0)));
+  Window window = check_window(check, layout, {window_keys, window_values, window_lens}, batch);
+  window.sink_rows = keys.sink_tokens;
+  const LogitRules rules =
+      check_rules(check, {softcap, sinks, window_size, query_position}, queries.num_heads, batch);
   if (token_slots) {
     const int64_t slots = page_table.size(1) * kPageTokens;
     check.tensor(*token_slots, "token_slots", at::kInt, {batch, layout.num_heads(), slots});
-    check.require(sink_tokens == 0,
-                  "sink_tokens must be 0 with token_slots, got " + std::to_string(sink_tokens));
     check.slots(*token_slots, "token_slots", INT32_MAX);
+    keys.sink_tokens = 0;  // gathered pages do not hold them
   }
 
   const at::Tensor rows = query.contiguous();
@@ -58,6 +60,7 @@ std::tuple<at::Tensor, at::Tensor> attend(
           .keys = keys,
           .queries = queries,
           .window = window,
+          .rules = rules,
           .v_pages = static_cast<const uint8_t*>(v_pages.const_data_ptr()),
           .v_dtype = v_dtype,
           .causal = causal,
@@ -108,7 +111,9 @@ TORCH_LIBRARY_FRAGMENT(svdq, m) {
       " Tensor? first_position, Tensor? outlier_slots, Tensor? outlier_keys, int sink_tokens,"
       " Tensor basis, Tensor scale, Tensor mean, Tensor? post_mean, Tensor? inv_freq,"
       " int[] layout, Tensor v_pages, Tensor? token_slots, Tensor window_keys,"
-      " Tensor window_values, Tensor window_lens, bool causal) -> (Tensor out, Tensor lse)");
+      " Tensor window_values, Tensor window_lens, bool causal, float softcap=0.0,"
+      " Tensor? sinks=None, int window_size=0, Tensor? query_position=None)"
+      " -> (Tensor out, Tensor lse)");
   m.def(
       "merge(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)");
 }

@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <cmath>
 #include <string>
 #include <vector>
 
@@ -189,6 +190,15 @@ class Checker {
     for (int64_t i = 0; i < slots.numel(); ++i) {
       TORCH_CHECK_VALUE((data[i] >= 0 && data[i] < most) || data[i] == INT32_MAX, op_, ": ", name,
                         " must be 0 to ", most - 1, " or 2^31 - 1, got ", data[i]);
+    }
+  }
+
+  // Numbers are finite; they are read on the CPU alone.
+  void finite(const at::Tensor& numbers, const char* name) const {
+    if (!numbers.is_cpu()) return;
+    const float* data = numbers.const_data_ptr<float>();
+    for (int64_t i = 0; i < numbers.numel(); ++i) {
+      TORCH_CHECK_VALUE(std::isfinite(data[i]), op_, ": ", name, " must be finite, got ", data[i]);
     }
   }
 

@@ -11,6 +11,7 @@
 #pragma once
 
 #include "kernels/attend/accumulate.cuh"
+#include "kernels/attend/logit_rules.cuh"
 #include "kernels/attend/outliers.cuh"
 #include "kernels/attend/scores.cuh"
 #include "kernels/pages/page_stream.cuh"
@@ -107,16 +108,17 @@ attend_pages_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads) 
   const HeadPlan head = head_plan(heads, rows.head);
   const int dim = p.keys.layout.head_dim, split = block_y();
   const TokenSlots slots(p, rows);
+  const SlidingWindow sliding(p, rows);
 
   // Start to copy the keys of the first pages.
   const auto copy = [&](uint8_t* to, int64_t id, TokenRange) {
     copy_keys<typename Scores::Parts>(
         to, p.keys.pages + id * p.keys.layout.k_page_bytes + head.k_offset, head, kAttendThreads);
   };
-  PageStream stream(
-      p.keys, rows.sequence,
-      page_range(p.keys, rows.sequence, split, workspace.split_pages, workspace.max_pages),
-      {s.stages, workspace.stages, workspace.stage_bytes}, copy);
+  PageStream stream(p.keys, rows.sequence,
+                    page_range(p.keys, rows.sequence, split, workspace.split_pages,
+                               workspace.max_pages, sliding.first_slot()),
+                    {s.stages, workspace.stages, workspace.stage_bytes}, copy);
   stream.require(slots.valid());
 
   Scores scores(s.scores, p, workspace, rows, head);  // barriers before its use follow
@@ -129,7 +131,8 @@ attend_pages_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads) 
     const int page = stream.page();
 
     // Score the page by its codes.
-    float score[4];
+    float scored[1][4];
+    auto& score = scored[0];
     scores.score(stream.bytes(), page, score);
 
     // Patch the scores of outliers.
@@ -144,6 +147,8 @@ attend_pages_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads) 
       }
     });
 
+    cap_scores(p.rules, scored);
+
     // Mask tokens that are not valid.
     const TokenRange tokens = stream.tokens();
     SVDQ_UNROLL
@@ -151,6 +156,11 @@ attend_pages_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads) 
       const int token = warp_index() * kLanes + lane_index() / 4 + e / 2 * 8;
       if (!tokens.has(token) || (slots.given() && !slots.has(page, token))) score[e] = no_score();
     }
+
+    sliding.mask(
+        slots, page,
+        [](int, int e) { return warp_index() * kLanes + lane_index() / 4 + e / 2 * 8; },
+        [](int e) { return lane_index() % 4 * 2 + e % 2; }, scored);
 
     // Turn scores into probabilities.
     float factor[2];

@@ -13,6 +13,7 @@
 #include "kernels/attend/block.cuh"
 #include "kernels/attend/decode_scores.cuh"
 #include "kernels/attend/decode_values.cuh"
+#include "kernels/attend/logit_rules.cuh"
 
 namespace svdq::device {
 
@@ -101,18 +102,19 @@ attend_decode_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads)
 
   // Start to copy the warp's first pages.
   const TokenSlots slots(p, rows);
+  const SlidingWindow sliding(p, rows);
   const int key_bytes = Parts::bytes(head);
   const auto copy = [&](uint8_t* to, int64_t id, TokenRange) {
     uint8_t* values = copy_decode_keys<Parts>(
         to, p.keys.pages + id * p.keys.layout.k_page_bytes + head.k_offset, head);
     Values::copy(values, p.v_pages + id * p.keys.layout.v_page_bytes + head.v_offset, value);
   };
-  PageStream stream(
-      p.keys, rows.sequence,
-      page_range(p.keys, rows.sequence, split, workspace.split_pages, workspace.max_pages),
-      {s.stages + warp_index() * workspace.stages * workspace.stage_bytes, workspace.stages,
-       workspace.stage_bytes},
-      copy);
+  PageStream stream(p.keys, rows.sequence,
+                    page_range(p.keys, rows.sequence, split, workspace.split_pages,
+                               workspace.max_pages, sliding.first_slot()),
+                    {s.stages + warp_index() * workspace.stages * workspace.stage_bytes,
+                     workspace.stages, workspace.stage_bytes},
+                    copy);
   stream.require(slots.valid());
 
   Outliers outliers(p, rows, stream.page());
@@ -138,6 +140,8 @@ attend_decode_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads)
       }
     });
 
+    cap_scores(p.rules, score);
+
     // Mask tokens that are not valid, and clear their scales, which may be anything.
     const TokenRange tokens = stream.tokens();
     if (tokens.begin > 0 || tokens.end < kPageTokens) {
@@ -154,6 +158,10 @@ attend_decode_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads)
         score[i / 2][i % 2 * 2] = score[i / 2][i % 2 * 2 + 1] = no_score();
       }
     }
+
+    sliding.mask(
+        slots, page, [](int i, int e) { return decode_token(i) + e / 2; },
+        [](int e) { return lane_index() % 4 * 2 + e % 2; }, score);
 
     // Turn scores into probabilities.
     float factor[2], weight[2];

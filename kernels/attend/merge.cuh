@@ -12,9 +12,19 @@ struct MergePlan {
   float rotated[kMaxHeadDim];  // sum over the splits of pages
 };
 
+// Logit of the learned sink of this block's query head, in units of log2; -inf for none.
+SVDQ_DEVICE float learned_sink(const AttendParams& p) {
+  if (!p.rules.sinks) return no_score();
+  const int group = p.queries.num_heads / p.keys.layout.num_heads;
+  const int head = block_y() * group + block_x() / static_cast<int>(p.queries.length);
+  const float sink = load(&p.rules.sinks[head]) * kLog2E;
+  return sink - sink == 0.0f ? sink : not_a_number();
+}
+
 // Merges the splits of one query row of attend. Grid: x = query row of a KV head, y = KV head,
 // z = sequence. A split without keys has maximum -inf and its output is not read. Outputs of packed values are rotated,
-// those of the window are not: pages are summed first, and their sum is rotated back.
+// those of the window are not: pages are summed first, and their sum is rotated back. A learned sink is one more logit
+// of the query head, without a value; one that is not finite makes the row NaN.
 SVDQ_KERNEL(kMergeThreads) merge_splits_kernel(AttendParams p, AttendWorkspace workspace) {
   const int64_t sequence_head = int64_t{block_z()} * p.keys.layout.num_heads + block_y();
   const int64_t row = sequence_head * query_rows(p) + block_x();
@@ -23,11 +33,13 @@ SVDQ_KERNEL(kMergeThreads) merge_splits_kernel(AttendParams p, AttendWorkspace w
   const float* maxima = workspace.partial_max + slot * splits;
   const float* sums = workspace.partial_sum + slot * splits;
 
-  RowState state = empty_row();
+  const float sink = learned_sink(p);
+  RowState state = {sink, 0.0f};
   for (int i = 0; i < splits; ++i) {
     const float max = load(&maxima[i]);
     if (max > state.max) state.max = max;
   }
+  state.sum = probability(sink, state.max);
   for (int i = 0; i < splits; ++i) {
     const float weight = probability(load(&maxima[i]), state.max);
     if (weight != 0.0f) state.sum += weight * load(&sums[i]);

@@ -10,6 +10,7 @@
 
 #include "kernels/machine/fragments.cuh"
 #include "kernels/attend/block.cuh"
+#include "kernels/attend/logit_rules.cuh"
 #include "kernels/attend/tile_scores.cuh"
 #include "kernels/attend/tile_values.cuh"
 
@@ -28,6 +29,7 @@ attend_page_tiles_kernel(AttendParams p, AttendWorkspace workspace, HeadTable he
   const ValueLayout& value = head.value;
   const int split = block_y(), threads = tile_threads<kDim>(workspace.page_tiles);
   const TokenSlots slots(p, rows);
+  const SlidingWindow sliding(p, rows);
 
   // Start to copy the first pages.
   const int key_bytes = Parts::bytes(head);
@@ -39,10 +41,10 @@ attend_page_tiles_kernel(AttendParams p, AttendWorkspace workspace, HeadTable he
   };
   uint8_t* stages = shared + query_operand_bytes(workspace.page_tiles, workspace.query_steps) +
                     Scores::kSharedBytes;
-  PageStream stream(
-      p.keys, rows.sequence,
-      page_range(p.keys, rows.sequence, split, workspace.split_pages, workspace.max_pages),
-      {stages, workspace.stages, workspace.stage_bytes}, copy);
+  PageStream stream(p.keys, rows.sequence,
+                    page_range(p.keys, rows.sequence, split, workspace.split_pages,
+                               workspace.max_pages, sliding.first_slot()),
+                    {stages, workspace.stages, workspace.stage_bytes}, copy);
   stream.require(!Scores::kGathered || slots.valid());
 
   Scores scores(shared, p, workspace, rows, head, share);  // barriers before its use follow
@@ -80,6 +82,8 @@ attend_page_tiles_kernel(AttendParams p, AttendWorkspace workspace, HeadTable he
       }
     });
 
+    cap_scores(p.rules, score);
+
     // Mask tokens that are not valid.
     if (!whole) {
       SVDQ_UNROLL
@@ -93,6 +97,10 @@ attend_page_tiles_kernel(AttendParams p, AttendWorkspace workspace, HeadTable he
         if (!slots.has(page, score_token(i / 4, i % 4))) score[i / 4][i % 4] = no_score();
       }
     }
+
+    sliding.mask(
+        slots, page, [](int i, int e) { return score_token(i, e); },
+        [&](int e) { return share.pair * kWarpRows + lane_index() / 4 + e / 2 * 8; }, score);
 
     // Turn scores into probabilities.
     softmax_tiles(score, state, factor);
@@ -184,13 +192,14 @@ attend_window_tiles_kernel(AttendParams p, AttendWorkspace workspace) {
   query += share.pair * steps * kWarpSize;
 
   // The window that this thread's two query rows see.
+  const auto row_of = [&](int i) { return share.pair * kWarpRows + lane_index() / 4 + i * 8; };
   int visible[2];
   for (int i = 0; i < 2; ++i) {
-    const int64_t row = rows.first + share.pair * kWarpRows + lane_index() / 4 + i * 8;
-    visible[i] = p.causal ? length - static_cast<int>(p.queries.length - 1 - row % p.queries.length)
-                          : length;
+    const int64_t query = (rows.first + row_of(i)) % p.queries.length;
+    visible[i] = p.causal ? length - static_cast<int>(p.queries.length - 1 - query) : length;
     if (visible[i] > end) visible[i] = end;
   }
+  const SlidingWindow sliding(p, rows);
   const float unit = p.queries.sm_scale * kLog2E;
   RowState state[2] = {empty_row(), empty_row()};
   WindowTileValues<kDim, kType> values;
@@ -202,10 +211,23 @@ attend_window_tiles_kernel(AttendParams p, AttendWorkspace workspace) {
     float score[kTiles][4] = {}, factor[2];
     Matrix::template add_scores<typename Numbers16<kType>::Mma>(stage(first), query, steps, score);
     SVDQ_UNROLL
+    for (int i = 0; i < 4 * kTiles; ++i) score[i / 4][i % 4] *= unit;
+    cap_scores(p.rules, score);
+    SVDQ_UNROLL
     for (int i = 0; i < 4 * kTiles; ++i) {
       const int token = first + score_token(i / 4, i % 4);
-      float& x = score[i / 4][i % 4];
-      x = token < visible[i % 4 / 2] ? x * unit : no_score();
+      if (token >= visible[i % 4 / 2]) score[i / 4][i % 4] = no_score();
+    }
+    if (sliding.given()) {
+      SVDQ_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int first_row = sliding.first_window_row(row_of(half), length);
+        SVDQ_UNROLL
+        for (int i = 0; i < 2 * kTiles; ++i) {
+          const int e = half * 2 + i % 2;
+          if (first + score_token(i / 2, e) < first_row) score[i / 2][e] = no_score();
+        }
+      }
     }
     softmax_tiles(score, state, factor);
     values.add(stage(first) + kWindowStageBytes<kDim> / 2, ValueLayout{16, dim}, score, factor,

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/attend/block.cuh"
+#include "kernels/attend/logit_rules.cuh"
 
 namespace svdq::device {
 
@@ -15,9 +16,11 @@ struct WindowPlan {
   float factor[kRowTile];
 };
 
-// Scores of 16 tokens by one warp, whose lanes share the channels; tokens from `count` on get none.
-template <int kDim>
-SVDQ_DEVICE void score_rows(WindowPlan<kDim>& s, const AttendParams& p, int64_t first, int count) {
+// Scores of 16 tokens by one warp, whose lanes share the channels; tokens from `count` on get none. `finish` makes a
+// score of row, token and product.
+template <int kDim, typename Finish>
+SVDQ_DEVICE void score_rows(WindowPlan<kDim>& s, const AttendParams& p, int64_t first, int count,
+                            const Finish& finish) {
   const int dim = p.keys.layout.head_dim, lane = lane_index();
   for (int t = warp_index() * kLanes; t < (warp_index() + 1) * kLanes; ++t) {
     float products[kRowTile] = {};
@@ -27,7 +30,7 @@ SVDQ_DEVICE void score_rows(WindowPlan<kDim>& s, const AttendParams& p, int64_t 
       for (int row = 0; row < kRowTile; ++row) products[row] += key * load(&s.query[row][d]);
     }
     const float sum = sum_rows(products);
-    if (lane % 4 == 0) store(&s.score[lane / 4][t], sum);
+    if (lane % 4 == 0) store(&s.score[lane / 4][t], finish(lane / 4, t, sum));
   }
 }
 
@@ -55,6 +58,7 @@ attend_window_kernel(AttendParams p, AttendWorkspace workspace) {
     const int64_t query = (rows.first + column + i) % p.queries.length;
     visible[i] = p.causal ? length - static_cast<int>(p.queries.length - 1 - query) : length;
   }
+  const SlidingWindow sliding(p, rows);
 
   RowState state[2] = {empty_row(), empty_row()};
   WindowValues<kDim> values;
@@ -63,7 +67,12 @@ attend_window_kernel(AttendParams p, AttendWorkspace workspace) {
   for (int first = begin; first < end; first += kPageTokens) {
     const int count = end - first < kPageTokens ? end - first : kPageTokens;
     sync_threads();
-    score_rows(s, p, base + int64_t{first} * dim, count);
+    // Cap scores and mask what lies before the sliding window as they are stored: that takes fewest registers.
+    score_rows(s, p, base + int64_t{first} * dim, count, [&](int row, int token, float score) {
+      if (sliding.given() && first + token < sliding.first_window_row(row, length))
+        return no_score();
+      return cap_score(p.rules, score);
+    });
     sync_warp();
     float score[4], factor[2];
     for (int e = 0; e < 4; ++e) {

@@ -10,7 +10,7 @@
 //   commit_copies(), wait_copies<N>()          close a group; wait until N groups are in flight
 //   sync_threads, sync_warp, shuffle, shuffle_xor, shuffle_down, ballot, count_bits
 //   add_shared(p, n)                           adds to a count in shared memory that others add to
-//   exp2_fast, log2_fast, fused, square_root, sine_cosine, round_double, round_to_int
+//   exp2_fast, log2_fast, reciprocal_fast, fused, square_root, sine_cosine, round_double, round_to_int
 //   conversions of half and bfloat16, pack_half2, half2_fma, half2_max,
 //   permute_bytes, dot4, sine_cosine_fast
 //   SVDQ_DEVICE_CHECK(condition)               checked under emulation, nothing otherwise
@@ -139,6 +139,11 @@ SVDQ_DEVICE float exp2_fast(float x) {
   return y;
 }
 SVDQ_DEVICE float log2_fast(float x) { return __log2f(x); }
+SVDQ_DEVICE float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 // a * b + c rounded once, whatever the compiler would make of it.
 SVDQ_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 SVDQ_DEVICE float square_root(float x) { return __fsqrt_rn(x); }

@@ -12,6 +12,8 @@ namespace svdq::device {
 
 SVDQ_DEVICE float no_score() { return int_as_float(0xff800000u); }  // -inf
 
+SVDQ_DEVICE float not_a_number() { return int_as_float(0x7fc00000u); }
+
 struct RowState {
   float max;
   float sum;

@@ -23,13 +23,15 @@ struct PageRange {
   bool valid;
 };
 
-// `split_pages` pages from `split` * `split_pages` on; the table has room for `max_pages`.
+// `split_pages` pages from `split` * `split_pages` on, those before slot `first_slot` left out; the table has room
+// for `max_pages`.
 SVDQ_DEVICE PageRange page_range(const PackedKeys& keys, int sequence, int split, int split_pages,
-                                 int max_pages) {
+                                 int max_pages, int first_slot) {
   const int length = load(&keys.cache_seqlens[sequence]);
   const bool valid = length >= 0 && length <= max_pages * kPageTokens;
   int first = split * split_pages, last = first + split_pages;
   if (first < keys.sink_tokens / kPageTokens) first = keys.sink_tokens / kPageTokens;
+  if (first < first_slot / kPageTokens) first = first_slot / kPageTokens;
   if (last > page_count(length)) last = page_count(length);
   if (keys.sink_tokens >= length || !valid) last = 0;
   return {first, last, length, valid};

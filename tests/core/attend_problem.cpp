@@ -55,6 +55,27 @@ AttendProblem::AttendProblem(const AttendCase& c, uint64_t stream)
   if (c_.gathered) make_token_slots(random);
   make_pages(random);
   if (c_.outliers) make_outliers(random);
+  if (c_.sinks) {
+    for (int i = 0; i < num_qo_heads(); ++i)
+      sinks_.push_back(static_cast<float>(2 + random.normal()));
+  }
+  for (int b = 0; b < batch(); ++b)
+    query_positions_.push_back(static_cast<int32_t>(first_position(b) + query_slot(b, 0)));
+}
+
+int64_t AttendProblem::query_slot(int b, int i) const {
+  int64_t packed = std::max(cache_seqlens_[b], c_.sink_tokens);
+  if (c_.gathered) {  // after all that the tokens come from
+    for (int h = 0; h < num_heads(); ++h) {
+      for (int t = 0; t < cache_seqlens_[b]; ++t) packed = std::max(packed, slot_of(b, h, t) + 1);
+    }
+  }
+  return packed - c_.sink_tokens + window_lens_[b] - (c_.causal ? c_.q_len : 0) + i;
+}
+
+int64_t AttendProblem::window_slot(int b, int e) const {
+  if (e < c_.sink_tokens) return e;
+  return query_slot(b, 0) + (c_.causal ? c_.q_len : 0) - window_lens_[b] + e;
 }
 
 void AttendProblem::make_basis(Random& random) {
@@ -121,7 +142,12 @@ void AttendProblem::run(const Backend& backend, const Executor& executor) {
     p.keys.num_outliers = outlier_room_;
   }
   p.token_slots = c_.gathered ? token_slots_.data() : nullptr;
-  p.keys.sink_tokens = c_.sink_tokens;
+  p.keys.sink_tokens = skipped();
+  p.window.sink_rows = c_.sink_tokens;
+  p.rules.softcap = c_.softcap;
+  p.rules.sinks = c_.sinks ? sinks_.data() : nullptr;
+  p.rules.window_size = c_.window_size;
+  p.rules.query_position = query_positions_.data();
   p.queries.sm_scale = sm_scale_;
   p.causal = c_.causal;
   p.out = out_.data();
@@ -217,6 +243,15 @@ AttendProblem::Seen AttendProblem::window_token(int b, int h, int e, const Row& 
   return seen;
 }
 
+void AttendProblem::cap(Seen& seen) const {
+  if (c_.softcap == 0) return;
+  const double softcap = static_cast<double>(c_.softcap), share = std::tanh(seen.score / softcap);
+  // The slope is 1 at most, and an error changes it by less than this. tanh is off by 1e-6, its argument rounded.
+  seen.error *= std::min(1 - share * share + 0.8 * seen.error / softcap, 1.0);
+  seen.error += 2e-6 * softcap * std::fabs(share);
+  seen.score = softcap * share;
+}
+
 Attended AttendProblem::expected(int b, int query_head, int i) const {
   const int h = query_head / c_.group;
   Row query(c_.head_dim);
@@ -224,10 +259,18 @@ Attended AttendProblem::expected(int b, int query_head, int i) const {
     query[d] = read_number(&query_[(query_at(b, query_head, i) + d) * size_of(c_.dtype)], c_.dtype);
   }
   std::vector<Seen> seen;
-  for (int s = c_.sink_tokens; s < cache_seqlens_[b]; ++s)
-    if (slot_of(b, h, s) >= 0) seen.push_back(packed(b, h, s, query));
+  for (int s = skipped(); s < cache_seqlens_[b]; ++s) {
+    const int64_t slot = slot_of(b, h, s);
+    if (slot >= 0 && in_window(b, i, slot)) seen.push_back(packed(b, h, s, query));
+  }
   const int visible = c_.causal ? window_lens_[b] - (c_.q_len - 1 - i) : window_lens_[b];
-  for (int e = 0; e < visible; ++e) seen.push_back(window_token(b, h, e, query));
+  for (int e = 0; e < visible; ++e)
+    if (in_window(b, i, window_slot(b, e))) seen.push_back(window_token(b, h, e, query));
+  for (Seen& token : seen) cap(token);
+  if (c_.sinks) {  // one more token, without a value
+    const double sink = static_cast<double>(sinks_[query_head]);
+    seen.push_back({sink, 0, Row(c_.head_dim), -1, {}, 0, 0});
+  }
 
   Attended result{Row(c_.head_dim), Row(c_.head_dim), -std::numeric_limits<double>::infinity(), 0};
   if (seen.empty()) return result;

@@ -31,6 +31,9 @@ struct AttendCase {
   int outliers = 0;  // keys of each head and sequence that are held uncompressed too
   // Pages are gathered: each head's tokens come from slots of their own, or from none.
   bool gathered = false;
+  float softcap = 0;    // 0: none
+  bool sinks = false;   // learned
+  int window_size = 0;  // 0: all
   // Folded rows that int8 represents exactly, so that scores are exact up to float rounding.
   bool exact_folding = false;
 };
@@ -106,6 +109,17 @@ class AttendProblem {
   void make_token_slots(Random& random);
   // Slot of token `token` of the pages, which determines its position; -1 if it has none.
   int64_t slot_of(int b, int h, int token) const;
+  // Leading slots of the pages that are sinks, which gathered pages do not hold.
+  int skipped() const { return c_.gathered ? 0 : c_.sink_tokens; }
+  // Slot that query i would have, and that the window's token e has.
+  int64_t query_slot(int b, int i) const;
+  int64_t window_slot(int b, int e) const;
+  // True if query i of sequence b has this slot in its sliding window.
+  bool in_window(int b, int i, int64_t slot) const {
+    return c_.window_size == 0 || slot > query_slot(b, i) - c_.window_size;
+  }
+  // Applies the softcap to a score and its error.
+  void cap(Seen& seen) const;
   // Index of a slot's uncompressed key in outlier_keys_, -1 if it has none.
   int64_t outlier_at(int b, int h, int slot) const;
   void make_basis(Random& random);
@@ -140,10 +154,10 @@ class AttendProblem {
       out_;
   int outlier_room_ = 0;
   std::vector<int32_t> outlier_slots_, token_slots_, table_, cache_seqlens_, window_lens_,
-      first_positions_;
+      first_positions_, query_positions_;
   int64_t table_stride_ = 0, window_batch_stride_ = 0, window_head_stride_ = 0;
   std::vector<uint16_t> basis_;
-  std::vector<float> scale_, mean_, post_mean_, lse_;
+  std::vector<float> scale_, mean_, post_mean_, lse_, sinks_;
   float sm_scale_;
 };
 

@@ -76,7 +76,7 @@ void AttendProblem::make_pages(Random& random) {
   v_pages_.resize((2 * pages + 1) * layout_.v_page_bytes(), 0xff);
   random.fill(k_pages_);
   for (int b = 0; b < batch(); ++b) {
-    for (int slot = c_.sink_tokens; slot < cache_seqlens_[b]; ++slot) {
+    for (int slot = skipped(); slot < cache_seqlens_[b]; ++slot) {
       for (int h = 0; h < num_heads(); ++h) {
         const HeadPlan& head = layout_.view().heads[h];
         uint8_t* page =

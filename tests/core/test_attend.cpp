@@ -230,6 +230,68 @@ TEST_P(Attend, GatheredPages) {
   }
 }
 
+// What models do to their logits. Scores are a few units.
+TEST_P(Attend, SoftcapsAndLearnedSinks) {
+  uint64_t stream = 12000;
+  for (float softcap : {0.0f, 0.5f, 3.0f, 1e4f}) {
+    for (int v_bits : {3, 16}) {
+      AttendCase c;
+      c.softcap = softcap;
+      c.sinks = true;
+      c.outliers = 5;
+      c.v_bits = v_bits;
+      c.window_dtype = v_bits == 16 ? DataType::kBFloat16 : DataType::kFloat32;
+      c.q_len = 3;
+      c.group = 3;
+      check_all("softcap", c, stream += 10);
+    }
+  }
+  AttendCase c;
+  c.sinks = true;
+  c.cache_seqlens = {0, 7};
+  c.window_lens = {2, 9};
+  c.q_len = 4;  // the first two queries see their sink alone
+  check_all("sinks alone", c, stream += 10);
+}
+
+// Windows that end in the window, at its start, in its sinks, in pages and before all tokens.
+TEST_P(Attend, SlidingWindows) {
+  uint64_t stream = 13000;
+  for (int size : {1, 5, 9, 40, 75, 128, 134, 1000}) {
+    for (int q_len : {1, 5}) {
+      for (bool gathered : {false, true}) {
+        AttendCase c;
+        c.window_size = gathered ? 100 * size : size;
+        c.gathered = gathered;
+        c.softcap = 3.0f;
+        c.sinks = q_len == 1;
+        c.q_len = q_len;
+        c.sink_tokens = 4;
+        c.window_lens = {9, 6};
+        c.first_positions = {0, 3000};
+        c.v_bits = q_len == 1 ? 4 : 16;
+        c.window_dtype = q_len == 1 ? DataType::kFloat32 : DataType::kFloat16;
+        check_all("sliding window", c, stream += 10);
+      }
+    }
+  }
+  // Sequences begin at other blocks, of many splits.
+  AttendCase c;
+  c.bands = {{{0, 8, 4, 0}}};
+  c.cache_seqlens = {4097, 1500, 40};
+  c.window_lens = {70, 1, 9};
+  c.window_size = 1300;
+  c.first_positions = {3, 90000, 0};
+  check_all("long", c, stream += 10);
+  c.q_len = 67;  // more query rows than a task has
+  c.cache_seqlens = {400};
+  c.window_lens = {80};
+  c.first_positions = {3};
+  c.window_size = 100;
+  c.causal = false;  // some rows see nothing
+  check_all("many queries", c, stream += 10);
+}
+
 TEST_P(Attend, EverySeed) {
   for (uint64_t stream = 10000; stream < 10005; ++stream)
     check_all("seed", AttendCase(), stream * 4);

@@ -141,11 +141,8 @@ def test_new_tokens_are_for_the_attention_alone(use):
 @pytest.mark.parametrize(
     "kwargs",
     [
-        {"softcap": 30.0},
-        {"s_aux": torch.zeros(4)},
         {"head_mask": torch.ones(4)},
         {"position_bias": torch.ones(4)},
-        {"sliding_window": 32},
         {"is_causal": False},
         {"dropout": 0.1},
         {"output_attentions": True},

@@ -55,6 +55,9 @@ AttendAnswer attend_on_device(const AttendParams& host, const gpu::AttendTiling*
              inv_freq = upload(host.keys.codec.rope.inv_freq, host.keys.codec.rope.rotary_pairs);
   const auto first =
       upload(host.keys.first_position, host.keys.first_position ? host.keys.batch : 0);
+  const auto sinks = upload(host.rules.sinks, host.rules.sinks ? host.queries.num_heads : 0);
+  const auto query_position =
+      upload(host.rules.query_position, host.rules.query_position ? host.keys.batch : 0);
   const auto token_slots =
       upload(host.token_slots, host.token_slots ? heads * host.keys.table_stride * kPageTokens : 0);
   const auto window_keys = upload(static_cast<const uint8_t*>(host.window.keys),
@@ -86,6 +89,8 @@ AttendAnswer attend_on_device(const AttendParams& host, const gpu::AttendTiling*
       host.keys.num_outliers ? as(host.keys.outlier_slots, outlier_slots) : nullptr;
   p.keys.outlier_keys = host.keys.num_outliers ? outlier_keys.data() : nullptr;
   p.token_slots = host.token_slots ? as(host.token_slots, token_slots) : nullptr;
+  p.rules.sinks = host.rules.sinks ? as(host.rules.sinks, sinks) : nullptr;
+  p.rules.query_position = as(host.rules.query_position, query_position);
   p.window.keys = window_keys.data();
   p.window.values = window_values.data();
   p.window.lens = as(host.window.lens, window_lens);

@@ -38,16 +38,52 @@ class AttendReference {
     for (int d = 0; d < dim; ++d)
       query[d] = number(p_.queries.data, p_.queries.dtype, at * dim + d);
     std::vector<SeenKey> seen;
-    for (int slot = p_.keys.sink_tokens; slot < p_.keys.cache_seqlens[b]; ++slot)
-      if (slot_of(b, h, slot) != kNoSlot) seen.push_back(packed(b, h, slot, query));
-    const int64_t hidden = p_.causal ? p_.queries.length - 1 - r % p_.queries.length : 0;
-    for (int64_t e = 0; e < p_.window.lens[b] - hidden; ++e) seen.push_back(exact(b, h, e, query));
+    const int64_t i = r % p_.queries.length, least = oldest_slot(b, i);
+    for (int slot = p_.keys.sink_tokens; slot < p_.keys.cache_seqlens[b]; ++slot) {
+      const int from = slot_of(b, h, slot);
+      if (from != kNoSlot && from >= least) seen.push_back(packed(b, h, slot, query));
+    }
+    const int64_t hidden = p_.causal ? p_.queries.length - 1 - i : 0;
+    for (int64_t e = 0; e < p_.window.lens[b] - hidden; ++e)
+      if (window_slot(b, e) >= least) seen.push_back(exact(b, h, e, query));
+    for (SeenKey& key : seen) cap(key);
+    if (p_.rules.sinks) {  // one more key, without a value
+      const int64_t group = p_.queries.num_heads / p_.keys.layout.num_heads;
+      const float sink = p_.rules.sinks[h * group + r / p_.queries.length];
+      seen.push_back({double{sink}, 0, reference::Row(dim), 0, 0});
+    }
     return combine(seen);
   }
 
  private:
   static double number(const void* data, DataType dtype, int64_t index) {
     return read_number(static_cast<const uint8_t*>(data) + index * size_of(dtype), dtype);
+  }
+
+  int64_t first_position(int b) const {
+    return p_.keys.first_position ? p_.keys.first_position[b] : 0;
+  }
+
+  // First slot in the sliding window of query i.
+  int64_t oldest_slot(int b, int64_t i) const {
+    if (p_.rules.window_size == 0) return std::numeric_limits<int64_t>::min();
+    return p_.rules.query_position[b] + i - p_.rules.window_size + 1 - first_position(b);
+  }
+
+  // Slot of the window's token e: sinks, then those that end with the queries or just before them.
+  int64_t window_slot(int b, int64_t e) const {
+    if (e < p_.window.sink_rows) return e;
+    const int64_t end = p_.rules.query_position[b] + (p_.causal ? p_.queries.length : 0);
+    return end - first_position(b) - p_.window.lens[b] + e;
+  }
+
+  void cap(SeenKey& seen) const {
+    if (p_.rules.softcap == 0.0f) return;
+    const double softcap = double{p_.rules.softcap}, share = std::tanh(seen.score / softcap);
+    // The slope is 1 at most, and an error changes it by less than this; tanh is off by 1e-6.
+    seen.error *= std::min(1 - share * share + 0.8 * seen.error / softcap, 1.0);
+    seen.error += 2e-6 * softcap * std::fabs(share);
+    seen.score = softcap * share;
   }
 
   // Slot of token `token` of the pages, which says its position.

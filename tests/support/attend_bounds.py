@@ -34,15 +34,16 @@ smallest normal half.
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cuda_support import runs_on_cuda
 from support import FLOAT_ERROR, ROUNDING, Cache
 from svdq import _C, reference
-from svdq.layout import NO_SLOT, PAGE_TOKENS
+from svdq.layout import PAGE_TOKENS
 
 SIGMAS = 6
 EXP2_ERROR = 1e-6  # relative error of the backends' 2^x
+TANH_ERROR = 2e-6  # relative, with the roundings of its argument and its result
 PROBABILITY_STEPS = 255
 HALF_TURN = (PAGE_TOKENS - 1) / 2  # from a page's middle to its ends
 HALF_VARIANCE = 2.0**-20 / 12  # of a rounded half, as a share of its square
@@ -217,7 +218,8 @@ def score_errors(cache: Cache, b: int, h: int, query: Tensor, codes: Tensor) -> 
 def value_errors(cache: Cache, b: int, h: int, p: Tensor) -> Tensor:
     """Bound on the errors of outputs from rounding probabilities p [g, L, n] of packed slots."""
     layout = cache.layout
-    slots = cache.sink_tokens + p.shape[-1]
+    skip = reference.skipped_slots(cache.packed)
+    slots = skip + p.shape[-1]
     total = torch.zeros(*p.shape[:2], layout.head_dim, dtype=torch.float64)
     if not layout.packs_values or p.shape[-1] == 0:
         return total
@@ -225,9 +227,9 @@ def value_errors(cache: Cache, b: int, h: int, p: Tensor) -> Tensor:
     scale, codes = reference.scales_of(parts[0][h]), parts[1][h].double()
     # What rounding a probability times its scale moves the output by: multiples of these rows.
     rows = (codes - (2.0 ** layout.v_bits[h] - 1) / 2) @ reference.rotation(layout.head_dim)
-    padded = torch.cat([torch.zeros(*p.shape[:2], cache.sink_tokens).double(), p], dim=-1)
+    padded = torch.cat([torch.zeros(*p.shape[:2], skip).double(), p], dim=-1)
     for start in range(0, slots, PAGE_TOKENS):
-        page = slice(max(start, cache.sink_tokens), start + PAGE_TOKENS)
+        page = slice(max(start, skip), start + PAGE_TOKENS)
         if page.start >= min(page.stop, slots):
             continue
         if uses_halves():
@@ -245,39 +247,65 @@ def value_errors(cache: Cache, b: int, h: int, p: Tensor) -> Tensor:
     return total
 
 
+def capped(scores: Tensor, softcap: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores after a softcap, its slope at them, and the error of computing it."""
+    if not softcap:
+        return scores, torch.ones_like(scores), torch.zeros_like(scores)
+    share = (scores / softcap).tanh()
+    # The share's argument is rounded a few times, and moves it by no more than it is.
+    return softcap * share, 1 - share.square(), TANH_ERROR * softcap * share.abs()
+
+
 def expect(cache: Cache, query: Tensor) -> Expected:
     """Reference attention of ``query`` [B, Hq, L, D], exact in float64, with bounds."""
     out, lse = reference.attend(query.double(), **cache.kwargs())
     out_error, lse_error = torch.zeros_like(out), torch.zeros_like(lse)
     q_len, group = query.shape[2], query.shape[1] // cache.layout.num_kv_heads
     for b in range(query.shape[0]):
-        packed = max(int(cache.cache_seqlens[b]) - cache.sink_tokens, 0)
+        skip = reference.skipped_slots(cache.packed)
+        packed = max(int(cache.cache_seqlens[b]) - skip, 0)
         length = int(cache.window_lens[b])
-        at = (cache.layout, cache.page_table[b], cache.sink_tokens, packed)
+        at = (cache.layout, cache.page_table[b], skip, packed)
         codes = reference.unpack_codes(cache.k_pages, *at).double()
         keys = reference.packed_keys(cache.packed, b)
         is_outlier = torch.zeros(cache.layout.num_kv_heads, packed, dtype=torch.bool)
         if cache.outlier_slots is not None:
-            tokens = cache.outlier_slots[b] - cache.sink_tokens
+            tokens = cache.outlier_slots[b] - skip
             for h, own in enumerate(tokens):
                 is_outlier[h, own[(own >= 0) & (own < packed)].long()] = True
         values = reference.unpack_values(cache.v_pages, *at)
-        every = reference.visible_tokens(q_len, packed, length, cache.causal)
-        for h in range(cache.layout.num_kv_heads):
-            seen = every.clone()
-            if cache.token_slots is not None:
-                seen[:, :packed] &= cache.token_slots[b, h, :packed] < NO_SLOT
+        every = reference.visible_tokens(
+            q_len,
+            cache.packed,
+            b,
+            length,
+            causal=cache.causal,
+            window_size=cache.rules.window_size,
+            query_position=cache.query_position,
+        )
+        for h, seen in enumerate(every):
             heads = slice(h * group, (h + 1) * group)
             q = query[b, heads].double()
             k = torch.cat([keys[h], cache.window_keys[b, h, :length].double()])
             v = torch.cat([values[h], cache.window_values[b, h, :length]]).double()
-            scores = (q @ k.T * cache.sm_scale).masked_fill(~seen, -torch.inf)
+            scores, slope, capping = capped(q @ k.T * cache.sm_scale, cache.rules.softcap)
+            scores = scores.masked_fill(~seen, -torch.inf)
             o, total = out[b, heads], lse[b, heads]
+            if cache.rules.sinks is not None:  # one more token, without a value
+                sink = cache.rules.sinks[heads].double()[:, None, None].expand(-1, q_len, 1)
+                scores = torch.cat([scores, sink], dim=-1)
+                k, v = (nn.functional.pad(x, (0, 0, 0, 1)) for x in (k, v))
+                slope, capping = (nn.functional.pad(x, (0, 1)) for x in (slope, capping))
             p = (scores - total[..., None]).exp().nan_to_num(nan=0.0)
             lengths = q.norm(dim=-1)[..., None] * k.norm(dim=-1)
             error = SIGMAS * cache.layout.head_dim**0.5 * FLOAT_ERROR * lengths * cache.sm_scale
             codes_error = score_errors(cache, b, h, q, codes)
             error[..., :packed] += codes_error.masked_fill(is_outlier[h], 0.0)
+            if (
+                cache.rules.softcap
+            ):  # a slope of 1 at most, which an error changes by less than this
+                error *= (slope + 0.8 * error / cache.rules.softcap).clamp(max=1)
+                error += capping
             error += EXP2_ERROR + 4 * FLOAT_ERROR * scores.abs().nan_to_num(posinf=0.0)
             shift = torch.log1p((p * error.expm1()).sum(-1))
             spread = (v - o[..., None, :]).abs()  # [g, L, n, D]

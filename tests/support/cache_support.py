@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
     GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     PhiConfig,
@@ -52,6 +54,14 @@ CONFIGS = {
     "phi": PhiConfig(**SIZES, num_key_value_heads=4, partial_rotary_factor=0.5),
     "gpt_neox": GPTNeoXConfig(**SIZES, rotary_pct=0.25),
 }
+# Families that transformers' "sdpa" refuses for what they do to their logits: "eager" is right.
+SLIDING = {"sliding_window": 48, "layer_types": ["sliding_attention", "full_attention"]}
+RULED_CONFIGS = {
+    "gemma2": Gemma2Config(
+        **SIZES, **GQA, **SLIDING, attn_logit_softcapping=5.0, query_pre_attn_scalar=64
+    ),
+    "gpt_oss": GptOssConfig(**SIZES, **GQA, **SLIDING, num_local_experts=4, num_experts_per_tok=2),
+}
 # All channels at 8 bits and exact values: as near to the full cache as packed pages come.
 FINE = {"schedule": [8], "v_bits": "exact"}
 
@@ -61,11 +71,14 @@ def make_model(
 ) -> PreTrainedModel:
     """A random model of a family; the same weights every time."""
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family], attn_implementation=attention)
+    config = (CONFIGS | RULED_CONFIGS)[family]
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     # Random weights of the usual scale give all but uniform attention; larger ones look somewhere.
     for name, parameter in model.named_parameters():
         if "q_proj" in name or "k_proj" in name or "query_key_value" in name:
             parameter.data *= 4
+        if "sinks" in name:  # initialized to about 0
+            parameter.data += torch.arange(len(parameter))
     return model.to(dtype).eval()
 
 

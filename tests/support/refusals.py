@@ -8,7 +8,7 @@ import torch
 
 from svdq import ops
 from svdq.layout import PageLayout
-from svdq.ops import KeyCodec, PackedKeys, Window
+from svdq.ops import KeyCodec, LogitRules, PackedKeys, Window
 
 
 class Bits(PageLayout):
@@ -60,6 +60,7 @@ def call(op, args):
         args.setdefault("cache_seqlens", None)
         args["packed"] = noun(PackedKeys, args)
     if op == "attend":
+        args["rules"] = noun(LogitRules, args)
         args["window"] = Window(*(args[f"window_{name}"] for name in ("keys", "values", "lens")))
     taken = inspect.signature(getattr(ops, op)).parameters
     return getattr(ops, op)(**{name: x for name, x in args.items() if name in taken})

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from svdq import reference
 from svdq.layout import PageLayout, pages_of
-from svdq.ops import KeyCodec, PackedKeys, Window
+from svdq.ops import NO_RULES, KeyCodec, LogitRules, PackedKeys, Window
 
 FLOAT_ERROR = 2.0**-24  # relative rounding error of float32
 ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -124,6 +124,8 @@ class Cache:
     outlier_slots: Tensor | None = None
     outlier_keys: Tensor | None = None
     token_slots: Tensor | None = None
+    rules: LogitRules = NO_RULES
+    query_position: Tensor | None = None
 
     @property
     def codec(self) -> KeyCodec:
@@ -156,12 +158,15 @@ class Cache:
             "window": self.window,
             "sm_scale": self.sm_scale,
             "causal": self.causal,
+            "rules": self.rules,
+            "query_position": self.query_position,
         }
 
     def flat(self) -> dict[str, Any]:
         """Arguments of ``torch.ops.svdq.attend`` by the names of its schema."""
-        scalars = {"sm_scale": self.sm_scale, "causal": self.causal}
-        return {**self.packed.flat(), **self.window.flat(), **scalars}
+        others = {"sm_scale": self.sm_scale, "causal": self.causal}
+        others["query_position"] = self.query_position
+        return {**self.packed.flat(), **self.window.flat(), **self.rules.flat(), **others}
 
     def but(self, **changes) -> "Cache":
         """This cache with some fields replaced."""

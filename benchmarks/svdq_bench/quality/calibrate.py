@@ -56,7 +56,7 @@ def measure_profile(
         demands: dict[int, Demand] = {}
         for layer in cache.svdq_layers:  # they tell their spectra and wait for an answer
             layer.allocate = functools.partial(_note, demands, layer.index)
-        cache.prefill_from(prefix.cache, prefix.query_energy, prefix.samples)
+        cache.prefill_from(prefix.cache, prefix.query_energy, prefix.samples, prefix.rules)
         if len(demands) < len(cache.svdq_layers):
             raise ValueError(f"a prompt of {window.shape[1]} tokens is too short to fit a basis")
         spectra = {i: demand.spectrum.cpu() for i, demand in demands.items()}

@@ -197,7 +197,7 @@ class CacheSettings:
     def compress(self, prefix: Prefix) -> SVDqCache:
         """A new cache of a context that was read exactly."""
         cache = self.make_cache(prefix.config)
-        cache.prefill_from(prefix.cache, prefix.query_energy, prefix.samples)
+        cache.prefill_from(prefix.cache, prefix.query_energy, prefix.samples, prefix.rules)
         return cache
 
     def columns(self) -> dict:

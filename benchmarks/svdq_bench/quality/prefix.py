@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from svdq import cache_argument, sample_positions
+from svdq.hf.attention import svdq_attention
+from svdq.hf.logit_rules import logit_rules
+from svdq.ops import LogitRules
 from svdq_bench.quality.implementation import attention
 from svdq_bench.quality.models import check_length
 
@@ -31,6 +33,7 @@ class _Recording:
     energies: dict[int, Tensor] = field(default_factory=dict)
     queries: dict[int, Tensor] = field(default_factory=dict)
     samples: dict[int, Tensor] = field(default_factory=dict)
+    rules: dict[int, LogitRules] = field(default_factory=dict)
 
 
 _recording: ContextVar[_Recording | None] = ContextVar("recording of queries", default=None)
@@ -51,6 +54,7 @@ class Prefix:
     queries : by layer, [Hq, N, D], queries of the positions that were asked for, rotated and times
         the softmax scale.
     samples : the same of the positions that :func:`svdq.sample_positions` names.
+    rules : by layer, what the model does to its logits.
     """
 
     config: PretrainedConfig
@@ -59,6 +63,7 @@ class Prefix:
     first: Tensor
     queries: dict[int, Tensor] = field(default_factory=dict)
     samples: dict[int, Tensor] = field(default_factory=dict)
+    rules: dict[int, LogitRules] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -144,7 +149,9 @@ def read_prefix(
     ]
     if all(energy is None for energy in query_energy):
         raise ValueError(f"{model.config.model_type!r} has no full-attention layer to compress")
-    return Prefix(model.config, cache, query_energy, first, record.queries, record.samples)
+    return Prefix(
+        model.config, cache, query_energy, first, record.queries, record.samples, record.rules
+    )
 
 
 def fork(cache: DynamicCache, keys: dict[int, Tensor] | None = None) -> DynamicCache:
@@ -182,7 +189,7 @@ def _record(positions: Sequence[int]) -> Iterator[_Recording]:
 def _recording_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """transformers' ``sdpa`` that notes what is asked of the queries [1, Hq, T, D] it is given."""
+    """Exact attention that notes what is asked of the queries [1, Hq, T, D] it is given."""
     record = _recording.get()
     if record is None:
         raise RuntimeError(f"{RECORDING!r} attention is for read_prefix alone")
@@ -193,8 +200,9 @@ def _recording_attention(
         record.queries[module.layer_idx] = query[0, :, record.positions] * scaling
     some = sample_positions(query.shape[2])
     record.samples[module.layer_idx] = query[0, :, some] * scaling
+    record.rules[module.layer_idx] = logit_rules(query, kwargs)
     record.energies[module.layer_idx] = energy.view(heads, -1, dim).mean(dim=1)
-    return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+    return svdq_attention(module, query, key, value, *args, **kwargs)
 
 
 AttentionInterface.register(RECORDING, _recording_attention)

@@ -72,7 +72,8 @@ inline void store_partial(const AttendPlan& plan, const AttendTask& task, const 
     for (int d = 0; d < dim; d += kVecLanes) {
       store(out + d, load<F32>(rows.out + r * dim + d));
     }
-    plan.partial_max[at] = rows.max[r];
+    // Every token of the pages that a row visited may be masked.
+    plan.partial_max[at] = rows.max[r] == kMaskedScore ? kNoScore : rows.max[r];
     plan.partial_sum[at] = reduce_add(load<F32>(rows.sum + r * kVecLanes));
   }
 }
@@ -98,7 +99,7 @@ inline void attend_task(const AttendPlan& plan, int64_t index, const AttendScrat
   reset_rows(s.rows, static_cast<int>(heads * count), dim);
 
   // Visit its blocks.
-  const int64_t first = split * plan.split_blocks;
+  const int64_t first = plan.first_block(b) + split * plan.split_blocks;
   const int64_t last = std::min(first + plan.split_blocks, plan.blocks(b));
   const int64_t pages = plan.pages(b);
   const auto is_page = [&](const Walk& at) { return !at.done() && at.block < pages; };

@@ -26,10 +26,13 @@ inline void finish_row(const AttendPlan& plan, int64_t row) {
   const int dim = p.keys.layout.head_dim;
   const float* maxima = plan.partial_max + row * plan.splits;
   const float* sums = plan.partial_sum + row * plan.splits;
-  float row_max = kNoScore;
+  // A learned sink is a logit of the query head that has no value.
+  const int64_t query_head = row / p.queries.length % p.queries.num_heads;
+  const float sink = p.rules.sinks ? p.rules.sinks[query_head] * kLog2E : kNoScore;
+  float row_max = sink;
   for (int64_t i = 0; i < plan.splits; ++i) row_max = std::max(row_max, maxima[i]);
   float out[kMaxHeadDim] = {};
-  float sum = 0;
+  float sum = p.rules.sinks ? std::exp2(sink - row_max) : 0.0f;
   for (int64_t i = 0; i < plan.splits && row_max != kNoScore; ++i) {
     if (maxima[i] == kNoScore) continue;
     const float factor = std::exp2(maxima[i] - row_max);

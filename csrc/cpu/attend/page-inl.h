@@ -149,10 +149,14 @@ inline void attend_page_rows(const AttendPlan& plan, const AttendTask& task, con
   // Score the page.
   next.fetch(next.share(kScoresShare));
   page_scores<kRows>(plan, task, s, first, visit);
+  if (p.rules.softcap > 0) cap_scores<kRows>(p.rules.softcap, s.scores);
+  // Queries of a call have sliding windows of their own.
+  const bool rows_differ = plan.slides() && p.queries.length > 1;
+  uint64_t masks[kRows];
+  for (int r = 0; r < kRows; ++r)
+    masks[r] = rows_differ ? mask & sliding_mask(plan, task, visit.page, first + r) : mask;
   // Update the softmax and accumulate 16- or 32-bit values.
   if (!p.keys.layout.packs_values()) {
-    uint64_t masks[kRows];
-    for (int r = 0; r < kRows; ++r) masks[r] = mask;
     if (softmax_rows<kRows>(rows, s.scores, masks, dim, s.probabilities))
       accumulate_uncompressed<kRows>(s.probabilities, visit.lines.values, p.v_dtype, 0, mask, dim,
                                      rows.out);
@@ -160,7 +164,11 @@ inline void attend_page_rows(const AttendPlan& plan, const AttendTask& task, con
   }
   // Mask, update the softmax and quantize probabilities.
   next.fetch(next.share(kScoresShare));
-  if (mask != ~uint64_t{0}) mask_scores<kRows>(mask, s.scores);
+  if (rows_differ) {
+    for (int r = 0; r < kRows; ++r) mask_scores<1>(masks[r], s.scores + r * kPageTokens);
+  } else if (mask != ~uint64_t{0}) {
+    mask_scores<kRows>(mask, s.scores);
+  }
   const ValueLayout& value = plan.head(task.h).value;
   quantize_probs<kRows>(rows, s.scores, value, *s.value_scales, next, s.scaled_probs);
   // Accumulate packed values.
@@ -180,6 +188,7 @@ inline void attend_page(const AttendPlan& plan, const AttendTask& task, const At
                   smooth,
                   plan.has_pre() ? plan.interleaved[task.sequence_head] : InterleavedChannels{},
                   {}};
+  if (plan.slides()) visit.mask &= sliding_mask(plan, task, page);
   if (visit.mask == 0) return;
   // Reconstruct keys and load value scales, once for all rows.
   if (p.keys.num_outliers) visit.outliers = page_outliers(plan, task, page);

@@ -50,14 +50,15 @@ struct AttendPlan {
   float* folded_offsets = nullptr;             // [B, H, folded_rows]
   InterleavedChannels* interleaved = nullptr;  // [B, H]
   int16_t* interleaved_pairs = nullptr;        // [B, H, rotary_pairs]
-  int32_t* rotary = nullptr;  // [B, H, tiles, slow pairs, lanes]: see AbsorbedQuery
-  float* fixed = nullptr;     // [B, H, tiles, lanes]
-  float* scale = nullptr;     // [B, H, tiles, kTileRows]
-  float* constant = nullptr;  // [B, H, tiles, 1 + 2 * slow pairs, kConstantLanes]
-  uint8_t* mids = nullptr;    // [H, lanes]
-  float* starts = nullptr;    // [B, pages, 2 * rotary_pairs]: rotations to pages' first positions
-  MiddleAngles middles{};     // [B, pages, ...]: slow pairs' rotations to pages' middles
-  int64_t source_pages = 0;   // largest number of pages that gathered tokens come from
+  int32_t* rotary = nullptr;   // [B, H, tiles, slow pairs, lanes]: see AbsorbedQuery
+  float* fixed = nullptr;      // [B, H, tiles, lanes]
+  float* scale = nullptr;      // [B, H, tiles, kTileRows]
+  float* constant = nullptr;   // [B, H, tiles, 1 + 2 * slow pairs, kConstantLanes]
+  uint8_t* mids = nullptr;     // [H, lanes]
+  float* starts = nullptr;     // [B, pages, 2 * rotary_pairs]: rotations to pages' first positions
+  MiddleAngles middles{};      // [B, pages, ...]: slow pairs' rotations to pages' middles
+  int64_t source_pages = 0;    // largest number of pages that gathered tokens come from
+  int64_t skipped_blocks = 0;  // most blocks of a sequence before its sliding windows
   float* partial_out = nullptr;  // [B, H, rows, splits, D]
   float* partial_max = nullptr;  // [B, H, rows, splits], log2 units
   float* partial_sum = nullptr;  // [B, H, rows, splits]
@@ -72,6 +73,19 @@ struct AttendPlan {
   int64_t sequence_heads() const { return int64_t{p.keys.batch} * p.keys.layout.num_heads; }
   int64_t window_len(int64_t b) const { return p.window.lens[b]; }
   int64_t pages(int64_t b) const { return ceil_div(p.keys.cache_seqlens[b], kPageTokens); }
+  bool slides() const { return p.rules.window_size > 0; }
+  // First slot in the sliding window of query i of sequence b.
+  int64_t first_slot(int64_t b, int64_t i) const {
+    if (!slides()) return 0;
+    const int64_t query = int64_t{p.rules.query_position[b]} + i;
+    const int64_t start = p.keys.first_position ? p.keys.first_position[b] : 0;
+    return std::max<int64_t>(query - p.rules.window_size + 1 - start, 0);
+  }
+  // First block that a query of sequence b can see, in whole chunks.
+  int64_t first_block(int64_t b) const {
+    if (!slides() || gathered()) return 0;
+    return std::min(first_slot(b, 0) / kPageTokens, pages(b)) / kChunkPages * kChunkPages;
+  }
   int64_t tiles() const { return ceil_div(rows, kTileRows); }
   AbsorbedQuery absorbed(int64_t sequence_head, int64_t tile) const {
     const int64_t h = sequence_head % p.keys.layout.num_heads, at = sequence_head * tiles() + tile;
@@ -87,7 +101,7 @@ struct AttendPlan {
   // from.
   int64_t angle_pages() const {
     if (!has_pre()) return 0;
-    return gathered() ? source_pages : splits * split_blocks;
+    return gathered() ? source_pages : skipped_blocks + splits * split_blocks;
   }
   const float* page_start(int64_t b, int64_t page) const {
     return starts + (b * angle_pages() + page) * 2 * p.keys.codec.rope.rotary_pairs;
@@ -134,7 +148,10 @@ inline int64_t carve_plan(AttendPlan& plan, uint8_t* base) {
 // Tiles the call into tasks: splits of whole chunks of blocks, then groups of heads.
 inline void tile_tasks(AttendPlan& plan) {
   int64_t max_blocks = 1;
-  for (int b = 0; b < plan.p.keys.batch; ++b) max_blocks = std::max(max_blocks, plan.blocks(b));
+  for (int b = 0; b < plan.p.keys.batch; ++b) {
+    max_blocks = std::max(max_blocks, plan.blocks(b) - plan.first_block(b));
+    plan.skipped_blocks = std::max(plan.skipped_blocks, plan.first_block(b));
+  }
   const int64_t heads = plan.p.keys.layout.num_heads, others = plan.p.keys.batch * plan.row_chunks;
   const int64_t wanted = ceil_div(kTargetTasks, others);
   plan.split_blocks = round_up(ceil_div(max_blocks, wanted), kMinSplitBlocks);

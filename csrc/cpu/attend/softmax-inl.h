@@ -11,6 +11,7 @@
 #include "csrc/cpu/pages/page_span-inl.h"
 #include "csrc/cpu/simd-inl.h"
 #include "kernels/format.h"
+#include "kernels/machine/math.h"
 
 #include "csrc/cpu/target_begin-inl.h"
 
@@ -89,11 +90,21 @@ inline bool softmax_rows(const RowBlock& rows, const float* scores, const uint64
   return any;
 }
 
+// Applies a softcap to the scores s[row][64].
+template <int kRows>
+inline void cap_scores(float softcap, float* s) {
+  const F32 cap = splat(softcap * kLog2E);  // in their units
+  for (int t = 0; t < kRows * kPageTokens; t += kVecLanes)
+    store(s + t, tanh(load<F32>(s + t) / cap) * cap);
+}
+
+inline constexpr float kMaskedScore = std::numeric_limits<float>::lowest();
+
 // Sets the scores s[row][64] of tokens outside `mask` to the lowest float: their probabilities are then negligible, and
 // the scales of their values are 0.
 template <int kRows>
 inline void mask_scores(uint64_t mask, float* s) {
-  const F32 lowest = splat(std::numeric_limits<float>::lowest());
+  const F32 lowest = splat(kMaskedScore);
   for (int r = 0; r < kRows; ++r) {
     for (float* at = s + r * kPageTokens; at < s + (r + 1) * kPageTokens; at += kVecLanes) {
       const int t = static_cast<int>(at - s) % kPageTokens;

@@ -87,6 +87,31 @@ inline uint64_t page_mask(const AttendPlan& plan, const AttendTask& task, int64_
   return mask & filled;
 }
 
+// Tokens of packed page `page` whose slots are `first` or later.
+inline uint64_t tokens_from(const AttendPlan& plan, const AttendTask& task, int64_t page,
+                            int64_t first) {
+  if (!plan.gathered())
+    return slot_mask(std::clamp<int64_t>(first - page * kPageTokens, 0, kPageTokens), kPageTokens);
+  const int32_t* slots = gathered_slots(plan, task, page);
+  uint64_t mask = 0;
+  for (int t = 0; t < kPageTokens; ++t) mask |= uint64_t{slots[t] >= first} << t;
+  return mask;
+}
+
+// Tokens of packed page `page` in the sliding window of the task's row `row`.
+inline uint64_t sliding_mask(const AttendPlan& plan, const AttendTask& task, int64_t page,
+                             int64_t row) {
+  const int64_t query = (task.row + row) % plan.p.queries.length;
+  return tokens_from(plan, task, page, plan.first_slot(task.b, query));
+}
+
+// Tokens of packed page `page` in the sliding window of any of the task's rows.
+inline uint64_t sliding_mask(const AttendPlan& plan, const AttendTask& task, int64_t page) {
+  const int64_t length = plan.p.queries.length, query = task.row % length;
+  const int64_t earliest = query + task.rows > length ? 0 : query;
+  return tokens_from(plan, task, page, plan.first_slot(task.b, earliest));
+}
+
 // Outliers first .. first + count - 1 of a head's list.
 struct OutlierRange {
   int64_t first, count;

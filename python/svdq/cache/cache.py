@@ -24,6 +24,7 @@ from svdq.config.settings import Settings
 from svdq.fit.allocator import Allocator, Budget
 from svdq.fit.profile import Profile
 from svdq.hf.rope import inverse_frequencies
+from svdq.ops import NO_RULES, LogitRules
 from svdq.ops.tensors import normal_tensors
 
 # crop(0) removes nothing where the argument counts tokens to remove, everything where it is a
@@ -171,6 +172,7 @@ class SVDqCache(Cache):
         cache: DynamicCache,
         query_energy: Sequence[Tensor | None] | None = None,
         queries: dict[int, Tensor] | None = None,
+        rules: dict[int, LogitRules] | None = None,
     ) -> None:
         """Compress the tokens of a full cache of the same model, without padding, into this one.
 
@@ -178,7 +180,8 @@ class SVDqCache(Cache):
         layer, the mean of the squared queries, rotated and times the softmax scale, over tokens and
         the query heads of a KV head, [H, D]; allocation and key gain need it. ``queries`` holds,
         by layer, the queries at :func:`svdq.sample_positions` of the tokens, [Hq, N, D], rotated
-        and times the softmax scale; allocation of value bits needs them.
+        and times the softmax scale; allocation of value bits needs them. ``rules`` holds, by layer,
+        the softcap and the learned sinks that these queries attended with, where a model has them.
 
         Raises
         ------
@@ -202,7 +205,8 @@ class SVDqCache(Cache):
             if isinstance(self.layers[i], SVDqLayer):
                 energy = query_energy[i] if query_energy is not None else None
                 own = None if queries is None else queries.get(i)
-                self.layers[i].prefill_from(layer.keys, layer.values, energy, own)
+                own_rules = (rules or {}).get(i, NO_RULES)
+                self.layers[i].prefill_from(layer.keys, layer.values, energy, own, own_rules)
             else:
                 self.layers[i] = copy.copy(layer)
 

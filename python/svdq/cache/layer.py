@@ -13,6 +13,7 @@ from svdq.config.settings import Settings
 from svdq.fit.layer_fit import Allocate
 from svdq.hf.new_tokens import NewTokens
 from svdq.hf.positions import read_positions
+from svdq.ops import NO_RULES, LogitRules
 from svdq.store.layer_store import LayerStore
 
 DEVICES = ("cpu", "cuda")
@@ -137,6 +138,7 @@ class SVDqLayer(CacheLayerMixin):
         new: NewTokens,
         sm_scale: float | None = None,
         *,
+        rules: LogitRules = NO_RULES,
         padding: list[int] | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor:
@@ -147,6 +149,7 @@ class SVDqLayer(CacheLayerMixin):
         query : [B, Hq, L, D], rotated, in the dtype of the keys.
         new : of :meth:`update` for the same L tokens.
         sm_scale : softmax scale, ``D ** -0.5`` by default.
+        rules : softcap, learned sinks and sliding window of the model.
         padding : left padding of each sequence; None where the model has no mask.
         position_ids : [B or 1, L] positions of the new tokens; None where the model does not pass
             them on.
@@ -160,6 +163,8 @@ class SVDqLayer(CacheLayerMixin):
         ValueError
             For a query that does not fit, keys that are not finite, padding that changed or
             positions with gaps; the cache stays as it was.
+        NotImplementedError
+            For a softcap or a sliding window where the cache selects tokens (sparsity); likewise.
         """
         self.pending = 0
         length, is_first = new.keys.shape[2], self.seq_length == 0
@@ -176,6 +181,7 @@ class SVDqLayer(CacheLayerMixin):
                 new.keys,
                 new.values,
                 self.head_dim**-0.5 if sm_scale is None else sm_scale,
+                rules=rules,
                 padding=padding if is_first else None,
                 first_position=first_position,
             )
@@ -194,11 +200,12 @@ class SVDqLayer(CacheLayerMixin):
         values: Tensor,
         energy: Tensor | None,
         queries: Tensor | None = None,
+        rules: LogitRules = NO_RULES,
     ) -> None:
         """Take tokens that were attended elsewhere, [B, H, T, D] at positions 0 .. T - 1.
 
         ``energy`` is that of the scaled queries, [H, D], and ``queries`` those at sample_positions,
-        [Hq, N, D]; needed where ``settings`` say so.
+        [Hq, N, D], which attended by ``rules``; needed where ``settings`` say so.
         """
         if queries is None and self.settings.allocates_values:
             raise ValueError(f"layer {self.index}: to allocate bits of values, queries are needed")
@@ -210,7 +217,7 @@ class SVDqLayer(CacheLayerMixin):
         self.update(keys, values)
         self.pending = 0
         try:
-            self.tokens.prefill(keys, values, energy, queries)
+            self.tokens.prefill(keys, values, energy, queries, rules)
         except BaseException:
             self.reset()
             raise

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from svdq.ops import NO_RULES, LogitRules
+from svdq.ops.exact import capped
 from svdq.ops.tensors import normal_tensors
 
 SAMPLE_QUERIES = 32  # of a prompt
@@ -49,7 +51,13 @@ class ValueLoss:
         self.sink_tokens, self.residual_length = exact
 
     def add(
-        self, b: int, query: Tensor, positions: list[int], keys: Tensor, values: Tensor
+        self,
+        b: int,
+        query: Tensor,
+        positions: list[int],
+        keys: Tensor,
+        values: Tensor,
+        rules: LogitRules = NO_RULES,
     ) -> None:
         """Add queries of sequence b.
 
@@ -58,17 +66,26 @@ class ValueLoss:
         query : [Hq, N, D], rotated and times the softmax scale.
         positions : of these queries among the keys.
         keys, values : [H, T, D], rotated.
+        rules : softcap, learned sinks and sliding window of the model.
         """
         heads, tokens = keys.shape[:2]
         at = torch.tensor(positions, device=keys.device)[:, None]
         slots = torch.arange(keys.shape[1], device=keys.device)
+        sinks = None if rules.sinks is None else rules.sinks.view(len(keys), -1, 1)
         for h, own in enumerate(query.to(keys.dtype).unflatten(0, (len(keys), -1))):
             norms = torch.linalg.vector_norm(values[h], dim=-1, dtype=torch.float32).square()
             # A few queries of a head at a time: probabilities over a long prompt are large.
             pieces = zip(own.split(PIECE, dim=1), at.split(PIECE), strict=True)
-            for some, last in ((q, last) for piece, last in pieces for q in piece):
-                scores = (some @ keys[h].T).float().masked_fill_(slots > last, -torch.inf)
+            for i, some, last in (
+                (i, q, last) for piece, last in pieces for i, q in enumerate(piece)
+            ):
+                scores = capped((some @ keys[h].T).float(), rules.softcap)
+                scores.masked_fill_(slots > last, -torch.inf)
+                if rules.window_size:
+                    scores.masked_fill_(slots <= last - rules.window_size, -torch.inf)
                 p = scores.softmax(-1)
+                if sinks is not None:
+                    p *= (scores.logsumexp(-1, keepdim=True) - sinks[h, i]).sigmoid()
                 out = (p.to(values.dtype) @ values[h]).float()
                 self.output[b] += out.square().sum() / len(own)
                 coded = (slots >= self.sink_tokens) & (slots <= last - self.residual_length)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,18 +17,17 @@ from transformers.masking_utils import (
     causal_mask_function,
 )
 
+from svdq.hf.logit_rules import check_finite, logit_rules
 from svdq.hf.new_tokens import NewTokens
+from svdq.ops.exact import exact_attention
 
 NAME = "svdq"
 
-# Arguments of a model's attention function that the cache does not support; each name with the
-# value that asks for nothing, as None always does.
+# Arguments of a model's attention function that neither the cache nor exact attention supports;
+# each name with the value that asks for nothing, as None always does.
 UNSUPPORTED = {
-    "softcap": None,
-    "s_aux": None,
     "head_mask": None,
     "position_bias": None,
-    "sliding_window": None,
     "output_attentions": False,
     "is_causal": True,
 }
@@ -133,7 +133,8 @@ def svdq_attention(
     """Attention function of ``"svdq"``.
 
     Keys and values of an :class:`svdq.SVDqCache` are attended packed; plain tensors (sliding-window
-    layers, or a model without this cache) go to transformers' ``"sdpa"``.
+    layers, or a model without this cache) go to transformers' ``"sdpa"``, or to exact attention
+    in float32 where a model asks for a softcap or learned sinks, which ``"sdpa"`` does not know.
 
     Parameters
     ----------
@@ -141,7 +142,8 @@ def svdq_attention(
     query : [B, Hq, L, D].
     key, value : as the cache's ``update`` returned them.
     attention_mask : of :func:`svdq_mask`; or [B, T] bool for a direct call.
-    dropout, scaling, kwargs : as transformers passes them; ``position_ids`` is read.
+    dropout, scaling, kwargs : as transformers passes them; read are ``position_ids``, ``softcap``,
+        ``s_aux`` (learned sinks) and ``sliding_window``, which on plain tensors is in the mask.
 
     Returns
     -------
@@ -151,13 +153,17 @@ def svdq_attention(
     Raises
     ------
     NotImplementedError
-        For what a compressed cache does not support: dropout, softcap, learned sinks, attention
-        weights, gradients.
+        For what a compressed cache does not support: dropout, attention weights, gradients; softcap
+        and ``sliding_window`` where it selects tokens.
+    ValueError
+        For learned sinks that are not finite or not one a query head, and input that the cache
+        refuses.
     """
     if not isinstance(key, NewTokens):
         if isinstance(attention_mask, CausalMask):
             attention_mask = attention_mask.dense
-        return sdpa_attention_forward(
+        attend = _exact_attention if _needs_exact(kwargs) else sdpa_attention_forward
+        return attend(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     layer, layer_pending = key.layer, key.layer.pending
@@ -167,26 +173,67 @@ def svdq_attention(
             "key and value must come from the same call of SVDqCache.update, used once"
         )
     _check_supported(module, query, dropout, kwargs)
-    padding = None
+    rules, sinks, padding = logit_rules(query, kwargs), kwargs.get("s_aux"), None
+    if sinks is not None:
+        check_finite(sinks)
     if isinstance(attention_mask, Tensor):
         kv_length = layer.seq_length + query.shape[2]
         attention_mask = CausalMask(attention_mask, kv_length)
     if attention_mask is not None:
         padding = attention_mask.padding
     position_ids = kwargs.get("position_ids")
-    out = layer.attend(query, key, scaling, padding=padding, position_ids=position_ids)
+    out = layer.attend(query, key, scaling, rules=rules, padding=padding, position_ids=position_ids)
     return out, None
+
+
+def _needs_exact(kwargs: dict[str, Any]) -> bool:
+    """True if a model asks for what transformers' ``"sdpa"`` does not know."""
+    return bool(kwargs.get("softcap")) or kwargs.get("s_aux") is not None
+
+
+def _exact_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Stands in for transformers' ``sdpa_attention_forward``: the same arguments and result."""
+    asked = _unsupported(dropout, kwargs)
+    if asked:
+        raise NotImplementedError(
+            f"attention with softcap or s_aux does not support {', '.join(asked)}"
+        )
+    length = query.shape[2]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if attention_mask is None and causal and length > 1:  # a static cache may have room behind them
+        key, value = key[:, :, :length], value[:, :, :length]
+    rules = replace(logit_rules(query, kwargs), window_size=0)  # the mask has it
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    out, _ = exact_attention(
+        query, key, value, scale, rules, mask=attention_mask, causal=causal and length > 1
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _unsupported(dropout: float, kwargs: dict[str, Any]) -> list[str]:
+    asked = [name for name, off in UNSUPPORTED.items() if kwargs.get(name) not in (None, off)]
+    return [*asked, f"dropout={dropout}"] if dropout else asked
 
 
 def _check_supported(
     module: nn.Module, query: Tensor, dropout: float, kwargs: dict[str, Any]
 ) -> None:
-    asked = [name for name, off in UNSUPPORTED.items() if kwargs.get(name) not in (None, off)]
-    if dropout:
-        asked.append(f"dropout={dropout}")
+    asked = _unsupported(dropout, kwargs)
     if not getattr(module, "is_causal", True):
         asked.append("is_causal=False")
-    if query.requires_grad and torch.is_grad_enabled():
+    sinks = kwargs.get("s_aux")
+    needs_grad = query.requires_grad or (sinks is not None and sinks.requires_grad)
+    if needs_grad and torch.is_grad_enabled():
         asked.append("gradients (call the model under torch.inference_mode())")
     if asked:
         raise NotImplementedError(

@@ -6,6 +6,8 @@ from typing import Any, NoReturn, Protocol
 
 from torch import Tensor
 
+from svdq.ops import NO_RULES, LogitRules
+
 
 class AttendingLayer(Protocol):
     """A layer of a cache that attends to its own tokens.
@@ -25,6 +27,7 @@ class AttendingLayer(Protocol):
         new: NewTokens,
         sm_scale: float | None = None,
         *,
+        rules: LogitRules = NO_RULES,
         padding: list[int] | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor:

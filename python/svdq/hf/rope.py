@@ -8,6 +8,7 @@ the model's would cost accuracy alone.
 
 from __future__ import annotations
 
+import functools
 import importlib
 
 import torch
@@ -103,7 +104,11 @@ def _check_pairs_are_halves(config: PretrainedConfig) -> None:
             break
     else:
         raise _unsupported(config, "the module of its model is not known")
-    rotate_half = getattr(importlib.import_module(name), "rotate_half", None)
+    module = importlib.import_module(name)
+    rotate_half = getattr(module, "rotate_half", None)
+    if rotate_half is None and hasattr(module, "_apply_rotary_emb"):  # GPT-OSS
+        cosine, sine = torch.zeros(2), torch.ones(2)  # of a quarter of a turn
+        rotate_half = functools.partial(module._apply_rotary_emb, cos=cosine, sin=sine)
     if rotate_half is None:
         raise _unsupported(config, f"{name} has no rotate_half to tell which channels form pairs")
     if rotate_half(torch.arange(4.0)).tolist() != [-2.0, -3.0, 0.0, 1.0]:

@@ -11,8 +11,9 @@ Tensors of one call lie on one device, the CPU or a CUDA device, except that ``p
 pack and unpack operators lies on the CPU always. On CUDA devices work is queued on the current
 stream. Nothing waits for the device except ``fit_basis`` and the check that numbers are finite,
 which is made of more than 64 tokens alone: while decoding, a key that is not finite gets codes 0, a
-value makes its own scale NaN. ``attend`` cannot look at lengths and page ids there; those out of
-range make the outputs of their sequence NaN and nothing is read. A layer may have up to 128 KV
+value makes its own scale NaN. ``attend`` cannot look at lengths, page ids and learned sinks there;
+lengths and ids out of range make the outputs of their sequence NaN and nothing is read, a sink that
+is not finite those of its query head. A layer may have up to 128 KV
 heads.
 
 ``keys`` are always rotated keys, as a Hugging Face model hands them to its cache. ``inv_freq`` is
@@ -25,7 +26,7 @@ are not rotated. ``position`` is the position of the first token of ``keys``.
 from svdq.ops import fakes  # noqa: F401  (registers itself)
 from svdq.ops.attend import attend, gather, merge, select
 from svdq.ops.fit import allocate_bits, fit_basis, fit_quantizer, residual_keys
-from svdq.ops.nouns import KeyCodec, PackedKeys, Window
+from svdq.ops.nouns import NO_RULES, KeyCodec, LogitRules, PackedKeys, Window
 from svdq.ops.pack import (
     append_window_,
     pack_keys_,
@@ -36,7 +37,9 @@ from svdq.ops.pack import (
 )
 
 __all__ = [
+    "NO_RULES",
     "KeyCodec",
+    "LogitRules",
     "PackedKeys",
     "Window",
     "allocate_bits",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from svdq.ops.nouns import PackedKeys, Window
+from svdq.ops.nouns import NO_RULES, LogitRules, PackedKeys, Window
 from svdq.ops.registered import call
 
 
@@ -55,7 +55,14 @@ def gather(packed: PackedKeys, slots: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attend(
-    query: Tensor, packed: PackedKeys, window: Window, sm_scale: float, *, causal: bool = True
+    query: Tensor,
+    packed: PackedKeys,
+    window: Window,
+    sm_scale: float,
+    *,
+    causal: bool = True,
+    rules: LogitRules = NO_RULES,
+    query_position: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend over packed pages and the window, dequantizing in registers.
 
@@ -65,6 +72,14 @@ def attend(
     query. A query that sees nothing gets zeros and ``lse = -inf``. Outliers are scored by their
     exact keys and averaged by their packed values.
 
+    With ``rules.window_size`` tokens have positions: slot s has ``first_position[b] + s``, query i
+    ``query_position[b] + i``. The first ``sink_tokens`` of the window's tokens are slots 0 and on,
+    those after them end with the last query where ``causal``, else just before the first.
+
+    Learned sinks (``rules.sinks``) belong to the softmax and so to ``lse``; a query that sees
+    nothing gets zeros and its head's sink as ``lse``. Where parts are merged, give them to one
+    part.
+
     Parameters
     ----------
     query : [B, Hq, L, D] float32, bfloat16 or float16, rotated; Hq a multiple of H.
@@ -72,13 +87,26 @@ def attend(
     window : uncompressed tokens.
     sm_scale : softmax scale, usually ``D ** -0.5``.
     causal : whether queries see the window causally.
+    rules : softcap, learned sinks and sliding window.
+    query_position : [B] int32, contiguous; position of the first query of each sequence, needed
+        with ``rules.window_size``.
 
     Returns
     -------
     out : [B, Hq, L, D] in the query's dtype.
-    lse : [B, Hq, L] float32, natural logarithm of the sum of exponentials of the scaled scores.
+    lse : [B, Hq, L] float32, natural logarithm of the sum of exponentials of the scaled and capped
+        scores, and of the sink.
     """
-    return call("attend", packed, window, query=query, sm_scale=sm_scale, causal=causal)
+    return call(
+        "attend",
+        packed,
+        window,
+        rules,
+        query=query,
+        sm_scale=sm_scale,
+        causal=causal,
+        query_position=query_position,
+    )
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

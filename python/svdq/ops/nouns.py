@@ -95,12 +95,12 @@ class PackedKeys:
     v_pages : [P, ...] pool of the values, as :func:`svdq.ops.pack_values_` fills it; ``select``
         does not need it.
     first_position : [B] int32, position of slot 0 of each sequence; None for zeros.
-    sink_tokens : leading slots that are in the window and skipped in the pages.
+    sink_tokens : leading slots that are the window's first tokens and skipped in the pages.
     outlier_slots : [B, H, N] int32, contiguous; packed slots of a head whose keys are held exact
         too, ascending, then ``NO_SLOT``. With ``token_slots``, indices into those.
     outlier_keys : [B, H, N, D] float32, bfloat16 or float16, contiguous; rotated keys.
     token_slots : [B, H, 64 * N] int32, contiguous, for gathered pages: the slot that each token
-        came from, ``NO_SLOT`` for none. ``sink_tokens`` must be 0 then.
+        came from, ``NO_SLOT`` for none. No page holds sinks then.
     """
 
     layout: PageLayout
@@ -153,3 +153,41 @@ class Window:
             "window_values": self.values,
             "window_lens": self.lens,
         }
+
+
+@dataclass(frozen=True)
+class LogitRules:
+    """What a model does to the logits of its softmax, in addition to scaling them.
+
+    Parameters
+    ----------
+    softcap : a scaled logit x becomes ``softcap * tanh(x / softcap)``; 0 for none.
+    sinks : [Hq] float32, finite, contiguous; learned sinks (``s_aux`` of GPT-OSS): one more logit
+        in the softmax of each query head, neither scaled nor capped, that has no value. None for
+        none.
+    window_size : a query at position p sees the keys at positions ``p - window_size + 1`` and
+        later, as transformers' sliding windows do; 0 for all.
+    """
+
+    softcap: float = 0.0
+    sinks: Tensor | None = None
+    window_size: int = 0
+
+    def __bool__(self) -> bool:
+        """True if a model asks for any of them."""
+        return bool(self.softcap or self.window_size) or self.sinks is not None
+
+    def without_sinks(self) -> LogitRules:
+        """For all parts of a softmax but one: the sinks belong to one of those that are merged."""
+        return self if self.sinks is None else replace(self, sinks=None)
+
+    def flat(self) -> dict[str, Any]:
+        """The fields by their names in the operators' schemas."""
+        return {
+            "softcap": self.softcap,
+            "sinks": self.sinks,
+            "window_size": self.window_size,
+        }
+
+
+NO_RULES = LogitRules()

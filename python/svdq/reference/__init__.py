@@ -14,6 +14,7 @@ from svdq.reference.attention import (
     pack_keys_,
     packed_keys,
     replace_keys,
+    skipped_slots,
     unpack_keys,
     visible_tokens,
 )
@@ -80,6 +81,7 @@ __all__ = [
     "scale_bytes",
     "scales_of",
     "select",
+    "skipped_slots",
     "token_masses",
     "unpack_codes",
     "unpack_keys",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from svdq.layout import NO_SLOT, PageLayout
-from svdq.ops import KeyCodec, PackedKeys, Window
+from svdq.ops import NO_RULES, KeyCodec, LogitRules, PackedKeys, Window
 from svdq.reference.keys import _stored, code_keys, decode_keys
 from svdq.reference.pages import unpack_codes, write_codes_
 from svdq.reference.values import unpack_values
@@ -53,14 +53,25 @@ def exact_codec(codec: KeyCodec) -> KeyCodec:
     return replace(codec, mean=codec.mean.double())
 
 
+def skipped_slots(packed: PackedKeys) -> int:
+    """Leading slots of the pages that are in the window: sinks; gathered pages hold none."""
+    return 0 if packed.token_slots is not None else packed.sink_tokens
+
+
+def first_position(packed: PackedKeys, b: int) -> int:
+    """Position of slot 0 of sequence b."""
+    return 0 if packed.first_position is None else int(packed.first_position[b])
+
+
 def packed_keys(packed: PackedKeys, b: int) -> Tensor:
     """Keys [H, n, D] float64 of the packed slots of sequence b after its sinks."""
-    count = max(int(packed.cache_seqlens[b]) - packed.sink_tokens, 0)
-    first = 0 if packed.first_position is None else int(packed.first_position[b])
+    skip = skipped_slots(packed)
+    count = max(int(packed.cache_seqlens[b]) - skip, 0)
+    first = first_position(packed, b)
     codec, table = exact_codec(packed.codec.sequence(b)), packed.page_table[b]
-    codes = unpack_codes(packed.k_pages, packed.layout, table, packed.sink_tokens, count)
+    codes = unpack_codes(packed.k_pages, packed.layout, table, skip, count)
     if packed.token_slots is None:
-        keys = decode_keys(codes, codec, packed.layout, packed.sink_tokens + first)
+        keys = decode_keys(codes, codec, packed.layout, skip + first)
     else:
         positions = packed.token_slots[b, :, :count].long() + first
         keys = torch.stack(
@@ -68,7 +79,7 @@ def packed_keys(packed: PackedKeys, b: int) -> Tensor:
         )
     if packed.outlier_slots is None:
         return keys
-    tokens = packed.outlier_slots[b] - packed.sink_tokens
+    tokens = packed.outlier_slots[b] - skip
     return replace_keys(keys, tokens, packed.outlier_keys[b])
 
 
@@ -81,14 +92,24 @@ def append_window_(
 
 
 def attend_keys(
-    query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, sm_scale: float
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    visible: Tensor,
+    sm_scale: float,
+    rules: LogitRules = NO_RULES,
 ) -> tuple[Tensor, Tensor]:
     """Attention of ``query`` [Hq, L, D] over keys, values [H, n, D] where ``visible``, [L, n] or
-    [Hq, L, n]."""
+    [Hq, L, n], with the softcap and the sinks of ``rules``."""
     group = query.shape[0] // keys.shape[0]
     keys, values = (x.double().repeat_interleave(group, dim=0) for x in (keys, values))
-    scores = (query.double() @ keys.mT * sm_scale).masked_fill(~visible, -torch.inf)
+    scores = query.double() @ keys.mT * sm_scale
+    if rules.softcap:
+        scores = rules.softcap * (scores / rules.softcap).tanh()
+    scores = scores.masked_fill(~visible, -torch.inf)
     lse = scores.logsumexp(dim=-1)
+    if rules.sinks is not None:
+        lse = torch.logaddexp(lse, rules.sinks.double()[:, None])
     # A query that sees nothing has lse = -inf; its differences are NaN, its probabilities zero.
     probabilities = (scores - lse[..., None]).exp().nan_to_num(nan=0.0)
     return probabilities @ values, lse
@@ -103,34 +124,82 @@ def replace_keys(keys: Tensor, tokens: Tensor, exact: Tensor) -> Tensor:
     return keys
 
 
-def visible_tokens(q_len: int, packed: int, length: int, causal: bool) -> Tensor:
-    """Mask [L, packed + length] of the packed tokens and the window's that each query sees."""
-    visible = torch.ones(q_len, packed + length, dtype=torch.bool)
+def token_positions(packed: PackedKeys, b: int, length: int, last: int) -> Tensor:
+    """Positions [H, n] of the packed tokens of sequence b and of its window's ``length`` tokens.
+
+    ``last`` is that of the window's last token.
+    """
+    first, skip = first_position(packed, b), skipped_slots(packed)
+    slots = torch.arange(skip, max(int(packed.cache_seqlens[b]), skip))
+    slots = slots.expand(packed.layout.num_kv_heads, -1)
+    if packed.token_slots is not None:
+        slots = packed.token_slots[b, :, : slots.shape[1]].long()
+    window = last - length + 1 + torch.arange(length)
+    sinks = min(packed.sink_tokens, length)
+    window[:sinks] = first + torch.arange(sinks)
+    return torch.cat([first + slots, window.expand(len(slots), -1)], dim=1)
+
+
+def visible_tokens(
+    q_len: int,
+    packed: PackedKeys,
+    b: int,
+    length: int,
+    *,
+    causal: bool,
+    window_size: int = 0,
+    query_position: Tensor | None = None,
+) -> Tensor:
+    """Mask [H, L, n] of the packed tokens of sequence b and of its window's ``length`` that each
+    query sees."""
+    count = max(int(packed.cache_seqlens[b]) - skipped_slots(packed), 0)
+    visible = torch.ones(packed.layout.num_kv_heads, q_len, count + length, dtype=torch.bool)
     if causal:  # query i is token length - L + i of the window and sees itself and all before it
-        visible[:, packed:] = visible[:, packed:].tril(length - q_len)
+        visible[..., count:] = visible[..., count:].tril(length - q_len)
+    if packed.token_slots is not None:
+        visible[..., :count] &= (packed.token_slots[b, :, :count] < NO_SLOT)[:, None]
+    if window_size:
+        start = int(query_position[b])
+        positions = token_positions(packed, b, length, start - 1 + (q_len if causal else 0))
+        oldest = start + torch.arange(q_len) - window_size
+        visible &= positions[:, None] > oldest[:, None]
     return visible
 
 
 def attend(
-    query: Tensor, packed: PackedKeys, window: Window, sm_scale: float, *, causal: bool = True
+    query: Tensor,
+    packed: PackedKeys,
+    window: Window,
+    sm_scale: float,
+    *,
+    causal: bool = True,
+    rules: LogitRules = NO_RULES,
+    query_position: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Decode everything, then attend; see :func:`svdq.ops.attend`."""
     results = []
+    group = query.shape[1] // packed.layout.num_kv_heads
+    skip = skipped_slots(packed)
     for b in range(query.shape[0]):
-        count = max(int(packed.cache_seqlens[b]) - packed.sink_tokens, 0)
-        at = (packed.layout, packed.page_table[b], packed.sink_tokens, count)
+        count = max(int(packed.cache_seqlens[b]) - skip, 0)
+        at = (packed.layout, packed.page_table[b], skip, count)
         k, v = packed_keys(packed, b), unpack_values(packed.v_pages, *at)
         length = int(window.lens[b])
         k = torch.cat([k, window.keys[b, :, :length].double()], dim=1)
         v = torch.cat([v.double(), window.values[b, :, :length].double()], dim=1)
-        visible = visible_tokens(query.shape[2], count, length, causal)
+        visible = visible_tokens(
+            query.shape[2],
+            packed,
+            b,
+            length,
+            causal=causal,
+            window_size=rules.window_size,
+            query_position=query_position,
+        )
         if packed.token_slots is not None:
-            valid = packed.token_slots[b, :, :count] < NO_SLOT
-            group = query.shape[1] // k.shape[0]
-            visible = visible.repeat(query.shape[1], 1, 1)
-            visible[:, :, :count] &= valid.repeat_interleave(group, dim=0)[:, None]
             v = v.nan_to_num()  # of slots without a token
-        results.append(attend_keys(query[b], k, v, visible, sm_scale))
+        visible = visible.repeat_interleave(group, dim=0)
+        results.append(attend_keys(query[b], k, v, visible, sm_scale, rules))
     out, lse = (torch.stack(x) for x in zip(*results, strict=True))
     return out.to(query.dtype), _stored(lse, query)
 

@@ -1,5 +1,5 @@
 """Attention over uncompressed keys and values with PyTorch's own kernels, as transformers calls
-them."""
+them, and in pieces where a model asks for what those kernels do not know."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from svdq.ops import NO_RULES, LogitRules
+from svdq.ops.exact import exact_attention
 
-def dense_attention(query: Tensor, keys: Tensor, values: Tensor, sm_scale: float) -> Tensor:
+
+def dense_attention(
+    query: Tensor, keys: Tensor, values: Tensor, sm_scale: float, rules: LogitRules = NO_RULES
+) -> Tensor:
     """Causal attention of the last L of T tokens, exactly as transformers' ``"sdpa"`` computes it.
 
     Parameters
@@ -18,11 +23,14 @@ def dense_attention(query: Tensor, keys: Tensor, values: Tensor, sm_scale: float
     query : [B, Hq, L, D], the queries of the last L tokens; Hq a multiple of H.
     keys, values : [B, H, T, D].
     sm_scale : softmax scale.
+    rules : softcap, learned sinks and sliding window.
 
     Returns
     -------
     out : [B, L, Hq, D].
     """
+    if rules:
+        return exact_attention(query, keys, values, sm_scale, rules)[0].transpose(1, 2)
     length, total = query.shape[2], keys.shape[2]
     mask = None
     if 1 < length < total:
@@ -40,6 +48,7 @@ def ragged_attention(
     values: Tensor,
     sm_scale: float,
     spans: list[tuple[int, int]],
+    rules: LogitRules = NO_RULES,
 ) -> Tensor:
     """:func:`dense_attention` to the tokens ``spans[b][0] .. spans[b][1] - 1`` of sequence b.
 
@@ -50,7 +59,7 @@ def ragged_attention(
         start, stop = spans[0]
         if stop - start >= query.shape[2]:
             return dense_attention(
-                query, keys[:, :, start:stop], values[:, :, start:stop], sm_scale
+                query, keys[:, :, start:stop], values[:, :, start:stop], sm_scale, rules
             )
     batch, heads, length, dim = query.shape
     out = query.new_zeros((batch, length, heads, dim))
@@ -61,12 +70,13 @@ def ragged_attention(
             keys[b : b + 1, :, start:stop],
             values[b : b + 1, :, start:stop],
             sm_scale,
+            rules,
         )
     return out
 
 
 def causal_attention_with_lse(
-    query: Tensor, keys: Tensor, values: Tensor, sm_scale: float
+    query: Tensor, keys: Tensor, values: Tensor, sm_scale: float, rules: LogitRules = NO_RULES
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of tokens among themselves, with the log-sum-exp that merging needs.
 
@@ -75,12 +85,15 @@ def causal_attention_with_lse(
     query : [B, Hq, L, D].
     keys, values : [B, H, L, D], Hq a multiple of H.
     sm_scale : softmax scale.
+    rules : softcap, learned sinks and sliding window.
 
     Returns
     -------
     out : [B, Hq, L, D].
     lse : [B, Hq, L] float32, natural logarithm.
     """
+    if rules:
+        return exact_attention(query, keys, values, sm_scale, rules)
     groups = query.shape[1] // keys.shape[1]
     keys, values = (x.repeat_interleave(groups, dim=1) for x in (keys, values))
     # scaled_dot_product_attention drops the log-sum-exp; this is the kernel it calls on a CPU.
