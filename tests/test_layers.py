@@ -110,7 +110,7 @@ STAGES = {
 }
 # Tests of what is no stage.
 OTHER_TESTS = {
-    "tests/kernels/test_*.cpp": {"capture", "instructions", "emulator"},
+    "tests/kernels/test_*.cpp": {"capture", "emulator", "instructions", "launches"},
     "tests/core/test_*.cpp": {"core", "format"},
 }
 

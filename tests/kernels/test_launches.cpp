@@ -8,11 +8,11 @@ namespace {
 
 constexpr gpu::DeviceLimits kLimits{2, 101376};
 
-TEST(LaunchChecks, TakeTheLargestLaunch) {
+TEST(Launches, TakeTheLargestLaunch) {
   EXPECT_NO_THROW(gpu::check_launch("kernel", {1 << 30, 65535, 65535, 128, 101376}, kLimits));
 }
 
-TEST(LaunchChecks, RefuseGridsBeyondCuda) {
+TEST(Launches, RefuseGridsBeyondCuda) {
   for (const device::LaunchShape& shape : {device::LaunchShape{1, 65536, 1, 32, 0},
                                            {1, 1, 65536, 32, 0},
                                            {0, 1, 1, 32, 0},
@@ -27,11 +27,11 @@ TEST(LaunchChecks, RefuseGridsBeyondCuda) {
   }
 }
 
-TEST(LaunchChecks, RefuseSharedMemoryBeyondTheDevice) {
+TEST(Launches, RefuseSharedMemoryBeyondTheDevice) {
   EXPECT_THROW(gpu::check_launch("kernel", {1, 1, 1, 32, 101377}, kLimits), Error);
 }
 
-TEST(LaunchChecks, RefuseUnalignedPages) {
+TEST(Launches, RefuseUnalignedPages) {
   alignas(16) const char data[32] = {};
   EXPECT_NO_THROW(gpu::check_aligned(data + 16, "k_pages"));
   EXPECT_THROW(gpu::check_aligned(data + 8, "k_pages"), Error);
