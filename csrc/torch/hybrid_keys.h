@@ -59,4 +59,24 @@ void for_each_residual(const Call& call, const Layout& layout, const KeyCodec& c
   }
 }
 
+// Packs keys in any layout: pre-RoPE channels, then post-RoPE channels of what those leave. `errors`
+// [H, T] may be null.
+inline void pack_keys_of(const Call& call, const Layout& layout, const KeyCodec& codec,
+                         const at::Tensor& keys, const TokenSource& source, int64_t position,
+                         const Destination& to, float* errors = nullptr) {
+  if (layout.rope() != RopeMode::kHybrid) {
+    call(&Backend::pack_keys, {source, layout.view(), codec, position, to.pages, to.page_table,
+                               to.slot, errors, source.num_tokens});
+    return;
+  }
+  pack_pre(call, layout, codec, source, position, to);
+  if (layout.post_rank() == 0 && !errors) return;
+  for_each_residual(
+      call, layout, codec, keys, position, to, [&](int64_t first, const at::Tensor& rest) {
+        call(&Backend::pack_keys,
+             {float_source(rest), layout.post_view(), post_codec(codec), 0, to.pages, to.page_table,
+              to.slot + first, errors ? errors + first : nullptr, source.num_tokens});
+      });
+}
+
 }  // namespace svdq::torch_binding

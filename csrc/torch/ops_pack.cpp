@@ -32,23 +32,9 @@ void pack_keys_(at::Tensor& k_pages, const at::Tensor& keys, int64_t position,
   check_finite(check, source, "keys", heads, dim);
   float* error_data = errors ? errors->mutable_data_ptr<float>() : nullptr;
 
-  const Call call(check.device());
-  uint8_t* pages = k_pages.mutable_data_ptr<uint8_t>();
-  const int32_t* table = page_table.const_data_ptr<int32_t>();
-  if (layout.rope() != RopeMode::kHybrid) {
-    call(&Backend::pack_keys, {source, layout.view(), codec, position, pages, table, slot,
-                               error_data, source.num_tokens});
-    return;
-  }
-  const Destination to{pages, table, slot};
-  pack_pre(call, layout, codec, source, position, to);
-  if (layout.post_rank() == 0 && !errors) return;
-  for_each_residual(
-      call, layout, codec, keys, position, to, [&](int64_t first, const at::Tensor& rest) {
-        call(&Backend::pack_keys,
-             {float_source(rest), layout.post_view(), post_codec(codec), 0, pages, table,
-              slot + first, error_data ? error_data + first : nullptr, source.num_tokens});
-      });
+  pack_keys_of(Call(check.device()), layout, codec, keys, source, position,
+               {k_pages.mutable_data_ptr<uint8_t>(), page_table.const_data_ptr<int32_t>(), slot},
+               error_data);
 }
 
 at::Tensor residual_keys(const at::Tensor& keys, int64_t position, const at::Tensor& basis,

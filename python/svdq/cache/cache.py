@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.utils import logging
 
 from svdq.cache import serialization
 from svdq.cache.layer import SVDqLayer
 from svdq.cache.memory import MemoryReport, memory_report
+from svdq.cache.static_layer import StaticSVDqLayer
 from svdq.cache.reads import ReadReport, read_report
 from svdq.cache.tensor_walk import held_bytes
 from svdq.config.settings import Settings
@@ -26,6 +29,8 @@ from svdq.fit.profile import Profile
 from svdq.hf.rope import inverse_frequencies
 from svdq.ops import NO_RULES, LogitRules
 from svdq.ops.tensors import normal_tensors
+
+logger = logging.get_logger(__name__)
 
 # crop(0) removes nothing where the argument counts tokens to remove, everything where it is a
 # length to keep.
@@ -49,7 +54,7 @@ class SVDqCache(Cache):
         ``kv_bits``, ``lambda_``, ``allocate_across``, ``query_weighted``, ``v_bits``,
         ``rope``, ``pre_channels``, ``clip``, ``outlier_fraction``, ``sink_tokens``,
         ``residual_length``, ``min_fit_tokens``, ``refit_drift``, ``sparse_budget``,
-        ``sparse_scorer``, ``sparse_channels``.
+        ``sparse_scorer``, ``sparse_channels``, ``max_cache_len``.
 
     Raises
     ------
@@ -119,7 +124,11 @@ class SVDqCache(Cache):
                 settings = dataclasses.replace(settings, rope="post")
             else:
                 frequencies = functools.partial(self._frequencies_of, config, index)
-        return SVDqLayer(index, settings, frequencies, allocate)
+        if settings.max_cache_len is None:
+            return SVDqLayer(index, settings, frequencies, allocate)
+        layer = StaticSVDqLayer(index, settings, frequencies, allocate)
+        layer.settle = self._settle
+        return layer
 
     def _frequencies_of(self, config: PretrainedConfig, index: int, max_position: int) -> Tensor:
         """Inverse frequencies of a layer, one tensor for all layers that have the same."""
@@ -129,6 +138,33 @@ class SVDqCache(Cache):
                 return known
         self._frequencies.append(found)
         return found
+
+    def _settle(self) -> None:
+        """Make the layers static once all of them have packed every sequence of the same tokens."""
+        layers = self.svdq_layers
+        if self.settings.max_cache_len is None or all(layer.is_static for layer in layers):
+            return
+        known = {layer.seq_length for layer in layers if not layer.is_static}
+        if len(known) > 1 or known == {0}:
+            return
+        if all(layer.is_static or layer.can_start for layer in layers):
+            for layer in layers:
+                if not layer.is_static:
+                    layer.start()
+        elif layers[-1].seq_length:
+            logger.warning_once(
+                "SVDqCache: steps run uncompiled until all sequences have the tokens that a basis "
+                "is fitted on (min_fit_tokens)"
+            )
+
+    @contextlib.contextmanager
+    def _on_host(self) -> Iterator[None]:
+        """Let the host know the lengths of all layers meanwhile."""
+        for layer in self.svdq_layers:
+            if layer.is_static:
+                layer.stop()
+        yield
+        self._settle()
 
     @property
     def svdq_layers(self) -> list[SVDqLayer]:
@@ -156,6 +192,10 @@ class SVDqCache(Cache):
             follows the installed transformers: nothing where ``Cache.crop`` takes tokens to remove
             (5.18 and newer), everything before.
         """
+        with self._on_host():
+            self._crop(length)
+
+    def _crop(self, length: int) -> None:
         seq_length = self.get_seq_length()
         remove = max(seq_length - length, 0) if length > 0 else -length
         if length == 0 and CROP_ZERO_REMOVES:
@@ -209,6 +249,7 @@ class SVDqCache(Cache):
                 self.layers[i].prefill_from(layer.keys, layer.values, energy, own, own_rules)
             else:
                 self.layers[i] = copy.copy(layer)
+        self._settle()
 
     def drift(self) -> list[list[float]]:
         """Error of each layer's latest keys relative to that of the keys it was fitted on.
@@ -219,15 +260,18 @@ class SVDqCache(Cache):
             over that of the keys of the fit, mean over heads: 1 where nothing changed. NaN without
             a basis.
         """
-        return [layer.tokens.drift() if layer.tokens else [] for layer in self.svdq_layers]
+        with self._on_host():
+            return [layer.tokens.drift() if layer.tokens else [] for layer in self.svdq_layers]
 
     def memory_report(self) -> MemoryReport:
         """Bytes by part and of a full cache for the same tokens, and the true bits of a key."""
-        return memory_report(self.layers, self._frequencies, self._allocator)
+        with self._on_host():
+            return memory_report(self.layers, self._frequencies, self._allocator)
 
     def read_report(self) -> ReadReport:
         """Bytes of keys that the last step of one token read, by part."""
-        return read_report(self.svdq_layers)
+        with self._on_host():
+            return read_report(self.svdq_layers)
 
     def allocated_bytes(self) -> int:
         """Bytes of the storages of all tensors that the cache holds."""
@@ -235,7 +279,8 @@ class SVDqCache(Cache):
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the cache to a safetensors file; :meth:`load` reads it."""
-        serialization.save(self.layers, self.settings, path)
+        with self._on_host():
+            serialization.save(self.layers, self.settings, path)
 
     @classmethod
     @normal_tensors
@@ -258,6 +303,7 @@ class SVDqCache(Cache):
         saved = serialization.read(path, device)
         cache = cls(config, **saved.settings)
         saved.restore(cache.layers, _kv_shape(config))
+        cache._settle()
         return cache
 
 

@@ -37,6 +37,7 @@ class SVDqLayer(CacheLayerMixin):
     """
 
     is_compileable = False
+    is_static = False
     is_croppable = True
     is_sliding = False
 

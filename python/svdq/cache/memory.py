@@ -137,6 +137,9 @@ def memory_report(
             _add_other(report, layer)
         elif layer.seq_length:
             _add_layer(report, layer.tokens)
+            static = getattr(layer, "static", None)
+            if static is not None:
+                report.lengths += nbytes(static.length) + nbytes(static.faults)
             compressed.append(layer.tokens)
     if compressed:
         first = compressed[0]

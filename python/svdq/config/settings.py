@@ -87,6 +87,10 @@ class Settings:
         the codes (svdq.ops.select), or ``"landmarks"``, by mean keys of chunks as in ShadowKV
         (arXiv 2410.21465), for comparison.
     sparse_channels : channels of ``"latent"``, a multiple of 4 up to 32.
+    max_cache_len : tokens that a sequence may have, left padding included. Once all sequences are
+        packed, memory for so many is allocated and decode steps run without the host, so that a
+        model can be compiled (docs/kernels.md). None (the default): memory grows with the tokens.
+        Not together with ``outlier_fraction``, ``refit_drift`` or ``sparse_budget``.
 
     Raises
     ------
@@ -113,6 +117,7 @@ class Settings:
     sparse_budget: int | float | None | Sequence[int | float | None] = None
     sparse_scorer: str = "latent"
     sparse_channels: int = DEFAULT_CHANNELS
+    max_cache_len: int | None = None
 
     @classmethod
     def of(cls, **options: Any) -> Settings:
@@ -185,6 +190,8 @@ class Settings:
             raise ValueError(f"refit_drift must be above 1 or None, got {self.refit_drift}")
         if self.min_fit_tokens is not None and self.min_fit_tokens < 1:
             raise ValueError(f"min_fit_tokens must be at least 1, got {self.min_fit_tokens}")
+        if self.max_cache_len is not None and self.max_cache_len < 1:
+            raise ValueError(f"max_cache_len must be at least 1 or None, got {self.max_cache_len}")
         budgets = self.sparse_budget if self._has_layer_budgets else (self.sparse_budget,)
         for budget in budgets:
             if budget is not None:
@@ -209,6 +216,15 @@ class Settings:
             raise ValueError("query_weighted needs keys that are packed")
         if self.sparse_budget is not None and not self.packs:
             raise ValueError("sparse_budget needs keys that are packed")
+        if self.max_cache_len is None:
+            return
+        if not self.packs:
+            raise ValueError("max_cache_len needs keys that are packed")
+        for name, off in (("outlier_fraction", 0), ("refit_drift", None), ("sparse_budget", None)):
+            if getattr(self, name) != off:
+                raise ValueError(
+                    f"max_cache_len does not go together with {name}, got {getattr(self, name)!r}"
+                )
 
     def check_layers(self, num_layers: int) -> None:
         """Refuse a list of budgets that does not have one for every layer."""

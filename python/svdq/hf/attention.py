@@ -47,6 +47,8 @@ class CausalMask:
     dense : makes the mask of transformers' ``"sdpa"`` attention.
     """
 
+    ndim = 4  # as transformers asks of masks that are ready
+
     def __init__(
         self,
         attention_mask: Tensor | None,
@@ -115,8 +117,10 @@ def svdq_mask(
         q_offset=q_offset,
         **kwargs,
     )
-    if local_size is not None:
+    if local_size is not None or isinstance(q_offset, Tensor):
         return dense()
+    if isinstance(attention_mask, CausalMask):  # made before the model was called
+        return attention_mask
     return CausalMask(attention_mask, kv_length, mask_function is causal_mask_function, dense)
 
 
@@ -174,6 +178,8 @@ def svdq_attention(
         )
     _check_supported(module, query, dropout, kwargs)
     rules, sinks, padding = logit_rules(query, kwargs), kwargs.get("s_aux"), None
+    if layer.is_static:  # masks, positions and sinks were checked with the first tokens
+        return layer.attend(query, key, scaling, rules=rules), None
     if sinks is not None:
         check_finite(sinks)
     if isinstance(attention_mask, Tensor):

@@ -16,10 +16,12 @@ class AttendingLayer(Protocol):
     ----------
     pending : tokens handed out that are not stored yet.
     seq_length : tokens stored.
+    is_static : whether the host does not know its lengths: masks and positions are not read.
     """
 
     pending: int
     seq_length: int
+    is_static: bool
 
     def attend(
         self,

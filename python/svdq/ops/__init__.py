@@ -35,6 +35,7 @@ from svdq.ops.pack import (
     unpack_keys,
     unpack_values,
 )
+from svdq.ops.step import decode_step_
 
 __all__ = [
     "NO_RULES",
@@ -45,6 +46,7 @@ __all__ = [
     "allocate_bits",
     "append_window_",
     "attend",
+    "decode_step_",
     "fit_basis",
     "fit_quantizer",
     "gather",

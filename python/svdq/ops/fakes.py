@@ -123,6 +123,11 @@ def _(query):
     return out, query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
+@_register_fake("decode_step_")
+def _(query):
+    return query.new_empty(query.shape)
+
+
 @_register_fake("merge")
 def _(out_a, lse_a):
     return torch.empty_like(out_a), torch.empty_like(lse_a)

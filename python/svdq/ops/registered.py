@@ -24,6 +24,7 @@ NAMES = (
     "gather",
     "attend",
     "merge",
+    "decode_step_",
 )
 # Arguments of every operator, in the order of its schema, and the values of those not given.
 DEFAULTS: dict[str, dict[str, Any]] = {

@@ -166,6 +166,39 @@ class PagePool:
         self.set_pages([list(self.pages[i]) for i in indices])
 
     @normal_tensors
+    def spread(self, pages: int) -> None:
+        """Give sequence b pages ``pages * b`` and on, as many, so that it grows without the host.
+
+        Its table names all of them; those it does not use yet stay free.
+        """
+        batch = len(self.pages)
+        runs = [range(pages * b, pages * (b + 1)) for b in range(batch)]
+        used = [list(run[: len(own)]) for run, own in zip(runs, self.pages, strict=True)]
+        if self.size != pages * batch or used != self.pages:
+            source = [page for own in self.pages for page in own]
+            target = [page for own in used for page in own]
+            for name in ("k_pages", "v_pages"):
+                old = getattr(self, name)
+                new = old.new_empty((pages * batch, old.shape[1]))
+                new[target] = old[source]
+                setattr(self, name, new)
+        self.set_pages(used)
+        table = torch.arange(pages * batch, dtype=torch.int32, device=self.device)
+        self.page_table = table.view(batch, pages)
+
+    def grown(self, slots: list[int]) -> None:
+        """Take note of slots that the device has packed since :meth:`spread`."""
+        self.slots = slots
+        columns = self.page_table.shape[1]
+        self.pages = [
+            list(range(columns * b, columns * b + pages_of(n))) for b, n in enumerate(slots)
+        ]
+        self._owners = [0] * self.size
+        for page in (page for own in self.pages for page in own):
+            self._owners[page] = 1
+        self._free = [page for page in range(self.size - 1, -1, -1) if not self._owners[page]]
+
+    @normal_tensors
     def compact(self) -> None:
         """Give pages back that no sequence names any more, once they are a quarter of the pools."""
         if len(self._free) <= self.size // 4:

@@ -76,6 +76,12 @@ class TokenStore:
         """True if some sequence has packed tokens."""
         return any(any(store.slots) for store in self.stores)
 
+    @property
+    def static_possible(self) -> bool:
+        """True if every sequence is packed, so that no step has to fit a basis."""
+        packed = self.packed
+        return packed is not None and all(packed.fitted) and all(packed.slots)
+
     def packed_slots(self, b: int) -> int:
         """Packed tokens of sequence b, sinks among them."""
         return sum(store.slots[b] for store in self.stores)

@@ -1,0 +1,228 @@
+// The decode step of a layer as one operator. Shapes, dtypes and meaning are documented in python/svdq/ops/.
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "csrc/torch/call.h"
+#include "csrc/torch/finite_checks.h"
+#include "csrc/torch/hybrid_keys.h"
+#include "csrc/torch/nouns.h"
+
+namespace svdq::torch_binding {
+namespace {
+
+// The tensors that a step changes, and what they are checked against.
+struct StepTensors {
+  at::Tensor& k_pages;
+  at::Tensor& v_pages;
+  const at::Tensor& page_table;
+  at::Tensor& cache_seqlens;
+  const std::optional<at::Tensor>& first_position;
+  at::Tensor& window_keys;
+  at::Tensor& window_values;
+  at::Tensor& window_lens;
+  at::Tensor& faults;
+  CodecTensors codec;
+  int64_t sink_tokens;
+  int64_t residual_length;
+};
+
+// What the host knows of one sequence on the CPU.
+struct Due {
+  int64_t slots, count,
+      slot_end;         // packed slots, window rows with the new, packed slots afterwards
+  int64_t first, stop;  // window rows that are packed
+
+  bool any() const { return slot_end > slots; }
+};
+
+// A sequence packs the rest of its page once that many tokens stand before the last residual_length.
+Due due_tokens(int64_t slots, int64_t count, int64_t sinks, int64_t residual_length) {
+  const int64_t after_sinks = std::max<int64_t>(slots - sinks, 0);
+  const int64_t page_end = (slots / kPageTokens + 1) * kPageTokens;
+  const bool due = count + after_sinks - residual_length >= page_end;
+  const int64_t end = due ? page_end : slots;
+  return {slots, count, end, std::min(slots, sinks), end - after_sinks};
+}
+
+int64_t page_position(const StepTensors& t, int64_t b) {
+  return t.first_position ? t.first_position->const_data_ptr<int32_t>()[b] : 0;
+}
+
+// Plans the step of every sequence on the CPU and refuses what does not fit.
+std::vector<Due> plan_on_host(const Checker& check, const StepTensors& t, int64_t length) {
+  std::vector<Due> plan;
+  const int64_t pages = t.page_table.size(1), rows = t.window_keys.size(2);
+  const int64_t pool = std::min(t.k_pages.size(0), t.v_pages.size(0));
+  for (int64_t b = 0; b < t.window_lens.size(0); ++b) {
+    const int64_t count = t.window_lens.const_data_ptr<int32_t>()[b] + length;
+    check.require(count <= rows, "sequence " + std::to_string(b) + " needs " +
+                                     std::to_string(count) + " window rows, the capacity is " +
+                                     std::to_string(rows));
+    const int64_t slots = t.cache_seqlens.const_data_ptr<int32_t>()[b];
+    const Due due = due_tokens(slots, count, t.sink_tokens, t.residual_length);
+    if (due.any()) {
+      const int64_t page = slots / kPageTokens;
+      check.require(page < pages,
+                    "sequence " + std::to_string(b) + " needs " + std::to_string(page + 1) +
+                        " pages, the capacity of page_table is " + std::to_string(pages));
+      check.page_ids(t.page_table.const_data_ptr<int32_t>() + b * pages, page, page + 1, pool);
+    }
+    plan.push_back(due);
+  }
+  return plan;
+}
+
+// Packs the due tokens of a sequence and moves the window's later rows down.
+void pack_on_host(const Checker& check, const Call& call, const Layout& layout, StepTensors& t,
+                  const Due& due, int64_t b) {
+  const int64_t heads = layout.num_heads(), dim = layout.head_dim(), count = due.stop - due.first;
+  at::Tensor all_keys = t.window_keys.select(0, b), all_values = t.window_values.select(0, b);
+  const at::Tensor keys = all_keys.narrow(1, due.first, count);
+  const at::Tensor values = all_values.narrow(1, due.first, count);
+  const auto own = [&](const at::Tensor& x) { return x.select(0, b); };
+  const at::Tensor basis = own(t.codec.basis), scale = own(t.codec.scale), mean = own(t.codec.mean);
+  std::optional<at::Tensor> post_mean;
+  if (t.codec.post_mean) post_mean = own(*t.codec.post_mean);
+  const KeyCodec codec =
+      check_codec(check, layout, {basis, scale, mean, post_mean, t.codec.inv_freq});
+  const int32_t* table = t.page_table.const_data_ptr<int32_t>() + b * t.page_table.size(1);
+  pack_keys_of(call, layout, codec, keys, check.tokens(keys, "window_keys", heads, dim),
+               page_position(t, b) + due.slots,
+               {t.k_pages.mutable_data_ptr<uint8_t>(), table, due.slots});
+  call(&Backend::pack_values,
+       {check.tokens(values, "window_values", heads, dim), layout.view(),
+        static_cast<uint8_t*>(t.v_pages.mutable_data_ptr()), table, due.slots});
+  const int64_t moved = due.count - due.stop;
+  for (at::Tensor* rows : {&all_keys, &all_values}) {  // source and target may overlap
+    rows->narrow(1, t.sink_tokens, moved).copy_(rows->narrow(1, due.stop, moved).clone());
+  }
+  t.cache_seqlens.mutable_data_ptr<int32_t>()[b] = static_cast<int32_t>(due.slot_end);
+  t.window_lens.mutable_data_ptr<int32_t>()[b] = static_cast<int32_t>(t.sink_tokens + moved);
+}
+
+// Queries and new keys that belong to keys times their gain [B, H, D].
+std::pair<at::Tensor, at::Tensor> with_gain(const Checker& check, const at::Tensor& query,
+                                            const at::Tensor& keys,
+                                            const std::optional<at::Tensor>& gain) {
+  if (!gain) return {query, keys};
+  const int64_t batch = keys.size(0), heads = keys.size(1), dim = keys.size(3);
+  check.on_device(*gain, "gain");
+  check.float_type(*gain, "gain");
+  check.shape(*gain, "gain", {batch, heads, dim});
+  const at::Tensor inverse = gain->reciprocal().to(query.scalar_type()).unsqueeze(2).unsqueeze(2);
+  const at::Tensor matching =
+      (query.unflatten(1, {heads, query.size(1) / heads}) * inverse).flatten(1, 2);
+  return {matching, keys * gain->unsqueeze(2).to(keys.scalar_type())};
+}
+
+at::Tensor decode_step_(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
+                        double sm_scale, const std::optional<at::Tensor>& gain, at::Tensor& k_pages,
+                        at::Tensor& v_pages, const at::Tensor& page_table,
+                        at::Tensor& cache_seqlens, const std::optional<at::Tensor>& first_position,
+                        int64_t sink_tokens, const at::Tensor& basis, const at::Tensor& scale,
+                        const at::Tensor& mean, const std::optional<at::Tensor>& post_mean,
+                        const std::optional<at::Tensor>& inv_freq, at::IntArrayRef layout_ints,
+                        at::Tensor& window_keys, at::Tensor& window_values, at::Tensor& window_lens,
+                        int64_t residual_length, at::Tensor& faults, double softcap,
+                        const std::optional<at::Tensor>& sinks, int64_t window_size) {
+  const Checker check("svdq::decode_step_", query);
+  const Layout layout = check.layout(layout_ints);
+  const int64_t heads = layout.num_heads(), dim = layout.head_dim(), batch = query.size(0);
+  Queries queries = check_queries(check, layout, query, sm_scale);
+  const int64_t length = queries.length;
+  check.require(length >= 1 && length <= kPageTokens,
+                "query must have 1 to 64 tokens, got " + std::to_string(length));
+  check.shape(keys, "keys", {batch, heads, length, dim});
+  check.shape(values, "values", {batch, heads, length, dim});
+  for (const auto& [tensor, name] :
+       {std::pair{&keys, "keys"}, {&values, "values"}, {&query, "query"}}) {
+    check.on_device(*tensor, name);
+    check.dtype(*tensor, name, window_keys.scalar_type());
+  }
+  check.require(residual_length >= 0 && residual_length <= INT32_MAX,
+                "residual_length must not be negative, got " + std::to_string(residual_length));
+  check.tensor(faults, "faults", at::kInt, {batch});
+  check.contiguous(window_keys, "window_keys");
+  check.contiguous(window_values, "window_values");
+  const DataType v_dtype = check.value_pool(v_pages, layout);
+  if (!layout.packs_values()) check.dtype(values, "values", v_pages.scalar_type());
+  const std::optional<at::Tensor> none;
+  const CodecTensors codec{basis, scale, mean, post_mean, inv_freq};
+  const int64_t pool = std::min(k_pages.size(0), v_pages.size(0));
+  const PackedKeys packed = check_packed_keys(
+      check, layout,
+      {k_pages, page_table, cache_seqlens, first_position, none, &none, sink_tokens, codec}, batch,
+      pool);
+  check_window(check, layout, {window_keys, window_values, window_lens}, batch);
+  StepTensors t{k_pages,        v_pages,     page_table,    cache_seqlens,
+                first_position, window_keys, window_values, window_lens,
+                faults,         codec,       sink_tokens,   residual_length};
+
+  const auto [matching, stored] = with_gain(check, query, keys, gain);
+  const at::Tensor new_keys = stored, rows = matching.contiguous();
+  const std::vector<Due> plan = plan_on_host(check, t, length);
+  const float limit = layout.packs_values() ? kLargestHalf : std::numeric_limits<float>::max();
+  for (int64_t b = 0; b < batch; ++b) {
+    const at::Tensor k = new_keys.select(0, b).contiguous(), v = values.select(0, b).contiguous();
+    check_finite(check, check.tokens(k, "keys", heads, dim), "keys", heads, dim);
+    check_within(check, check.tokens(v, "values", heads, dim), "values", heads, dim, limit);
+  }
+  const at::Tensor lens = window_lens + length;
+  at::Tensor position = lens - length + (cache_seqlens - sink_tokens).clamp_min(0);
+  if (first_position) position = position + *first_position;
+  position = position.to(at::kInt);
+  const std::optional<at::Tensor> query_position = position;
+  const LogitRules rules =
+      check_rules(check, {softcap, sinks, window_size, query_position}, queries.num_heads, batch);
+
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t start = plan[b].count - length;
+    window_keys.select(0, b).narrow(1, start, length).copy_(new_keys.select(0, b));
+    window_values.select(0, b).narrow(1, start, length).copy_(values.select(0, b));
+  }
+  Window window = check_window(check, layout, {window_keys, window_values, lens}, batch);
+  window.sink_rows = packed.sink_tokens;
+  at::Tensor out = at::empty(rows.sizes(), rows.options());
+  at::Tensor lse = at::empty({batch, queries.num_heads, length}, rows.options().dtype(at::kFloat));
+  queries.data = rows.const_data_ptr();
+  const Call call(query.device());
+  if (rows.numel() > 0) {
+    call(&Backend::attend, {.keys = packed,
+                            .queries = queries,
+                            .window = window,
+                            .rules = rules,
+                            .v_pages = static_cast<const uint8_t*>(v_pages.const_data_ptr()),
+                            .v_dtype = v_dtype,
+                            .causal = true,
+                            .token_slots = nullptr,
+                            .out = out.mutable_data_ptr(),
+                            .lse = lse.mutable_data_ptr<float>()});
+  }
+  window_lens.copy_(lens);
+  for (int64_t b = 0; b < batch; ++b) {
+    if (plan[b].any()) pack_on_host(check, call, layout, t, plan[b], b);
+  }
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(svdq, m) {
+  m.def(
+      "decode_step_(Tensor query, Tensor keys, Tensor values, float sm_scale, Tensor? gain,"
+      " Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor page_table, Tensor(c!) cache_seqlens,"
+      " Tensor? first_position, int sink_tokens, Tensor basis, Tensor scale, Tensor mean,"
+      " Tensor? post_mean, Tensor? inv_freq, int[] layout, Tensor(d!) window_keys,"
+      " Tensor(e!) window_values, Tensor(f!) window_lens, int residual_length,"
+      " Tensor(g!) faults, float softcap=0.0, Tensor? sinks=None, int window_size=0)"
+      " -> Tensor out");
+}
+
+TORCH_LIBRARY_IMPL(svdq, CPU, m) { m.impl("decode_step_", &decode_step_); }
+
+}  // namespace svdq::torch_binding
