@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cache_support import Driver
 
+from cache_support import Driver
 from svdq import Settings, SVDqCache
 
 COARSE = {"schedule": [4, 2, 1, 0], "min_fit_tokens": 64}
@@ -83,6 +83,7 @@ def test_host_driven_changes_stop_and_start_again():
     ):
         for driver in drivers:
             change(driver.cache)
+            driver.batch = driver.layer.batch_size
         assert drivers[1].layer.is_static
         for _ in range(3):
             step(drivers, 30)

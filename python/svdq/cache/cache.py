@@ -20,8 +20,8 @@ from transformers.utils import logging
 from svdq.cache import serialization
 from svdq.cache.layer import SVDqLayer
 from svdq.cache.memory import MemoryReport, memory_report
-from svdq.cache.static_layer import StaticSVDqLayer
 from svdq.cache.reads import ReadReport, read_report
+from svdq.cache.static_layer import StaticSVDqLayer
 from svdq.cache.tensor_walk import held_bytes
 from svdq.config.settings import Settings
 from svdq.fit.allocator import Allocator, Budget

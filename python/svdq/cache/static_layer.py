@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from svdq.cache.layer import SVDqLayer
-from svdq.hf.new_tokens import NewTokens
+from svdq.hf.new_tokens import NewTokens, StepTokens
 from svdq.ops import NO_RULES, LogitRules
 from svdq.store.static_step import MAX_QUERIES, StaticStep
 
@@ -61,11 +61,11 @@ class StaticSVDqLayer(SVDqLayer):
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[NewTokens, NewTokens]:
+    ) -> tuple[StepTokens, StepTokens]:
         """As :meth:`SVDqLayer.update`; also refuses what the capacity does not hold."""
         length = key_states.shape[2]
         if self.is_static and length <= MAX_QUERIES:
-            new = NewTokens(self, key_states, value_states)
+            new = StepTokens(self, key_states, value_states)
             self.pending = length
             return new, new
         self.stop()
@@ -79,7 +79,7 @@ class StaticSVDqLayer(SVDqLayer):
     def attend(
         self,
         query: Tensor,
-        new: NewTokens,
+        new: StepTokens,
         sm_scale: float | None = None,
         *,
         rules: LogitRules = NO_RULES,
@@ -129,15 +129,17 @@ class StaticSVDqLayer(SVDqLayer):
         super().crop(tokens_to_remove)
         self.settle()
 
-    def _select(self, indices: list[int]) -> None:
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence i continues the old sequence ``beam_idx[i]``."""
         self.stop()
-        super()._select(indices)
+        super().reorder_cache(beam_idx)
         self.settle()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence."""
         self.stop()
         super().batch_repeat_interleave(repeats)
+        self.settle()
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences that ``indices`` names, in its order."""

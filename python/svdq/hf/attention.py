@@ -18,7 +18,7 @@ from transformers.masking_utils import (
 )
 
 from svdq.hf.logit_rules import check_finite, logit_rules
-from svdq.hf.new_tokens import NewTokens
+from svdq.hf.new_tokens import StepTokens
 from svdq.ops.exact import exact_attention
 
 NAME = "svdq"
@@ -127,8 +127,8 @@ def svdq_mask(
 def svdq_attention(
     module: nn.Module,
     query: Tensor,
-    key: Tensor | NewTokens,
-    value: Tensor | NewTokens,
+    key: Tensor | StepTokens,
+    value: Tensor | StepTokens,
     attention_mask: CausalMask | Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -163,7 +163,7 @@ def svdq_attention(
         For learned sinks that are not finite or not one a query head, and input that the cache
         refuses.
     """
-    if not isinstance(key, NewTokens):
+    if not isinstance(key, StepTokens):
         if isinstance(attention_mask, CausalMask):
             attention_mask = attention_mask.dense
         attend = _exact_attention if _needs_exact(kwargs) else sdpa_attention_forward

@@ -36,13 +36,15 @@ class AttendingLayer(Protocol):
         """Attend to stored and new tokens, and store the new: [B, L, Hq, D]."""
 
 
-class NewTokens:
-    """Keys and values on their way to the ``"svdq"`` attention; nothing else may use them."""
-
-    __slots__ = ("keys", "layer", "values")
+class StepTokens:
+    """Keys and values on their way to the ``"svdq"`` attention, as a compiler can follow them."""
 
     def __init__(self, layer: AttendingLayer, keys: Tensor, values: Tensor) -> None:
         self.layer, self.keys, self.values = layer, keys, values
+
+
+class NewTokens(StepTokens):
+    """The same outside of compiled steps; nothing else may use them."""
 
     def _refuse(self, *_: Any) -> NoReturn:
         self.layer.pending = 0  # they will never be stored

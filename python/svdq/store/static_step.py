@@ -53,6 +53,16 @@ class StaticStep:
         if self.faults.shape[0] != tokens.shape[0]:
             self.faults = self._no_faults()
         self.active = True
+        self._mark_addresses()
+
+    def _mark_addresses(self) -> None:
+        """Tell compiled graphs that these tensors stay where they are."""
+        tokens = self.tokens
+        packed = tokens.packed.packed_keys().flat()
+        held = [*packed.values(), *tokens.window.window.flat().values(), tokens.fit.gain]
+        for tensor in (*held, self.length, self.faults):
+            if isinstance(tensor, Tensor):
+                torch._dynamo.mark_static_address(tensor)
 
     def stop(self) -> int:
         """Read the lengths back, so that the host goes on; the tokens of a sequence.
