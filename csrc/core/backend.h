@@ -48,6 +48,9 @@ struct Backend {
   void (*gather)(const GatherParams&, const Context&);
   void (*attend)(const AttendParams&, const Context&);
   void (*merge)(const MergeParams&, const Context&);
+  // The halves of a decode step around attend; null: the host program takes them from other stages.
+  void (*append_step)(const StepParams&, const Context&);
+  void (*pack_step)(const StepPackParams&, const Context&);
 };
 
 // A stage that takes an executor, as a row has it.

@@ -9,6 +9,7 @@
 #include "csrc/gpu/pack.h"
 #include "csrc/gpu/quantizer.h"
 #include "csrc/gpu/select.h"
+#include "csrc/gpu/step.h"
 #include "csrc/gpu/unpack.h"
 
 namespace svdq::emulator {

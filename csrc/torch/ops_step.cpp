@@ -49,7 +49,7 @@ Due due_tokens(int64_t slots, int64_t count, int64_t sinks, int64_t residual_len
   return {slots, count, end, std::min(slots, sinks), end - after_sinks};
 }
 
-int64_t page_position(const StepTensors& t, int64_t b) {
+int64_t first_position_of(const StepTensors& t, int64_t b) {
   return t.first_position ? t.first_position->const_data_ptr<int32_t>()[b] : 0;
 }
 
@@ -77,6 +77,20 @@ std::vector<Due> plan_on_host(const Checker& check, const StepTensors& t, int64_
   return plan;
 }
 
+// Writes the new rows, and the columns of the plan that attend reads.
+void append_on_host(StepTensors& t, const std::vector<Due>& due, const at::Tensor& keys,
+                    const at::Tensor& values, const StepParams& step) {
+  const int64_t length = keys.size(2);
+  for (size_t i = 0; i < due.size(); ++i) {
+    const int64_t b = static_cast<int64_t>(i), start = due[i].count - length;
+    t.window_keys.select(0, b).narrow(1, start, length).copy_(keys.select(0, b));
+    t.window_values.select(0, b).narrow(1, start, length).copy_(values.select(0, b));
+    step.plan.lens[b] = static_cast<int32_t>(due[i].count);
+    step.plan.position[b] = static_cast<int32_t>(
+        first_position_of(t, b) + std::max<int64_t>(due[i].slots - t.sink_tokens, 0) + start);
+  }
+}
+
 // Packs the due tokens of a sequence and moves the window's later rows down.
 void pack_on_host(const Checker& check, const Call& call, const Layout& layout, StepTensors& t,
                   const Due& due, int64_t b) {
@@ -92,7 +106,7 @@ void pack_on_host(const Checker& check, const Call& call, const Layout& layout, 
       check_codec(check, layout, {basis, scale, mean, post_mean, t.codec.inv_freq});
   const int32_t* table = t.page_table.const_data_ptr<int32_t>() + b * t.page_table.size(1);
   pack_keys_of(call, layout, codec, keys, check.tokens(keys, "window_keys", heads, dim),
-               page_position(t, b) + due.slots,
+               first_position_of(t, b) + due.slots,
                {t.k_pages.mutable_data_ptr<uint8_t>(), table, due.slots});
   call(&Backend::pack_values,
        {check.tokens(values, "window_values", heads, dim), layout.view(),
@@ -118,6 +132,58 @@ std::pair<at::Tensor, at::Tensor> with_gain(const Checker& check, const at::Tens
   const at::Tensor matching =
       (query.unflatten(1, {heads, query.size(1) / heads}) * inverse).flatten(1, 2);
   return {matching, keys * gain->unsqueeze(2).to(keys.scalar_type())};
+}
+
+// Rows of a batch [B, H, L, D], those of sequence 0.
+TokenSource first_rows(const Checker& check, const at::Tensor& rows, const char* name) {
+  return {rows.const_data_ptr(), check.float_type(rows, name), rows.stride(1), rows.stride(2),
+          rows.size(2)};
+}
+
+at::Tensor dense_rows(const at::Tensor& rows) {
+  return rows.stride(3) == 1 ? rows : rows.contiguous();
+}
+
+// The step of a row that has the halves around attend as stages; `plan` [6, B] is their scratch.
+StepParams step_params(const Checker& check, const Layout& layout, StepTensors& t,
+                       const at::Tensor& keys, const at::Tensor& values, const at::Tensor& plan) {
+  const auto column = [&](int64_t i) { return plan.select(0, i).mutable_data_ptr<int32_t>(); };
+  return {
+      .batch = static_cast<int>(keys.size(0)),
+      .num_heads = layout.num_heads(),
+      .head_dim = layout.head_dim(),
+      .dtype = check.float_type(keys, "keys"),
+      .new_keys = first_rows(check, keys, "keys"),
+      .new_values = first_rows(check, values, "values"),
+      .keys_batch_stride = keys.stride(0),
+      .values_batch_stride = values.stride(0),
+      .window_keys = t.window_keys.mutable_data_ptr(),
+      .window_values = t.window_values.mutable_data_ptr(),
+      .rows = static_cast<int>(t.window_keys.size(2)),
+      .window_lens = t.window_lens.mutable_data_ptr<int32_t>(),
+      .cache_seqlens = t.cache_seqlens.mutable_data_ptr<int32_t>(),
+      .page_table = t.page_table.const_data_ptr<int32_t>(),
+      .table_stride = t.page_table.size(1),
+      .num_pages = std::min(t.k_pages.size(0), t.v_pages.size(0)),
+      .first_position = t.first_position ? t.first_position->const_data_ptr<int32_t>() : nullptr,
+      .sink_tokens = static_cast<int>(t.sink_tokens),
+      .residual_length = static_cast<int>(t.residual_length),
+      .value_limit = layout.packs_values() ? kLargestHalf : std::numeric_limits<float>::max(),
+      .faults = t.faults.mutable_data_ptr<int32_t>(),
+      .plan = {column(0), column(1), column(2), column(3), column(4), column(5)},
+  };
+}
+
+StepPackParams step_pack_params(const Layout& layout, StepTensors& t, const StepParams& step,
+                                const KeyCodec& codec) {
+  const bool hybrid = layout.rope() == RopeMode::kHybrid;
+  return {step,
+          hybrid ? layout.pre_view() : layout.view(),
+          hybrid ? layout.post_view() : LayoutView{},
+          codec,
+          layout.rank(),
+          t.k_pages.mutable_data_ptr<uint8_t>(),
+          static_cast<uint8_t*>(t.v_pages.mutable_data_ptr())};
 }
 
 at::Tensor decode_step_(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
@@ -164,33 +230,36 @@ at::Tensor decode_step_(const at::Tensor& query, const at::Tensor& keys, const a
                 faults,         codec,       sink_tokens,   residual_length};
 
   const auto [matching, stored] = with_gain(check, query, keys, gain);
-  const at::Tensor new_keys = stored, rows = matching.contiguous();
-  const std::vector<Due> plan = plan_on_host(check, t, length);
-  const float limit = layout.packs_values() ? kLargestHalf : std::numeric_limits<float>::max();
-  for (int64_t b = 0; b < batch; ++b) {
-    const at::Tensor k = new_keys.select(0, b).contiguous(), v = values.select(0, b).contiguous();
-    check_finite(check, check.tokens(k, "keys", heads, dim), "keys", heads, dim);
-    check_within(check, check.tokens(v, "values", heads, dim), "values", heads, dim, limit);
+  const at::Tensor new_keys = dense_rows(stored), new_values = dense_rows(values);
+  const at::Tensor rows = matching.contiguous();
+  const Call call(query.device());
+  const bool on_device = call.backend().append_step != nullptr;
+  std::vector<Due> due;
+  if (query.is_cpu()) {
+    due = plan_on_host(check, t, length);
+    const float limit = layout.packs_values() ? kLargestHalf : std::numeric_limits<float>::max();
+    for (int64_t b = 0; b < batch; ++b) {
+      const at::Tensor k = new_keys.select(0, b), v = new_values.select(0, b);
+      check_finite(check, check.tokens(k, "keys", heads, dim), "keys", heads, dim);
+      check_within(check, check.tokens(v, "values", heads, dim), "values", heads, dim, limit);
+    }
   }
-  const at::Tensor lens = window_lens + length;
-  at::Tensor position = lens - length + (cache_seqlens - sink_tokens).clamp_min(0);
-  if (first_position) position = position + *first_position;
-  position = position.to(at::kInt);
-  const std::optional<at::Tensor> query_position = position;
+  const at::Tensor plan = at::empty({kStepPlanColumns, batch}, window_lens.options());
+  const at::Tensor lens = plan.select(0, 0);
+  const std::optional<at::Tensor> position = plan.select(0, 1);
   const LogitRules rules =
-      check_rules(check, {softcap, sinks, window_size, query_position}, queries.num_heads, batch);
-
-  for (int64_t b = 0; b < batch; ++b) {
-    const int64_t start = plan[b].count - length;
-    window_keys.select(0, b).narrow(1, start, length).copy_(new_keys.select(0, b));
-    window_values.select(0, b).narrow(1, start, length).copy_(values.select(0, b));
+      check_rules(check, {softcap, sinks, window_size, position}, queries.num_heads, batch);
+  const StepParams step = step_params(check, layout, t, new_keys, new_values, plan);
+  if (on_device) {
+    call(&Backend::append_step, step);
+  } else {
+    append_on_host(t, due, new_keys, new_values, step);
   }
   Window window = check_window(check, layout, {window_keys, window_values, lens}, batch);
   window.sink_rows = packed.sink_tokens;
   at::Tensor out = at::empty(rows.sizes(), rows.options());
   at::Tensor lse = at::empty({batch, queries.num_heads, length}, rows.options().dtype(at::kFloat));
   queries.data = rows.const_data_ptr();
-  const Call call(query.device());
   if (rows.numel() > 0) {
     call(&Backend::attend, {.keys = packed,
                             .queries = queries,
@@ -203,9 +272,13 @@ at::Tensor decode_step_(const at::Tensor& query, const at::Tensor& keys, const a
                             .out = out.mutable_data_ptr(),
                             .lse = lse.mutable_data_ptr<float>()});
   }
+  if (on_device) {
+    call(&Backend::pack_step, step_pack_params(layout, t, step, packed.codec));
+    return out;
+  }
   window_lens.copy_(lens);
   for (int64_t b = 0; b < batch; ++b) {
-    if (plan[b].any()) pack_on_host(check, call, layout, t, plan[b], b);
+    if (due[b].any()) pack_on_host(check, call, layout, t, due[b], b);
   }
   return out;
 }
@@ -224,5 +297,6 @@ TORCH_LIBRARY_FRAGMENT(svdq, m) {
 }
 
 TORCH_LIBRARY_IMPL(svdq, CPU, m) { m.impl("decode_step_", &decode_step_); }
+TORCH_LIBRARY_IMPL(svdq, CUDA, m) { m.impl("decode_step_", &decode_step_); }
 
 }  // namespace svdq::torch_binding

@@ -95,19 +95,17 @@ SVDQ_DEVICE void quantize_latents(PackPlan<kDim>& s, const PackKeysParams& p, co
   }
 }
 
+// The keys of head block_y() in one page, which is run `run` of `keys`.
 template <int kDim>
-SVDQ_KERNEL(kPackThreads)
-pack_keys_kernel(PackKeysParams p, TokenRows keys, HeadTable heads, PageIds ids,
-                 int64_t first_chunk) {
+SVDQ_DEVICE void pack_page_keys(const PackKeysParams& p, const TokenRows& keys,
+                                const HeadTable& heads, const PageSpan& span, int64_t run) {
   PackPlan<kDim>& s = shared_memory<PackPlan<kDim>>();
   const int dim = p.layout.head_dim, head_index = block_y();
   const HeadPlan head = head_plan(heads, head_index);
-  const PageSpan span = page_span(ids, p.slot, p.keys.num_tokens, first_chunk, block_x());
   const float* mean = p.codec.mean + int64_t{head_index} * dim;
 
   for (int group = 0; group < kGroups; ++group) {
-    load_rows(s.rows, keys, head_index, dim, {span, first_chunk + block_x(), group}, mean,
-              kPackThreads);
+    load_rows(s.rows, keys, head_index, dim, {span, run, group}, mean, kPackThreads);
     sync_threads();
     quantize_latents(s, p, head, span, group);
     sync_threads();
@@ -120,6 +118,14 @@ pack_keys_kernel(PackKeysParams p, TokenRows keys, HeadTable heads, PageIds ids,
     channel += count;
     lines += band_bytes(kWidth, count);
   });
+}
+
+template <int kDim>
+SVDQ_KERNEL(kPackThreads)
+pack_keys_kernel(PackKeysParams p, TokenRows keys, HeadTable heads, PageIds ids,
+                 int64_t first_chunk) {
+  const PageSpan span = page_span(ids, p.slot, p.keys.num_tokens, first_chunk, block_x());
+  pack_page_keys<kDim>(p, keys, heads, span, first_chunk + block_x());
 }
 
 // Rotates and quantizes the values of one token, a row [D] of shared memory, by a team of 16 lanes; gives the byte
@@ -148,16 +154,14 @@ SVDQ_DEVICE int quantize_value(float* row, const ValueLayout& value, const Code&
   return step > 0.0f ? scale_byte(float_to_half(scale < kLargestHalf ? scale : kLargestHalf)) : 0;
 }
 
-// Packed values; `aligned` as in TokenRows.
+// The packed values of head block_y() in one page; `aligned` as in TokenRows.
 template <int kDim>
-SVDQ_KERNEL(kPackThreads)
-pack_values_kernel(PackValuesParams p, bool aligned, HeadTable heads, PageIds ids,
-                   int64_t first_chunk) {
+SVDQ_DEVICE void pack_page_values(const PackValuesParams& p, bool aligned, const HeadTable& heads,
+                                  const PageSpan& span) {
   constexpr int kWarps = kPackThreads / kWarpSize;
   PackPlan<kDim>& s = shared_memory<PackPlan<kDim>>();
   const HeadPlan head = head_plan(heads, block_y());
   const ValueLayout& value = head.value;
-  const PageSpan span = page_span(ids, p.slot, p.values.num_tokens, first_chunk, block_x());
   const TokenRows rows{p.values, 0, nullptr, nullptr, aligned};
   uint8_t* page = p.pages + span.page * p.layout.v_page_bytes + head.v_offset;
   for (int group = 0; group < kGroups; ++group) {
@@ -180,11 +184,17 @@ pack_values_kernel(PackValuesParams p, bool aligned, HeadTable heads, PageIds id
   });
 }
 
+template <int kDim>
+SVDQ_KERNEL(kPackThreads)
+pack_values_kernel(PackValuesParams p, bool aligned, HeadTable heads, PageIds ids,
+                   int64_t first_chunk) {
+  pack_page_values<kDim>(p, aligned, heads,
+                         page_span(ids, p.slot, p.values.num_tokens, first_chunk, block_x()));
+}
+
 // Exact values: rows are copied number by number, since a source may be aligned to no more.
 template <typename Number>
-SVDQ_KERNEL(kPackThreads)
-copy_values_kernel(PackValuesParams p, PageIds ids, int64_t first_chunk) {
-  const PageSpan span = page_span(ids, p.slot, p.values.num_tokens, first_chunk, block_x());
+SVDQ_DEVICE void copy_page_values(const PackValuesParams& p, const PageSpan& span) {
   const int dim = p.layout.head_dim;
   Number* page = reinterpret_cast<Number*>(p.pages + span.page * p.layout.v_page_bytes) +
                  block_y() * kPageTokens * dim;
@@ -194,6 +204,12 @@ copy_values_kernel(PackValuesParams p, PageIds ids, int64_t first_chunk) {
     store(&page[(span.first + row) * dim + d],
           load(&from[(span.token + row) * p.values.token_stride + d]));
   }
+}
+
+template <typename Number>
+SVDQ_KERNEL(kPackThreads)
+copy_values_kernel(PackValuesParams p, PageIds ids, int64_t first_chunk) {
+  copy_page_values<Number>(p, page_span(ids, p.slot, p.values.num_tokens, first_chunk, block_x()));
 }
 
 // Shapes of the launches over `pages` pages.
