@@ -96,6 +96,13 @@ STAGES = {
         "cpu test": "tests/core/test_pack_keys.cpp",  # packed bytes are read back there
         "benchmark": None,
     },
+    # The host program makes a CPU's step of other stages; it is timed as part of attend.
+    ("pack", "step"): {
+        "cpu": None,
+        "cpu test": None,
+        "operator test": "tests/cache/test_cache_static.py",
+        "benchmark": None,
+    },
     # Stages of several kernels, which plan.cuh lists.
     ("select", "select"): {**SPARSE, "kernel": "kernels/select/plan.cuh"},
     ("attend", "attend"): {"kernel": "kernels/attend/plan.cuh"},
