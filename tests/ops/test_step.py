@@ -1,4 +1,4 @@
-"""The decode step as torch sees it, and what it refuses. Its numbers: tests/cache/test_cache_static.py."""
+"""The decode step as torch sees it, and what it refuses; test_cache_static.py has its numbers."""
 
 import pytest
 import torch

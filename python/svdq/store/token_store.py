@@ -78,10 +78,8 @@ class TokenStore:
 
     @property
     def static_possible(self) -> bool:
-        """True if every sequence is packed, so that no step has to fit a basis, on a CPU."""
+        """True if every sequence is packed, so that no step has to fit a basis."""
         packed = self.packed
-        if self.device.type != "cpu":  # decode_step_ has no CUDA kernels yet
-            return False
         return packed is not None and all(packed.fitted) and all(packed.slots)
 
     def packed_slots(self, b: int) -> int:
