@@ -72,6 +72,15 @@ def test_steps_equal_those_of_a_growing_cache(backend, name, length):
     assert_same_pages(drivers)
 
 
+def test_rules_of_logits_are_those_of_a_growing_cache():
+    drivers = pair(**CASES["hybrid"])
+    rules = {"softcap": 5.0, "s_aux": torch.tensor([0.5, 1.0, -1.0, 2.0]), "sliding_window": 150}
+    step(drivers, 250, attention_mask=padded(2, 250), **rules)
+    for _ in range(30):
+        step(drivers, 5, **rules)
+    assert_same_pages(drivers)
+
+
 def test_host_driven_changes_stop_and_start_again():
     drivers = pair(**CASES["pre"])
     step(drivers, 250)
