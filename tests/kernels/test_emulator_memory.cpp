@@ -89,7 +89,7 @@ TEST_P(MemoryChecks, SharedOutOfBounds) {
         if (second()) shared_memory<Plan>();
       },
       0);
-  EXPECT_THROW(launch("too much", {1, 1, 1, 1, 300000}, kernel, 0), emulator::Error);
+  EXPECT_THROW(launch("too much", {1, 1, 1, 1, 300000}, kernel, 0), Error);
 }
 
 TEST_P(MemoryChecks, SharedUnwritten) {
