@@ -58,6 +58,7 @@ def padded(batch: int, length: int) -> torch.Tensor:
     return mask
 
 
+@pytest.mark.libraries
 @pytest.mark.parametrize("length", [1, 3, 64])
 @pytest.mark.parametrize("name", CASES)
 def test_steps_equal_those_of_a_growing_cache(backend, name, length):

@@ -59,6 +59,7 @@ def test_exact_settings_give_the_full_cache_s_logits(family):
     assert_close(logits(make_model(family), cache), eager(family), 1e-5)
 
 
+@pytest.mark.libraries
 @pytest.mark.parametrize("rope", ["pre", "post"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fine_codes_are_near_the_full_cache(family, rope, backend):
@@ -153,6 +154,7 @@ def expected_step(driver, query, rules):
     return out.transpose(0, 1)
 
 
+@pytest.mark.libraries
 @pytest.mark.parametrize("window", [20, 100, 230, 250, 1000])
 @pytest.mark.parametrize("rope", ["pre", "post"])
 def test_sliding_windows_on_compressed_layers(rope, window, backend):
