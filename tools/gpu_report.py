@@ -106,7 +106,7 @@ class Run:
                 os.killpg(process.pid, 9)
                 process.wait()
                 status = "timeout"
-        text = log.read_text(errors="replace")
+        text = without_folders(log.read_text(errors="replace"))
         step = Step(name, status, time.monotonic() - begin, totals(text))
         if status != "passed":
             step.tail = text.splitlines()[-TAIL_LINES:]
@@ -130,6 +130,13 @@ class Run:
         with tarfile.open(self.folder / "logs.tar.gz", "w:gz") as archive:
             archive.add(self.logs, "logs")
         shutil.rmtree(self.logs)
+
+
+def without_folders(text: str) -> str:
+    """A log without the places that this project and this Python lie in."""
+    for folder in (str(ROOT), sys.prefix, sys.base_prefix):
+        text = text.replace(folder + os.sep, "")
+    return text
 
 
 def markdown(report: dict) -> str:
