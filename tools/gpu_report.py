@@ -286,7 +286,6 @@ def _cuda_options(tools: Tools) -> list[str]:
     packages = cuda_toolkit.package_folder() if tools.torch_cuda else None
     return [
         "-DSVDQ_CUDA=ON",
-        "-DSVDQ_EMULATION=OFF",
         "-DSVDQ_TESTS=ON",
         f"-DCMAKE_CUDA_COMPILER={tools.nvcc}",
         f"-DSVDQ_CUDA_ARCHS={_archs(tools)}",
