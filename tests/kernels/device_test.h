@@ -156,4 +156,25 @@ class KernelTest : public ::testing::TestWithParam<Run> {
       ::svdq::testing::run_name)
 #endif
 
+// A queue without read(): what compiles for it can be captured in a CUDA graph.
+template <typename Stream>
+class Blind {
+ public:
+  explicit Blind(Stream& stream) : queue_(stream) {}
+
+  template <typename Kernel, typename... Params>
+  void launch(const char* name, const device::LaunchShape& shape, Kernel kernel,
+              const Params&... params) {
+    queue_.launch(name, shape, kernel, params...);
+  }
+  template <typename T>
+  T* allocate(int64_t count) {
+    return queue_.template allocate<T>(count);
+  }
+  const gpu::DeviceLimits& limits() const { return queue_.limits(); }
+
+ private:
+  Stream& queue_;
+};
+
 }  // namespace svdq::testing

@@ -9,26 +9,7 @@
 namespace svdq {
 namespace {
 
-// A queue without read().
-template <typename Stream>
-class Blind {
- public:
-  explicit Blind(Stream& stream) : queue_(stream) {}
-
-  template <typename Kernel, typename... Params>
-  void launch(const char* name, const device::LaunchShape& shape, Kernel kernel,
-              const Params&... params) {
-    queue_.launch(name, shape, kernel, params...);
-  }
-  template <typename T>
-  T* allocate(int64_t count) {
-    return queue_.template allocate<T>(count);
-  }
-  const gpu::DeviceLimits& limits() const { return queue_.limits(); }
-
- private:
-  Stream& queue_;
-};
+using testing::Blind;
 
 class Capture : public testing::AttendTest {};
 

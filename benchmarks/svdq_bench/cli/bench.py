@@ -14,6 +14,7 @@ from svdq_bench.cli.options import (
     SHAPE_PANEL,
     VALUE_BITS,
     Clip,
+    CodedWhere,
     Dtype,
     GgufFile,
     HeadDim,
@@ -23,6 +24,7 @@ from svdq_bench.cli.options import (
     KvLens,
     Markdown,
     Model,
+    ModelDtype,
     QoHeads,
     Rope,
     Ropes,
@@ -122,9 +124,7 @@ def prefill(
         int, typer.Option(min=1, help="Tokens to prefill.", rich_help_panel=MODEL_PANEL)
     ] = 8192,
     preset: KeyBits = "paper-1.25",
-    rope: Annotated[
-        Rope, typer.Option(help="Where keys are coded.", rich_help_panel=CACHE_PANEL)
-    ] = Rope.pre,
+    rope: CodedWhere = Rope.pre,
     v_bits: Annotated[
         int, typer.Option(help="Bits per value, 4 or 2.", rich_help_panel=CACHE_PANEL)
     ] = 4,
@@ -132,9 +132,7 @@ def prefill(
     model: Model = None,
     gguf_file: GgufFile = None,
     text_file: TextFile = None,
-    dtype: Annotated[
-        Dtype, typer.Option(help="Number format of the model.", rich_help_panel=MODEL_PANEL)
-    ] = Dtype.bfloat16,
+    dtype: ModelDtype = Dtype.bfloat16,
     repeats: Annotated[int, typer.Option(min=1, help="Prefills and compressions to time.")] = 3,
     json_file: JsonFile = None,
     markdown: Markdown = False,

@@ -11,9 +11,11 @@ from svdq_bench.cli.errors import reports_errors
 from svdq_bench.cli.options import (
     CACHE_PANEL,
     MODEL_PANEL,
+    CodedWhere,
     Dtype,
     GgufFile,
     Model,
+    ModelDtype,
     Rope,
     SinkTokens,
     TextFile,
@@ -25,9 +27,7 @@ from svdq_bench.cli.progress import quiet_transformers, step_progress
 def calibrate(
     *,
     out: Annotated[Path, typer.Argument(help="Profile to write, a safetensors file.")],
-    rope: Annotated[
-        Rope, typer.Option(help="Where keys are coded.", rich_help_panel=CACHE_PANEL)
-    ] = Rope.pre,
+    rope: CodedWhere = Rope.pre,
     core_channels: Annotated[
         int,
         typer.Option(
@@ -54,9 +54,7 @@ def calibrate(
         list[int],
         typer.Option(help="First token of a prompt; repeatable.", rich_help_panel=MODEL_PANEL),
     ] = [60000, 80000],  # noqa: B006  (typer reads it, nothing mutates it)
-    dtype: Annotated[
-        Dtype, typer.Option(help="Number format of the model.", rich_help_panel=MODEL_PANEL)
-    ] = Dtype.float32,
+    dtype: ModelDtype = Dtype.float32,
 ) -> None:
     """Measure the spectra of a model's keys on text, in units of attention score.
 

@@ -16,6 +16,7 @@ from svdq_bench.cli.options import (
     MODEL_PANEL,
     OUTPUT_PANEL,
     Clip,
+    CodedWhere,
     Dtype,
     GgufFile,
     KeyBits,
@@ -77,9 +78,7 @@ def demo(
     ] = None,
     k_bits: KeyBits = "kv=2.5",
     v_bits: ValueBits = "4",
-    rope: Annotated[
-        Rope, typer.Option(help="Where keys are coded.", rich_help_panel=CACHE_PANEL)
-    ] = Rope.pre,
+    rope: CodedWhere = Rope.pre,
     clip: Clip = True,
     sink_tokens: SinkTokens = 8,
     residual_length: Annotated[

@@ -10,13 +10,13 @@ from svdq_bench.cli import harness, keys, memory, retrieval, sparsity
 from svdq_bench.cli.errors import reports_errors
 from svdq_bench.cli.methods import make_methods, with_budgets
 from svdq_bench.cli.options import (
-    CACHE_PANEL,
     DEFAULT_CHANNELS,
     MODEL_PANEL,
     Across,
     AllocateAcross,
     Averages,
     Clip,
+    CodedWhere,
     CsvFile,
     DenseLayers,
     Dtype,
@@ -24,8 +24,10 @@ from svdq_bench.cli.options import (
     HtmlFile,
     JointAverages,
     JsonFile,
+    KeptExact,
     Markdown,
     Model,
+    ModelDtype,
     OutlierFraction,
     Peers,
     Presets,
@@ -68,15 +70,10 @@ def perplexity(
     outlier_fraction: OutlierFraction = 0.0,
     peer: Peers = [],  # noqa: B006  (typer reads it, nothing mutates it)
     clip: Clip = True,
-    rope: Annotated[
-        Rope, typer.Option(help="Where keys are coded.", rich_help_panel=CACHE_PANEL)
-    ] = Rope.pre,
+    rope: CodedWhere = Rope.pre,
     v_bits: ValueBits = "exact",
     sink_tokens: SinkTokens = 8,
-    residual_length: Annotated[
-        int,
-        typer.Option(min=0, help="Last tokens that svdq keeps exact.", rich_help_panel=CACHE_PANEL),
-    ] = 0,
+    residual_length: KeptExact = 0,
     sparse_budget: SparseBudgets = None,
     sparse_scorer: SparseScorers = [ScorerName.latent],  # noqa: B006
     sparse_channels: SparseChannels = DEFAULT_CHANNELS,
@@ -98,9 +95,7 @@ def perplexity(
         list[int],
         typer.Option(help="First token of a window; repeatable.", rich_help_panel=MODEL_PANEL),
     ] = [5000, 40000],  # noqa: B006
-    dtype: Annotated[
-        Dtype, typer.Option(help="Number format of the model.", rich_help_panel=MODEL_PANEL)
-    ] = Dtype.float32,
+    dtype: ModelDtype = Dtype.float32,
     json_file: JsonFile = None,
     csv_file: CsvFile = None,
     html_file: HtmlFile = None,

@@ -10,20 +10,21 @@ import typer
 from svdq_bench.cli.errors import reports_errors
 from svdq_bench.cli.methods import make_methods
 from svdq_bench.cli.options import (
-    CACHE_PANEL,
-    MODEL_PANEL,
     Across,
     AllocateAcross,
     Averages,
     Clip,
+    CodedWhere,
     CsvFile,
     Dtype,
     GgufFile,
     HtmlFile,
     JointAverages,
     JsonFile,
+    KeptExact,
     Markdown,
     Model,
+    ModelDtype,
     Peers,
     Presets,
     Prices,
@@ -100,20 +101,13 @@ def harness(
     weighted: Weighted = None,
     peer: Peers = [],  # noqa: B006  (typer reads it, nothing mutates it)
     clip: Clip = True,
-    rope: Annotated[
-        Rope, typer.Option(help="Where keys are coded.", rich_help_panel=CACHE_PANEL)
-    ] = Rope.pre,
+    rope: CodedWhere = Rope.pre,
     v_bits: ValueBits = "exact",
     sink_tokens: SinkTokens = 8,
-    residual_length: Annotated[
-        int,
-        typer.Option(min=0, help="Last tokens that svdq keeps exact.", rich_help_panel=CACHE_PANEL),
-    ] = 0,
+    residual_length: KeptExact = 0,
     model: Model = None,
     gguf_file: GgufFile = None,
-    dtype: Annotated[
-        Dtype, typer.Option(help="Number format of the model.", rich_help_panel=MODEL_PANEL)
-    ] = Dtype.float32,
+    dtype: ModelDtype = Dtype.float32,
     json_file: JsonFile = None,
     csv_file: CsvFile = None,
     html_file: HtmlFile = None,

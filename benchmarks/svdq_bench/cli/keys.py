@@ -23,6 +23,7 @@ from svdq_bench.cli.options import (
     JsonFile,
     Markdown,
     Model,
+    ModelDtype,
     Peers,
     Rope,
     SinkTokens,
@@ -81,9 +82,7 @@ def keys(
         list[int],
         typer.Option(help="First token of a window; repeatable.", rich_help_panel=MODEL_PANEL),
     ] = [5000, 40000],  # noqa: B006
-    dtype: Annotated[
-        Dtype, typer.Option(help="Number format of the model.", rich_help_panel=MODEL_PANEL)
-    ] = Dtype.float32,
+    dtype: ModelDtype = Dtype.float32,
     json_file: JsonFile = None,
     csv_file: CsvFile = None,
     html_file: HtmlFile = None,

@@ -9,17 +9,19 @@ import typer
 from svdq_bench.cli.errors import reports_errors
 from svdq_bench.cli.methods import make_methods
 from svdq_bench.cli.options import (
-    CACHE_PANEL,
     MODEL_PANEL,
     Averages,
+    CodedWhere,
     CsvFile,
     Dtype,
     GgufFile,
     HtmlFile,
     JointAverages,
     JsonFile,
+    KeptExact,
     Markdown,
     Model,
+    ModelDtype,
     Presets,
     Rope,
     SinkTokens,
@@ -37,14 +39,9 @@ def memory(
     k_bits: Averages = None,
     kv_bits: JointAverages = None,
     v_bits: ValueBits = "4",
-    rope: Annotated[
-        Rope, typer.Option(help="Where keys are coded.", rich_help_panel=CACHE_PANEL)
-    ] = Rope.pre,
+    rope: CodedWhere = Rope.pre,
     sink_tokens: SinkTokens = 8,
-    residual_length: Annotated[
-        int,
-        typer.Option(min=0, help="Last tokens that svdq keeps exact.", rich_help_panel=CACHE_PANEL),
-    ] = 64,
+    residual_length: KeptExact = 64,
     model: Model = None,
     gguf_file: GgufFile = None,
     text_file: TextFile = None,
@@ -55,9 +52,7 @@ def memory(
     window_start: Annotated[
         int, typer.Option(help="First token of the contexts.", rich_help_panel=MODEL_PANEL)
     ] = 5000,
-    dtype: Annotated[
-        Dtype, typer.Option(help="Number format of the model.", rich_help_panel=MODEL_PANEL)
-    ] = Dtype.bfloat16,
+    dtype: ModelDtype = Dtype.bfloat16,
     json_file: JsonFile = None,
     csv_file: CsvFile = None,
     html_file: HtmlFile = None,

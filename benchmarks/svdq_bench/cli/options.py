@@ -225,6 +225,12 @@ DenseLayers = Annotated[
         rich_help_panel=SPARSE_PANEL,
     ),
 ]
+CodedWhere = Annotated[
+    Rope, typer.Option(help="Where keys are coded.", rich_help_panel=CACHE_PANEL)
+]
+ModelDtype = Annotated[
+    Dtype, typer.Option(help="Number format of the model.", rich_help_panel=MODEL_PANEL)
+]
 Ropes = Annotated[
     list[Rope],
     typer.Option(help="Where keys are coded; repeatable.", rich_help_panel=CACHE_PANEL),
@@ -234,6 +240,10 @@ PackedValueBits = Annotated[
 ]
 Window = Annotated[
     int, typer.Option(min=0, help="Last tokens that stay exact.", rich_help_panel=CACHE_PANEL)
+]
+KeptExact = Annotated[
+    int,
+    typer.Option(min=0, help="Last tokens that svdq keeps exact.", rich_help_panel=CACHE_PANEL),
 ]
 KvLens = Annotated[
     list[int],

@@ -13,12 +13,12 @@ from svdq_bench.cli.methods import make_methods, with_budgets
 from svdq_bench.cli.options import (
     CACHE_PANEL,
     DEFAULT_CHANNELS,
-    MODEL_PANEL,
     SPARSE_PANEL,
     Across,
     AllocateAcross,
     Averages,
     Clip,
+    CodedWhere,
     CsvFile,
     DenseLayers,
     Dtype,
@@ -26,8 +26,10 @@ from svdq_bench.cli.options import (
     HtmlFile,
     JointAverages,
     JsonFile,
+    KeptExact,
     Markdown,
     Model,
+    ModelDtype,
     Peers,
     Presets,
     Prices,
@@ -64,9 +66,7 @@ def retrieval(
     weighted: Weighted = None,
     peer: Peers = [],  # noqa: B006  (typer reads it, nothing mutates it)
     clip: Clip = True,
-    rope: Annotated[
-        Rope, typer.Option(help="Where keys are coded.", rich_help_panel=CACHE_PANEL)
-    ] = Rope.pre,
+    rope: CodedWhere = Rope.pre,
     v_bits: Annotated[
         list[str],
         typer.Option(
@@ -76,10 +76,7 @@ def retrieval(
         ),
     ] = ["exact"],  # noqa: B006
     sink_tokens: SinkTokens = 8,
-    residual_length: Annotated[
-        int,
-        typer.Option(min=0, help="Last tokens that svdq keeps exact.", rich_help_panel=CACHE_PANEL),
-    ] = 0,
+    residual_length: KeptExact = 0,
     sparse_budget: SparseBudgets = None,
     sparse_scorer: SparseScorers = [ScorerName.latent],  # noqa: B006
     sparse_channels: SparseChannels = DEFAULT_CHANNELS,
@@ -151,9 +148,7 @@ def retrieval(
     model: Model = None,
     gguf_file: GgufFile = None,
     text_file: TextFile = None,
-    dtype: Annotated[
-        Dtype, typer.Option(help="Number format of the model.", rich_help_panel=MODEL_PANEL)
-    ] = Dtype.float32,
+    dtype: ModelDtype = Dtype.float32,
     json_file: JsonFile = None,
     csv_file: CsvFile = None,
     html_file: HtmlFile = None,

@@ -20,6 +20,7 @@ from svdq_bench.cli.options import (
     KeyBits,
     Markdown,
     Model,
+    ModelDtype,
     Rope,
     ScorerName,
     SinkTokens,
@@ -93,9 +94,7 @@ def sparsity(
         int,
         typer.Option(min=1, help="Every so many of them is one.", rich_help_panel=MODEL_PANEL),
     ] = 30,
-    dtype: Annotated[
-        Dtype, typer.Option(help="Number format of the model.", rich_help_panel=MODEL_PANEL)
-    ] = Dtype.float32,
+    dtype: ModelDtype = Dtype.float32,
     json_file: JsonFile = None,
     csv_file: CsvFile = None,
     html_file: HtmlFile = None,

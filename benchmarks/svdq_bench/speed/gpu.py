@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from svdq import _C
-from svdq_bench.speed.timing import WARMUP, Timing
+from svdq_bench.speed.timing import Timing, take_turns
 
 DEVICES = ("cpu", "cuda")
 
@@ -52,23 +52,17 @@ def time_graphs(
     copies : copies of each case's data, more than the L2 cache holds together.
     repeats, begin : as for :func:`svdq_bench.speed.timing.time_interleaved`.
     """
-    if repeats < 1:
-        raise ValueError(f"repeats must be at least 1, got {repeats}")
     graphs = {name: capture(call, copies[name]) for name, call in calls.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for index in range(WARMUP + repeats):
-        begin(f"round {index - WARMUP + 1}" if index >= WARMUP else "warm-up")
-        turn = index % len(names)
-        for name in names[turn:] + names[:turn]:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graphs[name].replay()
-            end.record()
-            end.synchronize()
-            if index >= WARMUP:
-                seconds[name].append(start.elapsed_time(end) / 1e3 / copies[name])
-    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+    def measure(name: str, _: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graphs[name].replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / copies[name]
+
+    return take_turns(list(calls), measure, repeats, begin=begin)
 
 
 def copy_rate(num_bytes: int, repeats: int = 10) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -53,6 +54,13 @@ class StaticSVDqLayer(SVDqLayer):
         """Let the host know the lengths again."""
         if self.is_static:
             self.seq_length = self.static.stop()
+
+    @contextlib.contextmanager
+    def _on_host(self) -> Iterator[None]:
+        """Let the host know the lengths meanwhile."""
+        self.stop()
+        yield
+        self.settle()
 
     @property
     def can_start(self) -> bool:
@@ -125,24 +133,20 @@ class StaticSVDqLayer(SVDqLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove tokens, see :meth:`SVDqLayer.crop`."""
-        self.stop()
-        super().crop(tokens_to_remove)
-        self.settle()
+        with self._on_host():
+            super().crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i continues the old sequence ``beam_idx[i]``."""
-        self.stop()
-        super().reorder_cache(beam_idx)
-        self.settle()
+        with self._on_host():
+            super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence."""
-        self.stop()
-        super().batch_repeat_interleave(repeats)
-        self.settle()
+        with self._on_host():
+            super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences that ``indices`` names, in its order."""
-        self.stop()
-        super().batch_select_indices(indices)
-        self.settle()
+        with self._on_host():
+            super().batch_select_indices(indices)
