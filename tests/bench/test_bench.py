@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from cache_support import make_model, make_tokens
 from svdq import _C
 from svdq.config.settings import Settings
 from svdq.layout import PageLayout
+from svdq.store.packed import PackedStore
 from svdq_bench.speed import machine, timing
 from svdq_bench.speed.attend import Variants, bench_attend, packed_case, torch_case
 from svdq_bench.speed.prefill import bench_prefill
@@ -197,12 +199,20 @@ def test_batches_are_as_many_calls():
 
 
 @pytest.mark.parametrize("rope", ["post", "pre"])
-def test_steps_that_pack_are_told_apart(rope):
+def test_steps_that_pack_are_told_apart(rope, monkeypatch):
+    pack, slowed = PackedStore.pack, 0.05
+
+    def slow_pack(*args, **kwargs):
+        time.sleep(slowed)
+        pack(*args, **kwargs)
+
+    monkeypatch.setattr(PackedStore, "pack", slow_pack)
     shape = replace(SHAPE, batch=2, kv_len=400)
     seen = []
     settings = Settings.of(schedule=SCHEDULE, v_bits=4, rope=rope)
     (row,) = bench_steps(shape, settings, torch.float32, seen.append)
     assert seen == ["packing", "steps"]
+    assert row["boundary_ms"] > 1e3 * slowed * 2  # of both sequences
     assert row["boundary_ratio"] == row["boundary_ms"] / row["ordinary_ms"]
     assert (row["batch"], row["kv_len"], row["case"]) == (2, 400, f"{rope}, 2 sequences")
 
