@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from svdq import _C
-from svdq_bench.speed.timing import Timing, take_turns
+from svdq_bench.speed.timing import WARMUP, Timing, take_turns
 
 DEVICES = ("cpu", "cuda")
 
@@ -62,7 +62,7 @@ def time_graphs(
         end.synchronize()
         return start.elapsed_time(end) / 1e3 / copies[name]
 
-    return take_turns(list(calls), measure, repeats, begin=begin)
+    return take_turns(list(calls), measure, repeats, WARMUP, begin)
 
 
 def copy_rate(num_bytes: int, repeats: int = 10) -> float:

@@ -56,8 +56,8 @@ def take_turns(
     names: Sequence[str],
     measure: Callable[[str, int], float],
     repeats: int,
-    warmup: int = WARMUP,
-    begin: Callable[[str], None] = lambda step: None,
+    warmup: int,
+    begin: Callable[[str], None],
 ) -> dict[str, Timing]:
     """Measure every case once a round, as :func:`time_interleaved` does.
 
