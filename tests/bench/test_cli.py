@@ -64,6 +64,8 @@ def test_help_names_options(arguments, words):
             "k_bits must be above 0 and at most 8, or 16, got 9.5",
         ),
         (["eval", "retrieval", "--k-bits", "-1"], "key bits must be .* got '-1'"),
+        (["eval", "perplexity", "--device", "tpu"], "device must be one of .* got 'tpu'"),
+        (["eval", "retrieval", "--device", "tpu"], "device must be one of .* got 'tpu'"),
         (["eval", "perplexity", "--lambda", "0"], "lambda_ must be above 0, got 0.0"),
         (
             ["eval", "perplexity", "--allocate-across", "head"],

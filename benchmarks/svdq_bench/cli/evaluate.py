@@ -27,6 +27,7 @@ from svdq_bench.cli.options import (
     KeptExact,
     Markdown,
     Model,
+    ModelDevice,
     ModelDtype,
     OutlierFraction,
     Peers,
@@ -96,6 +97,7 @@ def perplexity(
         typer.Option(help="First token of a window; repeatable.", rich_help_panel=MODEL_PANEL),
     ] = [5000, 40000],  # noqa: B006
     dtype: ModelDtype = Dtype.float32,
+    device: ModelDevice = "cpu",
     json_file: JsonFile = None,
     csv_file: CsvFile = None,
     html_file: HtmlFile = None,
@@ -110,6 +112,7 @@ def perplexity(
     """
     from svdq_bench.quality import models, texts
     from svdq_bench.quality.perplexity import Task, evaluate_perplexity
+    from svdq_bench.speed.gpu import check_device
 
     methods = make_methods(
         preset,
@@ -131,10 +134,11 @@ def perplexity(
     task = Task(tuple(window_start), prefill_tokens, predict_tokens)
     text = texts.load_text(text_file)
     source = models.find_model(model, gguf_file)
+    check_device(device)
     with quiet_transformers():
         token_ids = models.tokenize(models.load_tokenizer(source), text)
         task.windows(token_ids)  # a window that does not fit is said before the model is loaded
-        loaded = models.load_model(source, models.DTYPES[dtype.value])
+        loaded = models.load_model(source, models.DTYPES[dtype.value]).to(device)
     steps = len(task.window_starts) * (1 + len(methods))
     with step_progress(steps) as begin:
         rows = evaluate_perplexity(loaded, token_ids, methods, task, begin)

@@ -231,6 +231,9 @@ CodedWhere = Annotated[
 ModelDtype = Annotated[
     Dtype, typer.Option(help="Number format of the model.", rich_help_panel=MODEL_PANEL)
 ]
+ModelDevice = Annotated[
+    str, typer.Option(help="Where the model runs: cpu or cuda.", rich_help_panel=MODEL_PANEL)
+]
 Ropes = Annotated[
     list[Rope],
     typer.Option(help="Where keys are coded; repeatable.", rich_help_panel=CACHE_PANEL),

@@ -29,6 +29,7 @@ from svdq_bench.cli.options import (
     KeptExact,
     Markdown,
     Model,
+    ModelDevice,
     ModelDtype,
     Peers,
     Presets,
@@ -149,6 +150,7 @@ def retrieval(
     gguf_file: GgufFile = None,
     text_file: TextFile = None,
     dtype: ModelDtype = Dtype.float32,
+    device: ModelDevice = "cpu",
     json_file: JsonFile = None,
     csv_file: CsvFile = None,
     html_file: HtmlFile = None,
@@ -167,6 +169,7 @@ def retrieval(
     from svdq_bench.quality.puzzles import TASKS
     from svdq_bench.quality.retrieval import Sweep, evaluate_retrieval
     from svdq_bench.quality.tasks import NOISE, SampleMaker
+    from svdq_bench.speed.gpu import check_device
 
     given = preset or k_bits or price  # keys without bits of values
     methods = []  # one for each key setting and value bits, peers once
@@ -195,10 +198,11 @@ def retrieval(
     sweep = Sweep(tasks, tuple(context_tokens), tuple(depth), samples, seed, questions)
     text = NOISE if haystack is Haystack.noise else texts.load_text(text_file)
     source = models.find_model(model, gguf_file)
+    check_device(device)
     with quiet_transformers():
         tokenizer = models.load_tokenizer(source)
         contexts = sweep.make_samples(SampleMaker(tokenizer, text))
-        loaded = models.load_model(source, models.DTYPES[dtype.value])
+        loaded = models.load_model(source, models.DTYPES[dtype.value]).to(device)
     with step_progress(samples * len(contexts)) as begin:
         rows = evaluate_retrieval(loaded, tokenizer, methods, contexts, begin, decode)
     for row in rows:

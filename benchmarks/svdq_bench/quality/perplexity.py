@@ -121,6 +121,7 @@ def evaluate_perplexity(
     columns: list[dict] = [{} for _ in methods]
     memory: list[list[dict]] = [[] for _ in methods]
     for window in task.windows(token_ids):
+        window = window.to(model.device)
         context, tokens = window.split([task.prefill_tokens, task.predict_tokens], dim=1)
         for index, method in enumerate(methods):
             begin(method.label)
