@@ -15,7 +15,7 @@ from svdq import _C
 from svdq.config.settings import Settings
 from svdq.layout import PageLayout
 from svdq.store.packed import PackedStore
-from svdq_bench.speed import machine, timing
+from svdq_bench.speed import gpu, machine, timing
 from svdq_bench.speed.attend import Variants, bench_attend, packed_case, torch_case
 from svdq_bench.speed.prefill import bench_prefill
 from svdq_bench.speed.shape import Shape, synthetic_keys
@@ -245,3 +245,9 @@ for batch, q_heads, heads, tokens, dim, splits in [
 def test_triton_baseline_is_attention():
     env = os.environ | {"TRITON_INTERPRET": "1"}
     subprocess.run([sys.executable, "-c", INTERPRETED], env=env, check=True)
+
+
+def test_rows_from_a_gpu_name_it(monkeypatch):
+    monkeypatch.setattr(gpu.torch.cuda, "get_device_name", lambda: "a GPU")
+    assert gpu.device_columns("cuda") == {"device": "a GPU"}
+    assert gpu.device_columns("cpu") == {}

@@ -112,7 +112,7 @@ def perplexity(
     """
     from svdq_bench.quality import models, texts
     from svdq_bench.quality.perplexity import Task, evaluate_perplexity
-    from svdq_bench.speed.gpu import check_device
+    from svdq_bench.speed.gpu import check_device, device_columns
 
     methods = make_methods(
         preset,
@@ -143,7 +143,7 @@ def perplexity(
     with step_progress(steps) as begin:
         rows = evaluate_perplexity(loaded, token_ids, methods, task, begin)
     for row in rows:
-        row |= {"model": str(source), "text": texts.name_of(text_file)}
+        row |= {"model": str(source), "text": texts.name_of(text_file)} | device_columns(device)
     title = f"{source}, {dtype.value}"
     report(rows, json_file, markdown, title, csv_file, html_file)
 

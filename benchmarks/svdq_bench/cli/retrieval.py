@@ -169,7 +169,7 @@ def retrieval(
     from svdq_bench.quality.puzzles import TASKS
     from svdq_bench.quality.retrieval import Sweep, evaluate_retrieval
     from svdq_bench.quality.tasks import NOISE, SampleMaker
-    from svdq_bench.speed.gpu import check_device
+    from svdq_bench.speed.gpu import check_device, device_columns
 
     given = preset or k_bits or price  # keys without bits of values
     methods = []  # one for each key setting and value bits, peers once
@@ -207,6 +207,7 @@ def retrieval(
         rows = evaluate_retrieval(loaded, tokenizer, methods, contexts, begin, decode)
     for row in rows:
         row |= {"model": str(source), "haystack": haystack.value, "seed": seed}
+        row |= device_columns(device)
         if haystack is Haystack.text:
             row["text"] = texts.name_of(text_file)
         if sparse_budget:

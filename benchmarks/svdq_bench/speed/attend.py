@@ -202,10 +202,7 @@ def bench_attend(
             timings = gpu.time_graphs(calls, copies, repeats, begin)
             read_rate = gpu.copy_rate(working_set_bytes)
             further = {
-                name: {
-                    "kernel_us": gpu.kernel_times(call),
-                    "device": torch.cuda.get_device_name(),
-                }
+                name: {"kernel_us": gpu.kernel_times(call), **gpu.device_columns(device)}
                 for name, call in calls.items()
             }
     rows = _rows(shape, cases, timings, read_rate)

@@ -23,6 +23,11 @@ def check_device(device: str) -> None:
         raise ValueError("this build of svdq has no CUDA kernels: build with SVDQ_CUDA=1")
 
 
+def device_columns(device: str) -> dict[str, str]:
+    """The columns of rows that were measured on a device: a GPU's name, of a CPU none."""
+    return {"device": torch.cuda.get_device_name()} if device == "cuda" else {}
+
+
 def capture(call: Callable[[int], object], copies: int) -> torch.cuda.CUDAGraph:
     """A graph of one call over each of its copies of the data, after calls that warm up."""
     side = torch.cuda.Stream()
