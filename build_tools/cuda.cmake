@@ -10,7 +10,7 @@ set(SVDQ_ALL_ARCHS 80 86 89 90 100 120 80-virtual)
 set(SVDQ_PTX 80)
 
 if(NOT SVDQ_CUDA_PACKAGES)
-  file(GLOB SVDQ_CUDA_PACKAGES ${PROJECT_SOURCE_DIR}/.venv/lib/python3*/site-packages/nvidia/cu*)
+  file(GLOB SVDQ_CUDA_PACKAGES ${PROJECT_SOURCE_DIR}/.venv/lib/python3*/site-packages/nvidia/cu[0-9]*)
 endif()
 
 # --- Find the compiler: CMAKE_CUDA_COMPILER or CUDACXX, else that of pip's packages in .venv, else on the PATH. ---

@@ -219,6 +219,14 @@ struct LogitRules {
   const int32_t* query_position;  // [B], position of the first query; null without window_size
 };
 
+// Where attend, as part of a decode step, leaves the lengths of the plan; null pointers: it is none.
+struct StepLengths {
+  const int32_t* faults;   // [B] not zero: the sequence keeps its length, and its results are NaN
+  const int32_t* kept;     // [B] window rows without the new ones
+  int32_t* window_lens;    // [B]
+  int32_t* cache_seqlens;  // [B]
+};
+
 struct AttendParams {
   PackedKeys keys;
   Queries queries;
@@ -232,6 +240,7 @@ struct AttendParams {
   const int32_t* token_slots;  // [B, H, table_stride * 64] ascending
   void* out;                   // [B, Hq, L, D] in the queries' dtype
   float* lse;                  // [B, Hq, L], natural logarithm, of sinks too
+  StepLengths step;
 };
 
 // Key sparsity: which packed tokens are worth attending. Queries q of a KV head (rows: its query
@@ -279,55 +288,6 @@ struct GatherParams {
   int64_t num_slots;     // M
   uint8_t* k_out;        // [B * ceil(M / 64), k_page_bytes]
   uint8_t* v_out;        // [B * ceil(M / 64), v_page_bytes]
-};
-
-// What a decode step does with each of B sequences; columns of 32-bit integers on the device, that the first kernel of
-// the step writes and the others read.
-struct StepPlan {
-  int32_t* lens;           // [B] window rows with the new ones; -1: the sequence stays as it is
-  int32_t* position;       // [B] of the first query
-  int32_t* page_position;  // [B] of slot 0 of the page to fill
-  int32_t* slot;           // [B] packed slots before
-  int32_t* count;          // [B] tokens to pack; 0: not due
-  int32_t* page;           // [B] to fill
-};
-inline constexpr int kStepPlanColumns = 6;
-
-// A decode step of B sequences, whose lengths lie on the device.
-struct StepParams {
-  int batch;
-  int num_heads;
-  int head_dim;
-  DataType dtype;             // of new tokens and window
-  TokenSource new_keys;       // of sequence 0, [H, L, D]; already times their gain
-  TokenSource new_values;     // likewise
-  int64_t keys_batch_stride;  // elements
-  int64_t values_batch_stride;
-  void* window_keys;    // [B, H, rows, D] contiguous
-  void* window_values;  // likewise
-  int rows;
-  int32_t* window_lens;       // [B]
-  int32_t* cache_seqlens;     // [B]
-  const int32_t* page_table;  // [B, table_stride]
-  int64_t table_stride;
-  int64_t num_pages;              // of the pools
-  const int32_t* first_position;  // [B], may be null: zeros
-  int sink_tokens;
-  int residual_length;
-  float value_limit;  // largest magnitude of a value
-  int32_t* faults;    // [B], set for sequences that cannot go on
-  StepPlan plan;
-};
-
-// The second half: what is due is packed, and the window's later rows move down.
-struct StepPackParams {
-  StepParams step;
-  LayoutView layout;       // one part of hybrid keys after the other: pre, then post
-  LayoutView post_layout;  // hybrid alone
-  KeyCodec codec;          // of each sequence
-  int rank;                // R
-  uint8_t* k_pages;
-  uint8_t* v_pages;
 };
 
 struct MergeParams {

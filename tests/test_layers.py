@@ -12,7 +12,12 @@ spec = importlib.util.spec_from_file_location("house", ROOT / "tools/house.py")
 house = sys.modules["house"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(house)
 
-FACTS = ("kernels/format.h", "kernels/params.h", "kernels/rotation.h")
+FACTS = (
+    "kernels/format.h",
+    "kernels/params.h",
+    "kernels/rotation.h",
+    "kernels/step_params.h",
+)
 PAGES = (*FACTS, "kernels/machine/", "kernels/pages/")
 # File or folder of an including file -> prefixes of the project's own headers that it may include.
 # The longest entry counts.
@@ -24,6 +29,7 @@ OWN_INCLUDES = {
     "kernels/fit": (*PAGES, "kernels/pack/", "kernels/fit/"),
     "kernels/attend": (*PAGES, "kernels/attend/"),
     "kernels/select": (*PAGES, "kernels/attend/", "kernels/select/"),
+    "kernels/step": (*PAGES, "kernels/pack/", "kernels/attend/", "kernels/step/"),
     "csrc/core": ("kernels/", "csrc/core/"),
     "csrc/cpu": ("kernels/", "csrc/core/", "csrc/cpu/"),
     "csrc/gpu": ("kernels/", "csrc/core/", "csrc/gpu/"),
@@ -97,10 +103,9 @@ STAGES = {
         "benchmark": None,
     },
     # The host program makes a CPU's step of other stages; it is timed as part of attend.
-    ("pack", "step"): {
+    ("step", "step"): {
         "cpu": None,
         "cpu test": None,
-        "operator test": "tests/cache/test_cache_static.py",
         "benchmark": None,
     },
     # Stages of several kernels, which plan.cuh lists.

@@ -6,7 +6,7 @@
 
 #include "csrc/core/parallel.h"
 #include "csrc/core/gpu_context.h"
-#include "kernels/params.h"
+#include "kernels/step_params.h"
 
 namespace svdq {
 
@@ -48,9 +48,8 @@ struct Backend {
   void (*gather)(const GatherParams&, const Context&);
   void (*attend)(const AttendParams&, const Context&);
   void (*merge)(const MergeParams&, const Context&);
-  // The halves of a decode step around attend; null: the host program takes them from other stages.
-  void (*append_step)(const StepParams&, const Context&);
-  void (*pack_step)(const StepPackParams&, const Context&);
+  void (*decode_step)(const DecodeStepParams&,
+                      const Context&);  // null: the host program makes it of other stages
 };
 
 // A stage that takes an executor, as a row has it.

@@ -34,8 +34,7 @@ constexpr Backend make_backend(const char* name, bool (*available)()) {
       .gather = on_executor<gather>,
       .attend = on_executor<attend>,
       .merge = on_executor<merge>,
-      .append_step = nullptr,
-      .pack_step = nullptr,
+      .decode_step = nullptr,
   };
 }
 

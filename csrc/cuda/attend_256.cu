@@ -1,10 +1,11 @@
 // The attend stage for head_dim up to 256, compiled for CUDA.
-#include "csrc/gpu/attend.h"
+#include "csrc/gpu/step.h"
 
 #include "csrc/cuda/stream.cuh"
 
 namespace svdq::gpu {
 
-template void attend_class<256>(const AttendParams&, const AttendTiling*, cuda::Stream&);
+template void attend_class<256>(const AttendParams&, const AttendTiling*, cuda::Stream&,
+                                const StepParams*);
 
 }  // namespace svdq::gpu

@@ -3,13 +3,17 @@
 #pragma once
 
 #include "csrc/cuda/stream.cuh"
-#include "csrc/gpu/attend.h"
+#include "csrc/gpu/step.h"
 
 namespace svdq::gpu {
 
-extern template void attend_class<64>(const AttendParams&, const AttendTiling*, cuda::Stream&);
-extern template void attend_class<128>(const AttendParams&, const AttendTiling*, cuda::Stream&);
-extern template void attend_class<256>(const AttendParams&, const AttendTiling*, cuda::Stream&);
-extern template void attend_class<512>(const AttendParams&, const AttendTiling*, cuda::Stream&);
+extern template void attend_class<64>(const AttendParams&, const AttendTiling*, cuda::Stream&,
+                                      const StepParams*);
+extern template void attend_class<128>(const AttendParams&, const AttendTiling*, cuda::Stream&,
+                                       const StepParams*);
+extern template void attend_class<256>(const AttendParams&, const AttendTiling*, cuda::Stream&,
+                                       const StepParams*);
+extern template void attend_class<512>(const AttendParams&, const AttendTiling*, cuda::Stream&,
+                                       const StepParams*);
 
 }  // namespace svdq::gpu

@@ -1,6 +1,5 @@
 // The stages that pack and unpack, compiled for CUDA.
 #include "csrc/gpu/pack.h"
-#include "csrc/gpu/step.h"
 #include "csrc/gpu/unpack.h"
 
 #include "csrc/cuda/stream.cuh"
@@ -12,7 +11,5 @@ template void pack_values(const PackValuesParams&, cuda::Stream&);
 template void unpack_codes(const UnpackCodesParams&, cuda::Stream&);
 template void unpack_keys(const UnpackKeysParams&, cuda::Stream&);
 template void unpack_values(const UnpackValuesParams&, cuda::Stream&);
-template void append_step(const StepParams&, cuda::Stream&);
-template void pack_step(const StepPackParams&, cuda::Stream&);
 
 }  // namespace svdq::gpu

@@ -2,6 +2,7 @@
 // before any kernel. Functions that reach memory or other threads remember where they were called.
 #pragma once
 
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -66,6 +67,12 @@ Plan& shared_memory(Site site = Site::current()) {
 inline void add_shared(int* count, int by, Site site = Site::current()) {
   Block::current().add_shared(count, sizeof(int), site);
   *count += by;
+}
+
+// Blocks may run on several threads of the host.
+inline int take_ticket(int* count, Site site = Site::current()) {
+  Block::current().access(count, sizeof(int), sizeof(int), emulator::Access::kRead, site);
+  return std::atomic_ref<int>(*count).fetch_add(1);
 }
 
 inline void copy_async(void* shared, const void* global, int bytes = 16,

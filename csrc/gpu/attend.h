@@ -3,8 +3,8 @@
 #pragma once
 
 #include "csrc/gpu/attend_plan.h"
-#include "csrc/gpu/rope.h"
-#include "kernels/attend/merge.cuh"
+#include "kernels/attend/prepare.cuh"
+#include "kernels/step_params.h"
 
 namespace svdq::gpu {
 
@@ -15,15 +15,16 @@ device::AttendWorkspace plan_workspace(const AttendParams& p, const AttendTiling
   device::AttendWorkspace workspace{};
   workspace.page_tiles = page_tiles_for(p, tiling.page_tiles);
   const SharedBytes bytes = shared_bytes<Scorers>(p, workspace.page_tiles);
-  workspace.page_warps = page_warps(bytes, tiling.stages, stream.limits());
-  workspace.window_tiles = tiling.window_tiles;
+  const bool decode = decodes(p, workspace.page_tiles);
+  workspace.page_warps = decode ? page_warps(bytes, tiling.stages, stream.limits()) : 1;
+  workspace.window_tiles = decode ? 1 : tiling.window_tiles;
   workspace.query_steps = query_steps(layout);
-  const int64_t block_tiles = std::lcm(workspace.page_tiles, tiling.window_tiles);
+  const int64_t block_tiles = std::lcm(workspace.page_tiles, workspace.window_tiles);
   const int64_t tiles = ceil_div(device::query_rows(p), block_tiles * device::kRowTile);
   workspace.row_tiles = static_cast<int>(tiles * block_tiles);
   workspace.max_pages = static_cast<int>(p.keys.table_stride);
-  workspace.split_pages = tiling.split_pages;
-  workspace.page_splits = static_cast<int>(ceil_div(workspace.max_pages, tiling.split_pages));
+  workspace.page_splits =
+      static_cast<int>(ceil_div(workspace.max_pages, tiling.split_pages * workspace.page_warps));
   workspace.split_window = tiling.split_window;
   workspace.window_splits = static_cast<int>(ceil_div(p.window.rows, tiling.split_window));
   workspace.stages = tiling.stages;
@@ -40,6 +41,7 @@ device::AttendWorkspace plan_workspace(const AttendParams& p, const AttendTiling
   };
   workspace.folded = weights(layout.rope != RopeMode::kPre, workspace.row_tiles);
   workspace.columns = weights(layout.rope != RopeMode::kPost, layout.head_dim / device::kRowTile);
+  workspace.tickets = stream.template allocate<int>(heads * workspace.row_tiles);
   const int64_t slots = heads * workspace.row_tiles * device::kRowTile * workspace.splits();
   workspace.partial_out = stream.template allocate<float>(slots * layout.head_dim);
   workspace.partial_max = stream.template allocate<float>(slots);
@@ -101,44 +103,60 @@ void attend_window(const AttendParams& p, const device::AttendWorkspace& workspa
                 kernel, p, workspace);
 }
 
-// Prepares what multiplies the codes of pre-RoPE channels.
-template <int kDim, typename Stream>
-void prepare_pre(const AttendParams& p, device::AttendWorkspace& workspace, Stream& stream) {
-  if (p.token_slots && p.keys.codec.rope.rotary_pairs > 0) {
-    workspace.pair_frequencies = stream.template allocate<uint64_t>(p.keys.codec.rope.rotary_pairs);
-    stream.launch("pair_frequencies", device::pair_frequencies_launch(p.keys.codec.rope),
-                  device::pair_frequencies_kernel, p.keys.codec.rope, workspace.pair_frequencies);
+// Memory for the rotations of pre-RoPE channels.
+template <typename Stream>
+void allocate_rotations(const AttendParams& p, device::AttendWorkspace& workspace, Stream& stream) {
+  const int64_t pairs = p.keys.codec.rope.rotary_pairs;
+  if (pairs == 0) return;
+  if (p.token_slots) {
+    workspace.pair_frequencies = stream.template allocate<uint64_t>(pairs);
   } else {
-    const auto rotates = rotations(p.keys.codec.rope, 0, p.keys.first_position, p.keys.batch,
-                                   workspace.max_pages, stream);
-    workspace.offset_rotation = rotates.slots;
-    workspace.page_rotation = rotates.pages;
+    workspace.offset_rotation = stream.template allocate<device::Floats2>(kPageTokens * pairs);
+    workspace.page_rotation =
+        stream.template allocate<device::Floats2>(p.keys.batch * workspace.max_pages * pairs);
   }
-  stream.launch("columns", device::columns_launch<kDim>(p, workspace), device::columns_kernel<kDim>,
-                p, workspace, head_table(p.keys.layout));
 }
 
-// Likewise of post-RoPE channels, which follow the core's in the basis and have a mean of their own.
+inline device::PrepareBlocks prepare_blocks(const AttendParams& p,
+                                            const device::AttendWorkspace& workspace) {
+  constexpr int64_t kTurns = 4 * device::kAttendThreads;  // rotations of a block
+  const RopeMode rope = p.keys.layout.rope;
+  const int64_t pairs = p.keys.codec.rope.rotary_pairs;
+  device::PrepareBlocks blocks{rope == RopeMode::kPre ? 0 : workspace.row_tiles, 0, 0};
+  if (rope == RopeMode::kPost) return blocks;
+  const int64_t places = p.token_slots ? 1 : kPageTokens + workspace.max_pages;
+  blocks.columns = p.keys.layout.head_dim / device::kRowTile;
+  blocks.rotations = static_cast<int>(ceil_div(places * pairs, kTurns * p.keys.layout.num_heads));
+  return blocks;
+}
+
+// csrc/gpu/step.h
 template <int kDim, typename Stream>
-void prepare_post(const AttendParams& p, const device::AttendWorkspace& workspace, Stream& stream) {
-  AttendParams post = p;
-  if (p.keys.layout.rope == RopeMode::kHybrid) post.keys.codec.mean = p.keys.codec.post_mean;
-  device::HeadTable heads = head_table(p.keys.layout);
-  for (int h = 0; h < p.keys.layout.num_heads; ++h)
-    heads.of[h].first_channel = p.keys.layout.heads[h].first_post_channel();
-  stream.launch("fold_query", device::fold_query_launch<kDim>(p, workspace),
-                device::fold_query_kernel<kDim>, post, workspace, heads);
-}
+void begin_step(const StepParams& p, const AttendParams& a,
+                const device::AttendWorkspace& workspace, const device::HeadTable& heads,
+                const device::PrepareBlocks& blocks, Stream& stream);
 
-// `cut` null: planned.
+// `tiling` null: planned; `step` null: attend alone.
 template <int kDim, typename Scorers, typename Stream>
-void attend_keys(const AttendParams& p, const AttendTiling* tiling, Stream& stream) {
-  device::AttendWorkspace workspace = plan_workspace<Scorers>(
-      p, tiling ? *tiling : plan_tiling<Scorers>(p, stream.limits()), stream);
+void attend_keys(const AttendParams& p, const AttendTiling* tiling, Stream& stream,
+                 const StepParams* step) {
+  const AttendTiling planned = tiling ? *tiling : plan_tiling<Scorers>(p, stream.limits());
+  device::AttendWorkspace workspace = plan_workspace<Scorers>(p, planned, stream);
+  const device::HeadTable heads = head_table(p.keys.layout);
+  device::PrepareBlocks blocks{};
   if (workspace.page_splits > 0) {
-    if (p.keys.layout.rope != RopeMode::kPost) prepare_pre<kDim>(p, workspace, stream);
-    if (p.keys.layout.rope != RopeMode::kPre) prepare_post<kDim>(p, workspace, stream);
-    attend_pages<Scorers>(p, workspace, head_table(p.keys.layout), stream);
+    allocate_rotations(p, workspace, stream);
+    blocks = prepare_blocks(p, workspace);
+  }
+  if (step) {
+    begin_step<kDim>(*step, p, workspace, heads, blocks, stream);
+  } else if (blocks.count() > 0) {
+    stream.launch("prepare", device::prepare_launch<kDim>(p, blocks), device::prepare_kernel<kDim>,
+                  p, workspace, heads, blocks);
+  }
+  if (workspace.page_splits > 0) {
+    attend_pages<Scorers>(p, workspace, heads, stream);
+    if (decodes(p, workspace.page_tiles)) return;  // to the window too
   }
   if (workspace.window_splits > 0) attend_window<kDim>(p, workspace, stream);
   stream.launch("merge_splits", device::merge_splits_launch(p, workspace),
@@ -146,18 +164,19 @@ void attend_keys(const AttendParams& p, const AttendTiling* tiling, Stream& stre
 }
 
 template <int kDim, typename Stream>
-void attend_class(const AttendParams& p, const AttendTiling* tiling, Stream& stream) {
+void attend_class(const AttendParams& p, const AttendTiling* tiling, Stream& stream,
+                  const StepParams* step = nullptr) {
   SVDQ_CHECK(!p.token_slots || p.keys.sink_tokens == 0,
              "attend over gathered pages takes no sink_tokens, got ", p.keys.sink_tokens);
   const auto attend = [&]<bool kGatheredPages>() {
     if (p.keys.layout.rope == RopeMode::kPre) {
-      attend_keys<kDim, ReconstructedScorers<kDim, kGatheredPages>>(p, tiling, stream);
+      attend_keys<kDim, ReconstructedScorers<kDim, kGatheredPages>>(p, tiling, stream, step);
     } else {
-      attend_keys<kDim, HybridScorers<kDim, kGatheredPages>>(p, tiling, stream);
+      attend_keys<kDim, HybridScorers<kDim, kGatheredPages>>(p, tiling, stream, step);
     }
   };
   if (p.keys.layout.rope == RopeMode::kPost) {
-    attend_keys<kDim, FoldedScorers<kDim>>(p, tiling, stream);
+    attend_keys<kDim, FoldedScorers<kDim>>(p, tiling, stream, step);
   } else if (p.token_slots) {
     attend.template operator()<true>();
   } else {
@@ -169,6 +188,7 @@ template <typename Stream>
 void attend(const AttendParams& p, Stream& stream) {
   check_aligned(p.keys.pages, "k_pages");
   check_aligned(p.v_pages, "v_pages");
+  check_aligned(p.keys.codec.basis, "basis");
   with_dim_class(p.keys.layout.head_dim,
                  [&]<int kDim>() { attend_class<kDim>(p, nullptr, stream); });
 }

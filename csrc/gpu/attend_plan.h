@@ -23,12 +23,13 @@ struct AttendTiling {
 };
 
 // Bytes of a page that go through shared memory, of the head that has most: keys, and packed values.
-inline int stage_bytes(const LayoutView& layout) {
+inline int stage_bytes(const LayoutView& layout, bool decode) {
   int most = 0;
   for (int h = 0; h < layout.num_heads; ++h) {
     const HeadPlan& head = layout.heads[h];
+    const int keys = decode ? device::decode_key_bytes(head.page_bytes()) : head.page_bytes();
     const int values = head.value.packed() ? static_cast<int>(head.value.page_bytes()) : 0;
-    most = std::max(most, head.page_bytes() + values);
+    most = std::max(most, keys + values);
   }
   return most;
 }
@@ -37,7 +38,7 @@ inline int stage_bytes(const LayoutView& layout) {
 template <int kDim>
 int tiles_stage_bytes(const LayoutView& layout) {
   const int values = kPageTokens * device::TokenMatrix<kDim>::kRowBytes;
-  return stage_bytes(layout) + (layout.packs_values() ? 0 : values);
+  return stage_bytes(layout, false) + (layout.packs_values() ? 0 : values);
 }
 
 // Steps of 16 channels of the largest head's query operand.
@@ -132,11 +133,11 @@ SharedBytes shared_bytes(const AttendParams& p, int page_tiles) {
                                                                     query_steps(p.keys.layout)),
             tiles_stage_bytes<Scorers::kDim>(p.keys.layout)};
   }
-  int fixed = device::kPagesPlanBytes<typename Scorers::Plain>;
   if constexpr (!std::is_void_v<typename Scorers::Decode>) {
-    if (decodes(p, 1)) fixed = device::kDecodePlanBytes<typename Scorers::Decode>;
+    if (decodes(p, 1))
+      return {device::kDecodePlanBytes<typename Scorers::Decode>, stage_bytes(p.keys.layout, true)};
   }
-  return {fixed, stage_bytes(p.keys.layout)};
+  return {device::kPagesPlanBytes<typename Scorers::Plain>, stage_bytes(p.keys.layout, false)};
 }
 
 // Warps of a block of attend_decode: the most that have room.
@@ -152,7 +153,7 @@ AttendTiling plan_tiling(const AttendParams& p, const DeviceLimits& limits) {
   constexpr int kDim = Scorers::kDim;
   constexpr int kBlocksPerSm = 4;       // enough to hide each other's barriers
   constexpr int kDecodeWarpsPerSm = 8;  // two to a scheduler, with their copies in flight
-  constexpr int kMinPages = 4;          // fewer do not pay for a partial result
+  constexpr int kMinPages = 4;          // of a block; fewer do not pay for a partial result
   constexpr int kLeastExact = 128;      // likewise
   const int64_t rows = device::query_rows(p);
   const auto share = [&](int64_t length, int64_t least, int tiles, int per_sm) {
@@ -186,9 +187,12 @@ AttendTiling plan_tiling(const AttendParams& p, const DeviceLimits& limits) {
     while (tiling.stages > 2 && page_warps(least, tiling.stages, quarter) < device::kDecodeWarps)
       --tiling.stages;
   }
-  tiling.split_pages = static_cast<int>(share(p.keys.table_stride, kMinPages, tiling.page_tiles,
+  // A block of attend_decode has several warps, each with pages of its own.
+  const int min_pages = decode ? 1 : kMinPages;
+  tiling.split_pages = static_cast<int>(share(p.keys.table_stride, min_pages, tiling.page_tiles,
                                               decode ? kDecodeWarpsPerSm : kBlocksPerSm));
-  const int64_t exact = share(p.window.rows, kLeastExact, tiling.window_tiles, kBlocksPerSm);
+  const int64_t exact =
+      share(p.window.rows, decode ? kPageTokens : kLeastExact, tiling.window_tiles, kBlocksPerSm);
   tiling.split_window = static_cast<int>(ceil_div(exact, kPageTokens) * kPageTokens);
   return tiling;
 }

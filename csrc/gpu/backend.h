@@ -33,9 +33,7 @@ void attend(const AttendParams& params, Stream& stream);
 template <typename Stream>
 void merge(const MergeParams& params, Stream& stream);
 template <typename Stream>
-void append_step(const StepParams& params, Stream& stream);
-template <typename Stream>
-void pack_step(const StepPackParams& params, Stream& stream);
+void decode_step(const DecodeStepParams& params, Stream& stream);
 
 // `Stream(context, name)` opens the stream of a call; profilers show the stage by that name.
 template <typename Stream>
@@ -62,8 +60,7 @@ constexpr Backend make_backend(const char* name, DeviceKind device, bool (*avail
       SVDQ_STAGE(GatherParams, gather),
       SVDQ_STAGE(AttendParams, attend),
       SVDQ_STAGE(MergeParams, merge),
-      SVDQ_STAGE(StepParams, append_step),
-      SVDQ_STAGE(StepPackParams, pack_step),
+      SVDQ_STAGE(DecodeStepParams, decode_step),
 #undef SVDQ_STAGE
   };
 }

@@ -32,72 +32,53 @@ struct StepTensors {
 };
 
 // What the host knows of one sequence on the CPU.
-struct Due {
-  int64_t slots, count,
-      slot_end;         // packed slots, window rows with the new, packed slots afterwards
-  int64_t first, stop;  // window rows that are packed
+struct HostStep {
+  int64_t slots, lens;  // before the step
+  DueTokens due;
 
-  bool any() const { return slot_end > slots; }
+  int64_t kept() const { return lens - due.count; }
 };
-
-// A sequence packs the rest of its page once that many tokens stand before the last residual_length.
-Due due_tokens(int64_t slots, int64_t count, int64_t sinks, int64_t residual_length) {
-  const int64_t after_sinks = std::max<int64_t>(slots - sinks, 0);
-  const int64_t page_end = (slots / kPageTokens + 1) * kPageTokens;
-  const bool due = count + after_sinks - residual_length >= page_end;
-  const int64_t end = due ? page_end : slots;
-  return {slots, count, end, std::min(slots, sinks), end - after_sinks};
-}
 
 int64_t first_position_of(const StepTensors& t, int64_t b) {
   return t.first_position ? t.first_position->const_data_ptr<int32_t>()[b] : 0;
 }
 
 // Plans the step of every sequence on the CPU and refuses what does not fit.
-std::vector<Due> plan_on_host(const Checker& check, const StepTensors& t, int64_t length) {
-  std::vector<Due> plan;
+std::vector<HostStep> plan_on_host(const Checker& check, const StepTensors& t, int64_t length) {
+  std::vector<HostStep> plan;
   const int64_t pages = t.page_table.size(1), rows = t.window_keys.size(2);
   const int64_t pool = std::min(t.k_pages.size(0), t.v_pages.size(0));
   for (int64_t b = 0; b < t.window_lens.size(0); ++b) {
-    const int64_t count = t.window_lens.const_data_ptr<int32_t>()[b] + length;
-    check.require(count <= rows, "sequence " + std::to_string(b) + " needs " +
-                                     std::to_string(count) + " window rows, the capacity is " +
-                                     std::to_string(rows));
-    const int64_t slots = t.cache_seqlens.const_data_ptr<int32_t>()[b];
-    const Due due = due_tokens(slots, count, t.sink_tokens, t.residual_length);
-    if (due.any()) {
+    const int32_t lens = t.window_lens.const_data_ptr<int32_t>()[b];
+    const int32_t slots = t.cache_seqlens.const_data_ptr<int32_t>()[b];
+    const HostStep step{
+        slots, lens,
+        due_tokens(slots, lens, static_cast<int>(t.sink_tokens),
+                   static_cast<int>(t.residual_length))};
+    const int64_t needed = step.kept() + length;
+    check.require(needed <= rows, "sequence " + std::to_string(b) + " needs " +
+                                      std::to_string(needed) + " window rows, the capacity is " +
+                                      std::to_string(rows));
+    if (step.due.count > 0) {
       const int64_t page = slots / kPageTokens;
       check.require(page < pages,
                     "sequence " + std::to_string(b) + " needs " + std::to_string(page + 1) +
                         " pages, the capacity of page_table is " + std::to_string(pages));
       check.page_ids(t.page_table.const_data_ptr<int32_t>() + b * pages, page, page + 1, pool);
     }
-    plan.push_back(due);
+    plan.push_back(step);
   }
   return plan;
 }
 
-// Writes the new rows, and the columns of the plan that attend reads.
-void append_on_host(StepTensors& t, const std::vector<Due>& due, const at::Tensor& keys,
-                    const at::Tensor& values, const StepParams& step) {
-  const int64_t length = keys.size(2);
-  for (size_t i = 0; i < due.size(); ++i) {
-    const int64_t b = static_cast<int64_t>(i), start = due[i].count - length;
-    t.window_keys.select(0, b).narrow(1, start, length).copy_(keys.select(0, b));
-    t.window_values.select(0, b).narrow(1, start, length).copy_(values.select(0, b));
-    step.plan.lens[b] = static_cast<int32_t>(due[i].count);
-    step.plan.position[b] = static_cast<int32_t>(
-        first_position_of(t, b) + std::max<int64_t>(due[i].slots - t.sink_tokens, 0) + start);
-  }
-}
-
 // Packs the due tokens of a sequence and moves the window's later rows down.
 void pack_on_host(const Checker& check, const Call& call, const Layout& layout, StepTensors& t,
-                  const Due& due, int64_t b) {
-  const int64_t heads = layout.num_heads(), dim = layout.head_dim(), count = due.stop - due.first;
+                  const HostStep& step, int64_t b) {
+  const int64_t heads = layout.num_heads(), dim = layout.head_dim();
+  const int64_t first = step.due.first, count = step.due.count, stop = first + count;
   at::Tensor all_keys = t.window_keys.select(0, b), all_values = t.window_values.select(0, b);
-  const at::Tensor keys = all_keys.narrow(1, due.first, count);
-  const at::Tensor values = all_values.narrow(1, due.first, count);
+  const at::Tensor keys = all_keys.narrow(1, first, count);
+  const at::Tensor values = all_values.narrow(1, first, count);
   const auto own = [&](const at::Tensor& x) { return x.select(0, b); };
   const at::Tensor basis = own(t.codec.basis), scale = own(t.codec.scale), mean = own(t.codec.mean);
   std::optional<at::Tensor> post_mean;
@@ -106,17 +87,35 @@ void pack_on_host(const Checker& check, const Call& call, const Layout& layout, 
       check_codec(check, layout, {basis, scale, mean, post_mean, t.codec.inv_freq});
   const int32_t* table = t.page_table.const_data_ptr<int32_t>() + b * t.page_table.size(1);
   pack_keys_of(call, layout, codec, keys, check.tokens(keys, "window_keys", heads, dim),
-               first_position_of(t, b) + due.slots,
-               {t.k_pages.mutable_data_ptr<uint8_t>(), table, due.slots});
+               first_position_of(t, b) + step.slots,
+               {t.k_pages.mutable_data_ptr<uint8_t>(), table, step.slots});
   call(&Backend::pack_values,
        {check.tokens(values, "window_values", heads, dim), layout.view(),
-        static_cast<uint8_t*>(t.v_pages.mutable_data_ptr()), table, due.slots});
-  const int64_t moved = due.count - due.stop;
+        static_cast<uint8_t*>(t.v_pages.mutable_data_ptr()), table, step.slots});
   for (at::Tensor* rows : {&all_keys, &all_values}) {  // source and target may overlap
-    rows->narrow(1, t.sink_tokens, moved).copy_(rows->narrow(1, due.stop, moved).clone());
+    rows->narrow(1, first, step.lens - stop).copy_(rows->narrow(1, stop, step.lens - stop).clone());
   }
-  t.cache_seqlens.mutable_data_ptr<int32_t>()[b] = static_cast<int32_t>(due.slot_end);
-  t.window_lens.mutable_data_ptr<int32_t>()[b] = static_cast<int32_t>(t.sink_tokens + moved);
+}
+
+// Packs what is due and appends the new rows, as the first kernel of a step does on a device.
+void begin_on_host(const Checker& check, const Call& call, const Layout& layout, StepTensors& t,
+                   const std::vector<HostStep>& steps, const at::Tensor& keys,
+                   const at::Tensor& values, const StepPlan& plan) {
+  const int64_t length = keys.size(2);
+  for (size_t i = 0; i < steps.size(); ++i) {
+    const HostStep& step = steps[i];
+    const int64_t b = static_cast<int64_t>(i), kept = step.kept();
+    const int64_t slots = step.slots + step.due.count;
+    if (step.due.count > 0) pack_on_host(check, call, layout, t, step, b);
+    t.window_keys.select(0, b).narrow(1, kept, length).copy_(keys.select(0, b));
+    t.window_values.select(0, b).narrow(1, kept, length).copy_(values.select(0, b));
+    const int64_t after_sinks = std::max<int64_t>(slots - t.sink_tokens, 0);
+    plan.lens[b] = t.window_lens.mutable_data_ptr<int32_t>()[b] =
+        static_cast<int32_t>(kept + length);
+    plan.slots[b] = t.cache_seqlens.mutable_data_ptr<int32_t>()[b] = static_cast<int32_t>(slots);
+    plan.position[b] = static_cast<int32_t>(first_position_of(t, b) + after_sinks + kept);
+    plan.kept[b] = static_cast<int32_t>(kept);
+  }
 }
 
 // Queries and new keys that belong to keys times their gain [B, H, D].
@@ -144,46 +143,29 @@ at::Tensor dense_rows(const at::Tensor& rows) {
   return rows.stride(3) == 1 ? rows : rows.contiguous();
 }
 
-// The step of a row that has the halves around attend as stages; `plan` [6, B] is their scratch.
-StepParams step_params(const Checker& check, const Layout& layout, StepTensors& t,
-                       const at::Tensor& keys, const at::Tensor& values, const at::Tensor& plan) {
+StepPlan step_plan(const at::Tensor& plan) {
   const auto column = [&](int64_t i) { return plan.select(0, i).mutable_data_ptr<int32_t>(); };
+  return {column(0), column(1), column(2), column(3)};
+}
+
+StepParams step_params(const Checker& check, const Layout& layout, StepTensors& t,
+                       const at::Tensor& keys, const at::Tensor& values, const StepPlan& plan) {
   return {
-      .batch = static_cast<int>(keys.size(0)),
-      .num_heads = layout.num_heads(),
-      .head_dim = layout.head_dim(),
-      .dtype = check.float_type(keys, "keys"),
       .new_keys = first_rows(check, keys, "keys"),
       .new_values = first_rows(check, values, "values"),
       .keys_batch_stride = keys.stride(0),
       .values_batch_stride = values.stride(0),
       .window_keys = t.window_keys.mutable_data_ptr(),
       .window_values = t.window_values.mutable_data_ptr(),
-      .rows = static_cast<int>(t.window_keys.size(2)),
       .window_lens = t.window_lens.mutable_data_ptr<int32_t>(),
       .cache_seqlens = t.cache_seqlens.mutable_data_ptr<int32_t>(),
-      .page_table = t.page_table.const_data_ptr<int32_t>(),
-      .table_stride = t.page_table.size(1),
-      .num_pages = std::min(t.k_pages.size(0), t.v_pages.size(0)),
-      .first_position = t.first_position ? t.first_position->const_data_ptr<int32_t>() : nullptr,
-      .sink_tokens = static_cast<int>(t.sink_tokens),
+      .k_pages = t.k_pages.mutable_data_ptr<uint8_t>(),
+      .v_pages = static_cast<uint8_t*>(t.v_pages.mutable_data_ptr()),
       .residual_length = static_cast<int>(t.residual_length),
       .value_limit = layout.packs_values() ? kLargestHalf : std::numeric_limits<float>::max(),
       .faults = t.faults.mutable_data_ptr<int32_t>(),
-      .plan = {column(0), column(1), column(2), column(3), column(4), column(5)},
+      .plan = plan,
   };
-}
-
-StepPackParams step_pack_params(const Layout& layout, StepTensors& t, const StepParams& step,
-                                const KeyCodec& codec) {
-  const bool hybrid = layout.rope() == RopeMode::kHybrid;
-  return {step,
-          hybrid ? layout.pre_view() : layout.view(),
-          hybrid ? layout.post_view() : LayoutView{},
-          codec,
-          layout.rank(),
-          t.k_pages.mutable_data_ptr<uint8_t>(),
-          static_cast<uint8_t*>(t.v_pages.mutable_data_ptr())};
 }
 
 at::Tensor decode_step_(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
@@ -220,7 +202,7 @@ at::Tensor decode_step_(const at::Tensor& query, const at::Tensor& keys, const a
   const std::optional<at::Tensor> none;
   const CodecTensors codec{basis, scale, mean, post_mean, inv_freq};
   const int64_t pool = std::min(k_pages.size(0), v_pages.size(0));
-  const PackedKeys packed = check_packed_keys(
+  PackedKeys packed = check_packed_keys(
       check, layout,
       {k_pages, page_table, cache_seqlens, first_position, none, &none, sink_tokens, codec}, batch,
       pool);
@@ -233,10 +215,10 @@ at::Tensor decode_step_(const at::Tensor& query, const at::Tensor& keys, const a
   const at::Tensor new_keys = dense_rows(stored), new_values = dense_rows(values);
   const at::Tensor rows = matching.contiguous();
   const Call call(query.device());
-  const bool on_device = call.backend().append_step != nullptr;
-  std::vector<Due> due;
+  const bool as_stage = call.backend().decode_step != nullptr;
+  std::vector<HostStep> steps;
   if (query.is_cpu()) {
-    due = plan_on_host(check, t, length);
+    steps = plan_on_host(check, t, length);
     const float limit = layout.packs_values() ? kLargestHalf : std::numeric_limits<float>::max();
     for (int64_t b = 0; b < batch; ++b) {
       const at::Tensor k = new_keys.select(0, b), v = new_values.select(0, b);
@@ -244,42 +226,43 @@ at::Tensor decode_step_(const at::Tensor& query, const at::Tensor& keys, const a
       check_within(check, check.tokens(v, "values", heads, dim), "values", heads, dim, limit);
     }
   }
-  const at::Tensor plan = at::empty({kStepPlanColumns, batch}, window_lens.options());
-  const at::Tensor lens = plan.select(0, 0);
-  const std::optional<at::Tensor> position = plan.select(0, 1);
+  const at::Tensor columns = at::empty({kStepPlanColumns, batch}, window_lens.options());
+  const StepPlan plan = step_plan(columns);
+  const at::Tensor lens = columns.select(0, 0);
+  const std::optional<at::Tensor> position = columns.select(0, 1);
   const LogitRules rules =
       check_rules(check, {softcap, sinks, window_size, position}, queries.num_heads, batch);
-  const StepParams step = step_params(check, layout, t, new_keys, new_values, plan);
-  if (on_device) {
-    call(&Backend::append_step, step);
-  } else {
-    append_on_host(t, due, new_keys, new_values, step);
+  // The host makes its step first, and attend checks the lengths that it leaves; a device's lie there.
+  if (!as_stage) {
+    begin_on_host(check, call, layout, t, steps, new_keys, new_values, plan);
+  } else if (query.is_cpu()) {
+    columns.zero_();
   }
   Window window = check_window(check, layout, {window_keys, window_values, lens}, batch);
   window.sink_rows = packed.sink_tokens;
   at::Tensor out = at::empty(rows.sizes(), rows.options());
   at::Tensor lse = at::empty({batch, queries.num_heads, length}, rows.options().dtype(at::kFloat));
   queries.data = rows.const_data_ptr();
-  if (rows.numel() > 0) {
-    call(&Backend::attend, {.keys = packed,
-                            .queries = queries,
-                            .window = window,
-                            .rules = rules,
-                            .v_pages = static_cast<const uint8_t*>(v_pages.const_data_ptr()),
-                            .v_dtype = v_dtype,
-                            .causal = true,
-                            .token_slots = nullptr,
-                            .out = out.mutable_data_ptr(),
-                            .lse = lse.mutable_data_ptr<float>()});
-  }
-  if (on_device) {
-    call(&Backend::pack_step, step_pack_params(layout, t, step, packed.codec));
+  packed.cache_seqlens = plan.slots;
+  AttendParams attend{.keys = packed,
+                      .queries = queries,
+                      .window = window,
+                      .rules = rules,
+                      .v_pages = static_cast<const uint8_t*>(v_pages.const_data_ptr()),
+                      .v_dtype = v_dtype,
+                      .causal = true,
+                      .token_slots = nullptr,
+                      .out = out.mutable_data_ptr(),
+                      .lse = lse.mutable_data_ptr<float>(),
+                      .step = {}};
+  if (!as_stage) {
+    if (rows.numel() > 0) call(&Backend::attend, attend);
     return out;
   }
-  window_lens.copy_(lens);
-  for (int64_t b = 0; b < batch; ++b) {
-    if (due[b].any()) pack_on_host(check, call, layout, t, due[b], b);
-  }
+  attend.step = {t.faults.const_data_ptr<int32_t>(), plan.kept,
+                 t.window_lens.mutable_data_ptr<int32_t>(),
+                 t.cache_seqlens.mutable_data_ptr<int32_t>()};
+  call(&Backend::decode_step, {step_params(check, layout, t, new_keys, new_values, plan), attend});
   return out;
 }
 

@@ -32,19 +32,34 @@ class WindowValues {
       const float f = load(&factor[row]);
       for (int i = 0; i < kChannels; ++i) out_[i][row] *= f;
     }
-    for (int t = tokens.begin; t < tokens.end; ++t) {
-      const float* from = &p.of[t / kLanes][t % kLanes * kRowTile];
-      const Floats4 low = load(reinterpret_cast<const Floats4*>(from));
-      const Floats4 high = load(reinterpret_cast<const Floats4*>(from) + 1);
+    constexpr int kAtOnce = 16 / kChannels;  // tokens whose loads are in flight together
+    for (int first_token = tokens.begin; first_token < tokens.end; first_token += kAtOnce) {
+      float v[kAtOnce][kChannels];
       SVDQ_UNROLL
-      for (int i = 0; i < kChannels; ++i) {
-        const int channel = thread_index() + i * kAttendThreads;
-        if (channel >= head_dim) break;
-        const float v = load_number(values, dtype, first + int64_t{t} * head_dim + channel);
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int t = first_token + k < tokens.end ? first_token + k : tokens.end - 1;
         SVDQ_UNROLL
-        for (int row = 0; row < 4; ++row) {
-          out_[i][row] += v * low.x[row];
-          out_[i][row + 4] += v * high.x[row];
+        for (int i = 0; i < kChannels; ++i) {
+          const int channel = thread_index() + i * kAttendThreads;
+          v[k][i] = channel < head_dim
+                        ? load_number(values, dtype, first + int64_t{t} * head_dim + channel)
+                        : 0.0f;
+        }
+      }
+      SVDQ_UNROLL
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int t = first_token + k;
+        if (t >= tokens.end) break;
+        const float* from = &p.of[t / kLanes][t % kLanes * kRowTile];
+        const Floats4 low = load(reinterpret_cast<const Floats4*>(from));
+        const Floats4 high = load(reinterpret_cast<const Floats4*>(from) + 1);
+        SVDQ_UNROLL
+        for (int i = 0; i < kChannels; ++i) {
+          SVDQ_UNROLL
+          for (int row = 0; row < 4; ++row) {
+            out_[i][row] += v[k][i] * low.x[row];
+            out_[i][row + 4] += v[k][i] * high.x[row];
+          }
         }
       }
     }

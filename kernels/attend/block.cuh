@@ -116,7 +116,7 @@ attend_pages_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads) 
         to, p.keys.pages + id * p.keys.layout.k_page_bytes + head.k_offset, head, kAttendThreads);
   };
   PageStream stream(p.keys, rows.sequence,
-                    page_range(p.keys, rows.sequence, split, workspace.split_pages,
+                    page_range(p.keys, rows.sequence, split, workspace.page_splits,
                                workspace.max_pages, sliding.first_slot()),
                     {s.stages, workspace.stages, workspace.stage_bytes}, copy);
   stream.require(slots.valid());

@@ -1,4 +1,5 @@
-// The attend stage over packed pages for up to 8 query rows a KV head: decoding.
+// The attend stage for up to 8 query rows a KV head over packed values: decoding, in one launch. Blocks along y share
+// the pages of a sequence, and some more its window (window.cuh); the last that is done merges (decode_merge.cuh).
 //
 // A warp serves 8 query rows of a KV head and a run of pages, one page at a time and without regard
 // to other warps: it copies its pages by cp.async `stages` - 1 ahead, scores them (decode_scores.cuh),
@@ -10,23 +11,18 @@
 // without bank conflicts.
 #pragma once
 
-#include "kernels/attend/block.cuh"
+#include "kernels/attend/decode_merge.cuh"
 #include "kernels/attend/decode_scores.cuh"
-#include "kernels/attend/decode_values.cuh"
-#include "kernels/attend/logit_rules.cuh"
+#include "kernels/attend/window.cuh"
 
 namespace svdq::device {
-
-inline constexpr int kDecodeWarps = 4;  // of a block, at most
-inline constexpr int kDecodeThreads = kDecodeWarps * kWarpSize;
 
 // Shared memory of a block: stages of every warp follow it.
 template <typename Scores>
 struct DecodePlan {
   typename Scores::Shared scores;
-  alignas(16) uint32_t
-      transposed[kDecodeWarps][2 * kGroups][kWarpSize];  // score tiles to transpose
-  alignas(16) uint8_t stages[16];                        // more follow
+  WarpStates states;
+  alignas(16) uint8_t stages[16];  // more follow
 };
 
 template <typename Scores>
@@ -66,9 +62,13 @@ SVDQ_DEVICE void softmax_decode(float (&score)[kGroups][4], RowState (&state)[2]
   }
 }
 
+// Score tiles that a warp transposes; they take the place of a page's keys once those are scored.
+using ScoreTiles = uint32_t[2 * kGroups][kWarpSize];
+
 // Probabilities of a page as operands: rounded to halves and transposed through shared memory.
-SVDQ_DEVICE void transpose_probabilities(uint32_t (&tiles)[2 * kGroups][kWarpSize],
-                                         const float (&p)[kGroups][4], PageProbabilities& to) {
+SVDQ_DEVICE void transpose_probabilities(ScoreTiles& tiles, const float (&p)[kGroups][4],
+                                         PageProbabilities& to) {
+  sync_warp();  // other lanes may still read what lies there
   SVDQ_UNROLL
   for (int s = 0; s < kGroups; ++s) {
     SVDQ_UNROLL
@@ -85,42 +85,37 @@ SVDQ_DEVICE void transpose_probabilities(uint32_t (&tiles)[2 * kGroups][kWarpSiz
   }
 }
 
-// Grid: x = head and row tile, y = a run of splits, one a warp, z = sequence.
+// A warp's share of the pages of split block_y(); its maxima, sums and outputs are left in shared memory, at first
+// relative to its own maximum.
 template <typename Scores>
-SVDQ_KERNEL(kDecodeThreads)
-attend_decode_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads) {
+SVDQ_DEVICE void attend_pages_of_warp(DecodePlan<Scores>& s, Scores& scores, const AttendParams& p,
+                                      const AttendWorkspace& workspace, const HeadPlan& head,
+                                      const BlockRows& rows, DecodeValues<Scores::kDim>& values,
+                                      RowState (&state)[2]) {
   using Values = DecodeValues<Scores::kDim>;
-  DecodePlan<Scores>& s = shared_memory<DecodePlan<Scores>>();
-  const BlockRows rows = block_rows(p, workspace);
-  const HeadPlan head = head_plan(heads, rows.head);
   using Parts = typename Scores::Parts;
   const ValueLayout& value = head.value;
-  Scores scores(s.scores, p, workspace, rows, head, workspace.page_warps * kWarpSize);
-  sync_threads();
-  const int split = block_y() * workspace.page_warps + warp_index();
-  if (split >= workspace.page_splits) return;
+  uint8_t* stages = s.stages + warp_index() * workspace.stages * workspace.stage_bytes;
 
   // Start to copy the warp's first pages.
   const TokenSlots slots(p, rows);
   const SlidingWindow sliding(p, rows);
-  const int key_bytes = Parts::bytes(head);
+  const int key_bytes = decode_key_bytes(Parts::bytes(head));
   const auto copy = [&](uint8_t* to, int64_t id, TokenRange) {
-    uint8_t* values = copy_decode_keys<Parts>(
-        to, p.keys.pages + id * p.keys.layout.k_page_bytes + head.k_offset, head);
-    Values::copy(values, p.v_pages + id * p.keys.layout.v_page_bytes + head.v_offset, value);
+    copy_decode_keys<Parts>(to, p.keys.pages + id * p.keys.layout.k_page_bytes + head.k_offset,
+                            head);
+    Values::copy(to + key_bytes, p.v_pages + id * p.keys.layout.v_page_bytes + head.v_offset,
+                 value);
   };
-  PageStream stream(p.keys, rows.sequence,
-                    page_range(p.keys, rows.sequence, split, workspace.split_pages,
-                               workspace.max_pages, sliding.first_slot()),
-                    {s.stages + warp_index() * workspace.stages * workspace.stage_bytes,
-                     workspace.stages, workspace.stage_bytes},
-                    copy);
+  PageStream stream(
+      p.keys, rows.sequence,
+      page_range(p.keys, rows.sequence, block_y() * workspace.page_warps + warp_index(),
+                 workspace.page_splits * workspace.page_warps, workspace.max_pages,
+                 sliding.first_slot()),
+      {stages, workspace.stages, workspace.stage_bytes}, copy);
   stream.require(slots.valid());
 
   Outliers outliers(p, rows, stream.page());
-  RowState state[2] = {empty_row(), empty_row()};
-  Values values;
-  values.reset();
   for (; stream.has_page(); stream.advance()) {
     stream.receive([] { sync_warp(); });
     const int page = stream.page();
@@ -167,36 +162,75 @@ attend_decode_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads)
     float factor[2], weight[2];
     softmax_decode(score, state, factor, weight);
     PageProbabilities probabilities;
-    transpose_probabilities(s.transposed[warp_index()], score, probabilities);
+    transpose_probabilities(*reinterpret_cast<ScoreTiles*>(stream.bytes()), score, probabilities);
 
     // Accumulate the values.
     values.add(stream.bytes() + key_bytes, value, probabilities, factor, weight);
   }
-  const bool valid = stream.finish();
+  store_states(s.states, state, stream.finish());
+}
 
-  const int64_t slot = rows.slot(workspace.row_tiles, 0);
-  const int64_t stride = int64_t{workspace.splits()} * p.keys.layout.head_dim;
-  values.write(workspace.partial_out + slot * stride + int64_t{split} * p.keys.layout.head_dim,
-               stride, value);
-  SVDQ_UNROLL
-  for (int j = 0; j < 2; ++j) {
-    float sum = state[j].sum;
-    for (int mask = 4; mask < kWarpSize; mask *= 2) sum += shuffle_xor(sum, mask);
-    if (lane_index() < 4) {
-      const int64_t at = (slot + lane_index() * 2 + j) * workspace.splits() + split;
-      store(&workspace.partial_max[at], valid ? state[j].max : poisoned_score());
-      store(&workspace.partial_sum[at], sum);
-    }
+// Partial result of the pages of split block_y().
+template <typename Scores>
+SVDQ_DEVICE void attend_packed_pages(const AttendParams& p, const AttendWorkspace& workspace,
+                                     const HeadTable& heads, const BlockRows& rows) {
+  DecodePlan<Scores>& s = shared_memory<DecodePlan<Scores>>();
+  const HeadPlan head = head_plan(heads, rows.head);
+  const int dim = p.keys.layout.head_dim, bytes = workspace.stages * workspace.stage_bytes;
+  Scores scores(s.scores, p, workspace, rows, head, kDecodeThreads);
+  sync_threads();
+  uint8_t* stages = s.stages + warp_index() * bytes;
+  DecodeValues<Scores::kDim> values;
+  values.reset();
+  const bool has_pages = warp_index() < workspace.page_warps;
+  if (has_pages) {
+    RowState state[2] = {empty_row(), empty_row()};
+    attend_pages_of_warp(s, scores, p, workspace, head, rows, values, state);
   }
+  sync_threads();
+  if (has_pages) {
+    float factor[2];
+    SVDQ_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      const int row = lane_index() % 4 * 2 + j;
+      factor[j] = probability(load(&s.states.max[warp_index()][row]),
+                              block_max(s.states, workspace.page_warps, row));
+    }
+    values.write(reinterpret_cast<float*>(stages), merge_stride(dim), head.value, factor);
+  }
+  sync_threads();
+  write_block(s.states, reinterpret_cast<const float*>(s.stages),
+              bytes / static_cast<int>(sizeof(float)), workspace.page_warps, workspace, rows, dim);
+}
+
+// Grid: x = head and row tile, y = the splits of the pages, then those of the window, z = sequence.
+template <typename Scores>
+SVDQ_KERNEL(kDecodeThreads)
+attend_decode_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads) {
+  const BlockRows rows = block_rows(p, workspace);
+  if (block_y() < workspace.page_splits) {
+    attend_packed_pages<Scores>(p, workspace, heads, rows);
+  } else {
+    attend_window_rows<Scores::kDim>(p, workspace, rows, block_y() - workspace.page_splits);
+  }
+  if (block_x() == 0 && block_y() == 0 && thread_index() == 0) store_lengths(p, block_z());
+  merge_if_last(p, workspace, rows);
+}
+
+template <typename Scores>
+int attend_decode_bytes(const AttendWorkspace& workspace, int head_dim) {
+  const int pages =
+      kDecodePlanBytes<Scores> + workspace.page_warps * workspace.stages * workspace.stage_bytes;
+  const int window = static_cast<int>(sizeof(WindowPlan<Scores::kDim>));
+  const int last = last_block_bytes(head_dim);
+  const int most = pages > window ? pages : window;
+  return most > last ? most : last;
 }
 
 template <typename Scores>
 LaunchShape attend_decode_launch(const AttendParams& p, const AttendWorkspace& workspace) {
-  return {
-      p.keys.layout.num_heads * workspace.row_tiles,
-      (workspace.page_splits + workspace.page_warps - 1) / workspace.page_warps, p.keys.batch,
-      workspace.page_warps * kWarpSize,
-      kDecodePlanBytes<Scores> + workspace.page_warps * workspace.stages * workspace.stage_bytes};
+  return {p.keys.layout.num_heads * workspace.row_tiles, workspace.splits(), p.keys.batch,
+          kDecodeThreads, attend_decode_bytes<Scores>(workspace, p.keys.layout.head_dim)};
 }
 
 }  // namespace svdq::device

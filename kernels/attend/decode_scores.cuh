@@ -24,9 +24,9 @@ SVDQ_HOST_DEVICE constexpr int decode_swizzle(int i) {
   return kWidth == 8 ? i ^ (i >> 4 & 3) : swizzle<kWidth>(i);
 }
 
-// Starts a warp's copy of the key lines of a page of one head; returns where they end.
+// Starts a warp's copy of the key lines of a page of one head.
 template <typename Parts>
-SVDQ_DEVICE uint8_t* copy_decode_keys(uint8_t* to, const uint8_t* keys, const HeadPlan& head) {
+SVDQ_DEVICE void copy_decode_keys(uint8_t* to, const uint8_t* keys, const HeadPlan& head) {
   Parts::for_each(head, [&]<int kWidth>(int count) {
     const int pieces = band_bytes(kWidth, count) / 16;
     for (int i = lane_index(); i < pieces; i += kWarpSize)
@@ -34,7 +34,6 @@ SVDQ_DEVICE uint8_t* copy_decode_keys(uint8_t* to, const uint8_t* keys, const He
     to += pieces * 16;
     keys += pieces * 16;
   });
-  return to;
 }
 
 // Address of this thread's share of the A operands of one k-step of a band: 16 channels. A channel

@@ -52,8 +52,9 @@ class DecodeValues {
     with_value_bits(value.bits, [&]<int kBits>() { add_codes<kBits>(page, value, p, weight); });
   }
 
-  // Writes rows 0 .. 7 to out + row * stride.
-  SVDQ_DEVICE void write(float* out, int64_t stride, const ValueLayout& value) const {
+  // Writes rows 0 .. 7, times factors of this thread's rows, to out + row * stride.
+  SVDQ_DEVICE void write(float* out, int stride, const ValueLayout& value,
+                         const float (&factor)[2]) const {
     const int row = lane_index() / 4, run = lane_index() % 4;
     const float mid = mid_code(value.bits);
     SVDQ_UNROLL
@@ -63,7 +64,7 @@ class DecodeValues {
       for (int j = 0; j < 2; ++j) {
         const float middle = mid * middle_[j];
         store(reinterpret_cast<Floats2*>(out + (2 * run + j) * stride + i * kLanes + 2 * row),
-              Floats2{out_[i][j] - middle, out_[i][j + 2] - middle});
+              Floats2{(out_[i][j] - middle) * factor[j], (out_[i][j + 2] - middle) * factor[j]});
       }
     }
   }

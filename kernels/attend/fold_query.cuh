@@ -9,7 +9,7 @@
 // with the rounded weights, so that their rounding meets code - mid and not the larger code.
 #pragma once
 
-#include "kernels/attend/plan.cuh"
+#include "kernels/attend/dot_rows.cuh"
 #include "kernels/pages/code_fragments.cuh"
 
 namespace svdq::device {
@@ -43,7 +43,8 @@ inline constexpr float kLargestFolded = 256.0f;
 
 template <int kDim>
 struct FoldPlan {
-  float query[kRowTile][kDim];  // folded channels only
+  QueryRows<kDim> query;  // folded channels only
+  float scale[kDim];      // likewise
   float weights[kRowTile][kDim];
   float constant[kRowTile];
   float step[kRowTile];
@@ -104,40 +105,42 @@ SVDQ_DEVICE void finish_tile(FoldPlan<kDim>& s, const Bands& bands, const Weight
   }
 }
 
-// `heads` and p.keys.codec.mean are the tail's. Grid: x = head and row tile, z = sequence.
+// Folds the queries of a tile into the post-RoPE channels of their head.
 template <int kDim>
-SVDQ_KERNEL(kAttendThreads)
-fold_query_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads) {
+SVDQ_DEVICE void fold_queries(const AttendParams& p, const AttendWorkspace& workspace,
+                              const HeadTable& heads, const BlockRows& rows) {
   FoldPlan<kDim>& s = shared_memory<FoldPlan<kDim>>();
-  const BlockRows rows = block_rows(p, workspace);
   const HeadPlan head = head_plan(heads, rows.head);
+  const KeyCodec& codec = p.keys.codec;
   const int dim = p.keys.layout.head_dim, rank = head.post.rank();
   const int lane = lane_index(), warp = warp_index();
 
-  // Queries; rows that do not exist are zero.
-  for (int i = thread_index(); i < kRowTile * dim; i += kAttendThreads) {
-    const int row = i / dim;
-    store(&s.query[row][i % dim], row < rows.count ? load_query(p, rows, row, i % dim) : 0.0f);
-  }
+  load_queries(s.query, p, rows);
+  const int64_t channel = int64_t{rows.sequence} * p.keys.layout.rank + head.first_post_channel();
+  for (int j = thread_index(); j < rank; j += kAttendThreads)
+    store(&s.scale[j], load(&codec.scale[channel + j]));
   sync_threads();
 
-  // A warp per channel: products with the 8 queries. Channel `rank` stands for the mean.
-  const int64_t channel = int64_t{rows.sequence} * p.keys.layout.rank + head.first_channel;
-  const uint16_t* basis = p.keys.codec.basis + channel * dim;
-  const float* mean = p.keys.codec.mean + rows.sequence_head * dim;
-  for (int j = warp; j <= rank; j += kAttendWarps) {
-    float products[kRowTile] = {};
-    for (int d = lane; d < dim; d += kWarpSize) {
-      const float x =
-          j < rank ? bfloat16_to_float(load(&basis[int64_t{j} * dim + d])) : load(&mean[d]);
-      SVDQ_UNROLL
-      for (int row = 0; row < kRowTile; ++row) products[row] += x * load(&s.query[row][d]);
+  // Products of the basis with the queries, a run of channels a warp. Channel `rank` stands for the mean.
+  const uint16_t* basis = codec.basis + channel * dim;
+  const float* means = p.keys.layout.rope == RopeMode::kHybrid ? codec.post_mean : codec.mean;
+  const float* mean = means + rows.sequence_head * dim;
+  const int share = (rank + kAttendWarps) / kAttendWarps, begin = warp * share;
+  const int count = begin + share <= rank + 1 ? share : rank + 1 - begin;
+  const auto load_row = [&](int i, int d) {
+    return begin + i < rank
+               ? load_four(basis, DataType::kBFloat16, int64_t{begin + i} * dim + d, true)
+               : load_four(mean, DataType::kFloat32, d, false);
+  };
+  dot_rows<8>(s.query, dim, count, load_row, [&](int i, float product) {
+    const int j = begin + i;
+    if (lane % 4 != 0) return;
+    if (j < rank) {
+      store(&s.weights[lane / 4][j], product * load(&s.scale[j]));
+    } else {
+      store(&s.constant[lane / 4], product);
     }
-    const float sum = sum_rows(products);
-    if (lane % 4 == 0 && j < rank)
-      store(&s.weights[lane / 4][j], sum * load(&p.keys.codec.scale[channel + j]));
-    if (lane % 4 == 0 && j == rank) store(&s.constant[lane / 4], sum);
-  }
+  });
   sync_threads();
   finish_tile(s, head.post, workspace.folded, rows.sequence_head * workspace.row_tiles + rows.tile,
               dim);
@@ -148,42 +151,29 @@ SVDQ_HOST_DEVICE constexpr int column_channel(int column, int half) {
   return column < 2 * half ? column / 2 + (column & 1) * half : column;
 }
 
-// `heads` and p.keys.codec.mean are the core's. Grid: x = column tile, y = head, z = sequence.
+// Factors of column tile `tile` of the keys of a head, of its pre-RoPE channels.
 template <int kDim>
-SVDQ_KERNEL(kAttendThreads)
-columns_kernel(AttendParams p, AttendWorkspace workspace, HeadTable heads) {
+SVDQ_DEVICE void column_factors(const AttendParams& p, const AttendWorkspace& workspace,
+                                const HeadTable& heads, int sequence, int head_index, int tile) {
   FoldPlan<kDim>& s = shared_memory<FoldPlan<kDim>>();
-  const HeadPlan head = head_plan(heads, block_y());
+  const HeadPlan head = head_plan(heads, head_index);
+  const KeyCodec& codec = p.keys.codec;
   const int dim = p.keys.layout.head_dim, rank = head.pre.rank();
-  const int64_t sequence_head = int64_t{block_z()} * p.keys.layout.num_heads + block_y();
-  const int64_t first = int64_t{block_z()} * p.keys.layout.rank + head.first_channel;
+  const int64_t sequence_head = int64_t{sequence} * p.keys.layout.num_heads + head_index;
+  const int64_t first = int64_t{sequence} * p.keys.layout.rank + head.first_channel;
   for (int i = thread_index(); i < rank * kRowTile; i += kAttendThreads) {
     const int j = i / kRowTile, column = i % kRowTile;
-    const int channel =
-        column_channel(block_x() * kRowTile + column, p.keys.codec.rope.rotary_pairs);
+    const int channel = column_channel(tile * kRowTile + column, codec.rope.rotary_pairs);
     store(&s.weights[column][j],
-          bfloat16_to_float(load(&p.keys.codec.basis[(first + j) * dim + channel])) *
-              load(&p.keys.codec.scale[first + j]));
+          bfloat16_to_float(load(&codec.basis[(first + j) * dim + channel])) *
+              load(&codec.scale[first + j]));
   }
   if (thread_index() < kRowTile) {
-    const int channel =
-        column_channel(block_x() * kRowTile + thread_index(), p.keys.codec.rope.rotary_pairs);
-    store(&s.constant[thread_index()], load(&p.keys.codec.mean[sequence_head * dim + channel]));
+    const int channel = column_channel(tile * kRowTile + thread_index(), codec.rope.rotary_pairs);
+    store(&s.constant[thread_index()], load(&codec.mean[sequence_head * dim + channel]));
   }
   sync_threads();
-  finish_tile(s, head.pre, workspace.columns, sequence_head * grid_x() + block_x(), dim);
-}
-
-template <int kDim>
-LaunchShape fold_query_launch(const AttendParams& p, const AttendWorkspace& workspace) {
-  return {p.keys.layout.num_heads * workspace.row_tiles, 1, p.keys.batch, kAttendThreads,
-          static_cast<int>(sizeof(FoldPlan<kDim>))};
-}
-
-template <int kDim>
-LaunchShape columns_launch(const AttendParams& p, const AttendWorkspace&) {
-  return {p.keys.layout.head_dim / kRowTile, p.keys.layout.num_heads, p.keys.batch, kAttendThreads,
-          static_cast<int>(sizeof(FoldPlan<kDim>))};
+  finish_tile(s, head.pre, workspace.columns, sequence_head * (dim / kRowTile) + tile, dim);
 }
 
 }  // namespace svdq::device

@@ -12,11 +12,11 @@ struct MergePlan {
   float rotated[kMaxHeadDim];  // sum over the splits of pages
 };
 
-// Logit of the learned sink of this block's query head, in units of log2; -inf for none.
-SVDQ_DEVICE float learned_sink(const AttendParams& p) {
+// Logit of the learned sink of query row `row` of a KV head, in units of log2; -inf for none.
+SVDQ_DEVICE float learned_sink(const AttendParams& p, int kv_head, int64_t row) {
   if (!p.rules.sinks) return no_score();
   const int group = p.queries.num_heads / p.keys.layout.num_heads;
-  const int head = block_y() * group + block_x() / static_cast<int>(p.queries.length);
+  const int head = kv_head * group + static_cast<int>(row / p.queries.length);
   const float sink = load(&p.rules.sinks[head]) * kLog2E;
   return sink - sink == 0.0f ? sink : not_a_number();
 }
@@ -33,7 +33,8 @@ SVDQ_KERNEL(kMergeThreads) merge_splits_kernel(AttendParams p, AttendWorkspace w
   const float* maxima = workspace.partial_max + slot * splits;
   const float* sums = workspace.partial_sum + slot * splits;
 
-  const float sink = learned_sink(p);
+  if (block_x() == 0 && block_y() == 0 && thread_index() == 0) store_lengths(p, block_z());
+  const float sink = learned_sink(p, block_y(), block_x());
   RowState state = {sink, 0.0f};
   for (int i = 0; i < splits; ++i) {
     const float max = load(&maxima[i]);

@@ -1,18 +1,20 @@
 // Shared by the kernels of the attend stage: the tiling of a call into blocks, the workspace between
 // launches, and reading numbers of any dtype.
 //
-//   fold_query; columns, rotations  factors of the codes of post-RoPE and pre-RoPE channels, once for all
-//                                   splits
-//   attend_pages  packed pages -> partial results, one per split of the page table
+//   prepare        what multiplies the codes, and rotations, once for all splits (prepare.cuh)
+//   attend_decode  up to 8 query rows a KV head, packed values: pages and window -> partial results, one a block,
+//                  which the last block of a head merges -> out, lse
+// and for all others
+//   attend_pages   packed pages -> partial results, one per split of the pages
 //   attend_window  the window   -> partial results, one per split of the rows
-//                 (both for 8 query rows a block; attend_page_tiles and attend_window_tiles for more)
-//   merge_splits  partial results -> out, lse
+//                  (both for 8 query rows a block; attend_page_tiles and attend_window_tiles for more)
+//   merge_splits   partial results -> out, lse
 //
 // The query rows of a KV head are its query heads times the query length, in the order of the query
 // tensor; a block takes a tile of 8 of them, the width of a tensor-core product, or several tiles.
-// Head and tile lie along x of the grid, which has room for any query length. How work is cut depends on
-// shapes alone, partial results are merged in a fixed order, and no kernel reads back on the host:
-// results are deterministic and the launches can be captured in a graph.
+// Head and tile lie along x of the grid, which has room for any query length. The number of splits depends on
+// shapes alone, what each of them gets on the sequence's length, partial results are merged in a fixed order, and no
+// kernel reads back on the host: results are deterministic and the launches can be captured in a graph.
 #pragma once
 
 #include "kernels/pages/heads.cuh"
@@ -43,15 +45,20 @@ struct Weights {
   float* offset;      // [B, H, U, 8]: part of the mean, less that of the middle codes
 };
 
+// Bytes of a page's keys in a stage of attend_decode: no fewer than the scores take that are put in their place.
+SVDQ_HOST_DEVICE constexpr int decode_key_bytes(int key_bytes) {
+  constexpr int kScoreBytes = kPageTokens * kRowTile * 2;
+  return key_bytes > kScoreBytes ? key_bytes : kScoreBytes;
+}
+
 struct AttendWorkspace {
   int row_tiles;      // of a KV head, a multiple of those of a block
   int page_tiles;     // of a block along pages: 1, or 2 and more for attend_page_tiles
   int window_tiles;   // of a block along the window, likewise
   int query_steps;    // of 16 channels of a query's operand in attend_page_tiles
-  int page_warps;     // of a block of attend_decode
-  int page_splits;    // blocks along the pages of a sequence, or warps of attend_decode
-  int split_pages;    // pages of a split
-  int window_splits;  // blocks along the the window
+  int page_warps;     // of a block of attend_decode that have pages; 1 for other kernels
+  int page_splits;    // blocks along the pages of a sequence
+  int window_splits;  // blocks along the window
   int split_window;   // the window of a block, a multiple of kPageTokens
   int stages;         // pages of a split in flight or in use, 2 to 4
   int stage_bytes;    // of shared memory; the largest head's
@@ -62,9 +69,10 @@ struct AttendWorkspace {
   Floats2* offset_rotation;  // [64, half] cosine and sine by slot of a page; for pre-RoPE channels
   Floats2* page_rotation;    // [B, max_pages, half] of the pages' first positions
   uint64_t* pair_frequencies;  // [half] in place of both, for gathered pages
-  float* partial_out;          // [B, H, T * 8, S, D]
-  float* partial_max;          // [B, H, T * 8, S], log2 units
-  float* partial_sum;          // [B, H, T * 8, S]
+  int* tickets;        // [B, H, T] blocks of attend_decode that are done; prepare makes it zero
+  float* partial_out;  // [B, H, T * 8, S, D]
+  float* partial_max;  // [B, H, T * 8, S], log2 units
+  float* partial_sum;  // [B, H, T * 8, S]
 
   SVDQ_HOST_DEVICE constexpr int splits() const { return page_splits + window_splits; }
 };
@@ -88,18 +96,38 @@ struct BlockRows {
   }
 };
 
-SVDQ_DEVICE BlockRows block_rows(const AttendParams& p, const AttendWorkspace& workspace,
-                                 int tiles = 1) {
-  const int blocks = tiles == 1 ? workspace.row_tiles : workspace.row_tiles / tiles;  // of a head
+SVDQ_DEVICE BlockRows tile_rows(const AttendParams& p, int sequence, int head, int tile,
+                                int tiles) {
   BlockRows rows;
-  rows.sequence = block_z();
-  rows.head = block_x() / blocks;
-  rows.tile = block_x() % blocks * tiles;
+  rows.sequence = sequence;
+  rows.head = head;
+  rows.tile = tile;
   rows.sequence_head = int64_t{rows.sequence} * p.keys.layout.num_heads + rows.head;
   rows.first = int64_t{rows.tile} * kRowTile;
   const int64_t left = query_rows(p) - rows.first;
   rows.count = static_cast<int>(left < tiles * kRowTile ? left : tiles * kRowTile);
   return rows;
+}
+
+SVDQ_DEVICE BlockRows block_rows(const AttendParams& p, const AttendWorkspace& workspace,
+                                 int tiles = 1) {
+  const int blocks = tiles == 1 ? workspace.row_tiles : workspace.row_tiles / tiles;  // of a head
+  return tile_rows(p, block_z(), block_x() / blocks, block_x() % blocks * tiles, tiles);
+}
+
+// Rows of the window of a sequence; -1, which makes its results NaN, where a step met a fault.
+SVDQ_DEVICE int window_length(const AttendParams& p, int sequence) {
+  const int length = load(&p.window.lens[sequence]);
+  return p.step.faults && load(&p.step.faults[sequence]) != 0 ? -1 : length;
+}
+
+// Leaves the lengths of a decode step, once what reads them has been queued: by one thread of a sequence.
+SVDQ_DEVICE void store_lengths(const AttendParams& p, int sequence) {
+  if (!p.step.faults) return;
+  const int length = window_length(p, sequence);
+  const int kept = load(&p.step.kept[sequence]);
+  store(&p.step.window_lens[sequence], length < 0 ? kept : length);
+  store(&p.step.cache_seqlens[sequence], load(&p.keys.cache_seqlens[sequence]));
 }
 
 // Sums of 8 numbers over the lanes of a warp; lane l gets number l / 4. Each exchange halves what

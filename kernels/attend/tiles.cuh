@@ -42,7 +42,7 @@ attend_page_tiles_kernel(AttendParams p, AttendWorkspace workspace, HeadTable he
   uint8_t* stages = shared + query_operand_bytes(workspace.page_tiles, workspace.query_steps) +
                     Scores::kSharedBytes;
   PageStream stream(p.keys, rows.sequence,
-                    page_range(p.keys, rows.sequence, split, workspace.split_pages,
+                    page_range(p.keys, rows.sequence, split, workspace.page_splits,
                                workspace.max_pages, sliding.first_slot()),
                     {stages, workspace.stages, workspace.stage_bytes}, copy);
   stream.require(!Scores::kGathered || slots.valid());
@@ -145,7 +145,7 @@ attend_window_tiles_kernel(AttendParams p, AttendWorkspace workspace) {
   uint8_t* shared = shared_memory<TileMemory>().bytes;
   const BlockRows rows = block_rows(p, workspace, workspace.window_tiles);
   const WarpShare share = warp_share<kDim>();
-  const int dim = p.keys.layout.head_dim, length = load(&p.window.lens[rows.sequence]);
+  const int dim = p.keys.layout.head_dim, length = window_length(p, rows.sequence);
   const int threads = tile_threads<kDim>(workspace.window_tiles), steps = dim / 16;
   const int begin = block_y() * workspace.split_window, split = workspace.page_splits + block_y();
   const bool valid = length >= 0 && length <= p.window.rows;

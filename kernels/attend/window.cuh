@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/attend/block.cuh"
+#include "kernels/attend/dot_rows.cuh"
 #include "kernels/attend/logit_rules.cuh"
 
 namespace svdq::device {
@@ -10,47 +11,50 @@ namespace svdq::device {
 template <int kDim>
 struct WindowPlan {
   Probabilities p;
-  float query[kRowTile][kDim];
-  float score[kRowTile][kPageTokens];
+  QueryRows<kDim> query;
+  float score[kRowTile][kPageTokens + 4];  // rows apart in the banks
   float warp_max[kAttendWarps][kRowTile];
   float factor[kRowTile];
 };
 
-// Scores of 16 tokens by one warp, whose lanes share the channels; tokens from `count` on get none. `finish` makes a
-// score of row, token and product.
+// True if four numbers of a row can be loaded at once.
+SVDQ_DEVICE bool aligned_window(const Window& window) {
+  const int64_t bytes = window.dtype == DataType::kFloat32 ? 16 : 8;
+  return reinterpret_cast<uintptr_t>(window.keys) % bytes == 0 && window.batch_stride % 4 == 0 &&
+         window.head_stride % 4 == 0;
+}
+
+// Scores of 16 tokens by one warp; tokens from `count` on get none. `finish` makes a score of row, token and product.
 template <int kDim, typename Finish>
 SVDQ_DEVICE void score_rows(WindowPlan<kDim>& s, const AttendParams& p, int64_t first, int count,
                             const Finish& finish) {
-  const int dim = p.keys.layout.head_dim, lane = lane_index();
-  for (int t = warp_index() * kLanes; t < (warp_index() + 1) * kLanes; ++t) {
-    float products[kRowTile] = {};
-    for (int d = lane; t < count && d < dim; d += kWarpSize) {
-      const float key = load_number(p.window.keys, p.window.dtype, first + int64_t{t} * dim + d);
-      SVDQ_UNROLL
-      for (int row = 0; row < kRowTile; ++row) products[row] += key * load(&s.query[row][d]);
-    }
-    const float sum = sum_rows(products);
-    if (lane % 4 == 0) store(&s.score[lane / 4][t], finish(lane / 4, t, sum));
+  const int dim = p.keys.layout.head_dim, lane = lane_index(), begin = warp_index() * kLanes;
+  const int left = count - begin, own = left < kLanes ? left : kLanes;
+  const bool aligned = aligned_window(p.window);
+  const auto load_row = [&](int i, int d) {
+    return load_four(p.window.keys, p.window.dtype, first + int64_t{begin + i} * dim + d, aligned);
+  };
+  dot_rows<4>(s.query, dim, own, load_row, [&](int i, float product) {
+    if (lane % 4 == 0) store(&s.score[lane / 4][begin + i], finish(lane / 4, begin + i, product));
+  });
+  for (int t = own > 0 ? own : 0; t < kLanes; ++t) {
+    if (lane % 4 == 0) store(&s.score[lane / 4][begin + t], no_score());
   }
 }
 
-// Grid: x = head and row tile, y = split of the the window, z = sequence.
+// Attends to split `own` of the window. All kAttendThreads of the block take part.
 template <int kDim>
-SVDQ_KERNEL(kAttendThreads)
-attend_window_kernel(AttendParams p, AttendWorkspace workspace) {
+SVDQ_DEVICE void attend_window_rows(const AttendParams& p, const AttendWorkspace& workspace,
+                                    const BlockRows& rows, int own) {
   WindowPlan<kDim>& s = shared_memory<WindowPlan<kDim>>();
-  const BlockRows rows = block_rows(p, workspace);
-  const int dim = p.keys.layout.head_dim, length = load(&p.window.lens[rows.sequence]);
-  const int split = workspace.page_splits + block_y();
-  const int begin = block_y() * workspace.split_window;
+  const int dim = p.keys.layout.head_dim, length = window_length(p, rows.sequence);
+  const int split = workspace.page_splits + own;
+  const int begin = own * workspace.split_window;
   const bool valid = length >= 0 && length <= p.window.rows;
   int end = begin + workspace.split_window < length ? begin + workspace.split_window : length;
   if (!valid) end = begin;
 
-  for (int i = thread_index(); i < kRowTile * dim; i += kAttendThreads) {
-    const int row = i / dim;
-    store(&s.query[row][i % dim], row < rows.count ? load_query(p, rows, row, i % dim) : 0.0f);
-  }
+  load_queries(s.query, p, rows);
   // The window that this thread's two query rows see: the last q_len are the queries' own tokens.
   const int group = lane_index() / 4, column = lane_index() % 4 * 2;
   int visible[2];
@@ -78,7 +82,8 @@ attend_window_kernel(AttendParams p, AttendWorkspace workspace) {
     for (int e = 0; e < 4; ++e) {
       const int token = warp_index() * kLanes + group + (e / 2) * 8;
       const bool sees = token < count && first + token < visible[e & 1];
-      score[e] = sees ? load(&s.score[column + (e & 1)][token]) : no_score();
+      const float own = load(&s.score[column + (e & 1)][token]);
+      score[e] = sees ? own : no_score();
     }
     softmax_page(s, score, state, factor);
     values.add(p.window.values, p.window.dtype, base + int64_t{first} * dim, dim, s.p, {0, count},
@@ -91,6 +96,13 @@ attend_window_kernel(AttendParams p, AttendWorkspace workspace) {
       workspace.partial_out + rows.slot(workspace.row_tiles, 0) * stride + int64_t{split} * dim,
       stride, dim);
   write_states(s, state, workspace, rows, split, valid);
+}
+
+// Grid: x = head and row tile, y = split of the window, z = sequence.
+template <int kDim>
+SVDQ_KERNEL(kAttendThreads)
+attend_window_kernel(AttendParams p, AttendWorkspace workspace) {
+  attend_window_rows<kDim>(p, workspace, block_rows(p, workspace), block_y());
 }
 
 template <int kDim>

@@ -10,6 +10,7 @@
 //   commit_copies(), wait_copies<N>()          close a group; wait until N groups are in flight
 //   sync_threads, sync_warp, shuffle, shuffle_xor, shuffle_down, ballot, count_bits
 //   add_shared(p, n)                           adds to a count in shared memory that others add to
+//   take_ticket(p)                             counts the blocks that are done, see there
 //   exp2_fast, log2_fast, reciprocal_fast, fused, square_root, sine_cosine, round_double, round_to_int
 //   conversions of half and bfloat16, pack_half2, half2_fma, half2_max,
 //   permute_bytes, dot4, sine_cosine_fast
@@ -131,6 +132,15 @@ SVDQ_DEVICE uint32_t ballot(bool predicate, uint32_t members = kWarp) {
 }
 
 SVDQ_DEVICE void add_shared(int* count, int by) { atomicAdd(count, by); }
+
+// Adds one to a count in global memory and returns what it was. What the block wrote before the barrier in front of
+// this is seen by the block that takes a later ticket, behind a barrier that follows.
+SVDQ_DEVICE int take_ticket(int* count) {
+  __threadfence();
+  const int before = atomicAdd(count, 1);
+  __threadfence();
+  return before;
+}
 
 SVDQ_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
 SVDQ_DEVICE float exp2_fast(float x) {

@@ -54,17 +54,11 @@ SVDQ_KERNEL(kRotationThreads) rotations_kernel(RotationParams p) {
 // Tokens of gathered pages come from anywhere, so their rotations are no sums of two from a table.
 // Each pair has its frequency as a fraction of 2^64 of a full rotation per position: times a
 // position that is exact except for whole rotates, and for 2^-63 a position.
-SVDQ_KERNEL(kRotationThreads) pair_frequencies_kernel(Rope rope, uint64_t* rotates) {
+SVDQ_DEVICE uint64_t pair_frequency(float inv_freq) {
   constexpr double kTurn = 6.283185307179586476925;
-  const int i = block_x() * kRotationThreads + thread_index();
-  if (i >= rope.rotary_pairs) return;
-  const double part = static_cast<double>(load(&rope.inv_freq[i])) / kTurn;
+  const double part = static_cast<double>(inv_freq) / kTurn;
   const double fraction = part - round_double(part);  // at most a half either way
-  store(&rotates[i], static_cast<uint64_t>(static_cast<int64_t>(fraction * 0x1p63)) << 1);
-}
-
-inline LaunchShape pair_frequencies_launch(const Rope& rope) {
-  return {(rope.rotary_pairs + kRotationThreads - 1) / kRotationThreads, 1, 1, kRotationThreads, 0};
+  return static_cast<uint64_t>(static_cast<int64_t>(fraction * 0x1p63)) << 1;
 }
 
 // Cosine and sine at a position, off by 2^-20.

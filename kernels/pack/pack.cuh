@@ -98,10 +98,9 @@ SVDQ_DEVICE void quantize_latents(PackPlan<kDim>& s, const PackKeysParams& p, co
 // The keys of head block_y() in one page, which is run `run` of `keys`.
 template <int kDim>
 SVDQ_DEVICE void pack_page_keys(const PackKeysParams& p, const TokenRows& keys,
-                                const HeadTable& heads, const PageSpan& span, int64_t run) {
+                                const HeadPlan& head, const PageSpan& span, int64_t run) {
   PackPlan<kDim>& s = shared_memory<PackPlan<kDim>>();
   const int dim = p.layout.head_dim, head_index = block_y();
-  const HeadPlan head = head_plan(heads, head_index);
   const float* mean = p.codec.mean + int64_t{head_index} * dim;
 
   for (int group = 0; group < kGroups; ++group) {
@@ -125,7 +124,7 @@ SVDQ_KERNEL(kPackThreads)
 pack_keys_kernel(PackKeysParams p, TokenRows keys, HeadTable heads, PageIds ids,
                  int64_t first_chunk) {
   const PageSpan span = page_span(ids, p.slot, p.keys.num_tokens, first_chunk, block_x());
-  pack_page_keys<kDim>(p, keys, heads, span, first_chunk + block_x());
+  pack_page_keys<kDim>(p, keys, head_plan(heads, block_y()), span, first_chunk + block_x());
 }
 
 // Rotates and quantizes the values of one token, a row [D] of shared memory, by a team of 16 lanes; gives the byte
@@ -156,11 +155,10 @@ SVDQ_DEVICE int quantize_value(float* row, const ValueLayout& value, const Code&
 
 // The packed values of head block_y() in one page; `aligned` as in TokenRows.
 template <int kDim>
-SVDQ_DEVICE void pack_page_values(const PackValuesParams& p, bool aligned, const HeadTable& heads,
+SVDQ_DEVICE void pack_page_values(const PackValuesParams& p, bool aligned, const HeadPlan& head,
                                   const PageSpan& span) {
   constexpr int kWarps = kPackThreads / kWarpSize;
   PackPlan<kDim>& s = shared_memory<PackPlan<kDim>>();
-  const HeadPlan head = head_plan(heads, block_y());
   const ValueLayout& value = head.value;
   const TokenRows rows{p.values, 0, nullptr, nullptr, aligned};
   uint8_t* page = p.pages + span.page * p.layout.v_page_bytes + head.v_offset;
@@ -188,7 +186,7 @@ template <int kDim>
 SVDQ_KERNEL(kPackThreads)
 pack_values_kernel(PackValuesParams p, bool aligned, HeadTable heads, PageIds ids,
                    int64_t first_chunk) {
-  pack_page_values<kDim>(p, aligned, heads,
+  pack_page_values<kDim>(p, aligned, head_plan(heads, block_y()),
                          page_span(ids, p.slot, p.values.num_tokens, first_chunk, block_x()));
 }
 

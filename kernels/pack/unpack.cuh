@@ -151,11 +151,10 @@ SVDQ_DEVICE void store_keys(const UnpackPlan<kDim>& s, const DecodeParams& p, co
 
 // The keys of head block_y() in one page, which is run `run` of the rotations.
 template <int kDim>
-SVDQ_DEVICE void unpack_page_keys(const UnpackParams& p, const HeadTable& heads,
-                                  const PageSpan& span, int64_t run, const DecodeParams& d) {
+SVDQ_DEVICE void unpack_page_keys(const UnpackParams& p, const HeadPlan& head, const PageSpan& span,
+                                  int64_t run, const DecodeParams& d) {
   UnpackPlan<kDim>& s = shared_memory<UnpackPlan<kDim>>();
   const int dim = p.layout.head_dim;
-  const HeadPlan head = head_plan(heads, block_y());
   const uint8_t* page = p.pages + span.page * p.layout.k_page_bytes;
   float* keys = d.keys + block_y() * p.num_tokens * dim;
   for (int group = 0; group < kGroups; ++group) {
@@ -172,7 +171,7 @@ SVDQ_KERNEL(kUnpackThreads)
 unpack_keys_kernel(UnpackParams p, HeadTable heads, PageIds ids, int64_t first_chunk,
                    DecodeParams d) {
   const PageSpan span = page_span(ids, p.slot, p.num_tokens, first_chunk, block_x());
-  unpack_page_keys<kDim>(p, heads, span, first_chunk + block_x(), d);
+  unpack_page_keys<kDim>(p, head_plan(heads, block_y()), span, first_chunk + block_x(), d);
 }
 
 // errors [H, stride] of tokens first .. first + num_tokens - 1: squared distance of a key from

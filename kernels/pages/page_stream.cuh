@@ -23,18 +23,18 @@ struct PageRange {
   bool valid;
 };
 
-// `split_pages` pages from `split` * `split_pages` on, those before slot `first_slot` left out; the table has room
-// for `max_pages`.
-SVDQ_DEVICE PageRange page_range(const PackedKeys& keys, int sequence, int split, int split_pages,
+// The share of split `split` of `splits` of a sequence's pages, those before slot `first_slot` left out; the table has
+// room for `max_pages`. Shares follow the length, not the table: a table with room to grow costs splits that are empty.
+SVDQ_DEVICE PageRange page_range(const PackedKeys& keys, int sequence, int split, int splits,
                                  int max_pages, int first_slot) {
   const int length = load(&keys.cache_seqlens[sequence]);
   const bool valid = length >= 0 && length <= max_pages * kPageTokens;
-  int first = split * split_pages, last = first + split_pages;
-  if (first < keys.sink_tokens / kPageTokens) first = keys.sink_tokens / kPageTokens;
-  if (first < first_slot / kPageTokens) first = first_slot / kPageTokens;
-  if (last > page_count(length)) last = page_count(length);
-  if (keys.sink_tokens >= length || !valid) last = 0;
-  return {first, last, length, valid};
+  const int skipped = (keys.sink_tokens > first_slot ? keys.sink_tokens : first_slot) / kPageTokens;
+  if (keys.sink_tokens >= length || !valid) return {0, 0, length, valid};
+  const int stop = page_count(length), count = stop > skipped ? stop - skipped : 0;
+  const int share = (count + splits - 1) / splits;
+  const int first = skipped + split * share, last = first + share;
+  return {first, last < stop ? last : stop, length, valid};
 }
 
 // Waits until at most `pending` groups of copies, 0 to 2, are in flight.

@@ -52,7 +52,7 @@ def test_opcheck(rope):
         ({"residual_length": -1}, "residual_length must not be negative"),
         ({"faults": torch.zeros(3, dtype=torch.int32)}, "faults must have shape"),
         ({"gain": torch.ones(2, 2, 1, 64)}, "gain must have shape"),
-        ({"window_lens": torch.tensor([79, 0]).int()}, "the capacity is 80"),
+        ({"window_lens": torch.tensor([79, 0]).int(), "residual_length": 90}, "the capacity is 80"),
     ],
 )
 def test_bad_arguments(wrong, message):

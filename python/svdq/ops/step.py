@@ -1,4 +1,4 @@
-"""The decode step of a layer: append, attend and pack, with all lengths on the device."""
+"""The decode step of a layer: pack, append and attend, with all lengths on the device."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ def decode_step_(
     gain: Tensor | None = None,
     rules: LogitRules = NO_RULES,
 ) -> Tensor:
-    """Append new tokens to the window, attend to everything, and pack what has left the window.
+    """Pack what has left the window, append new tokens to it, and attend to everything.
 
-    The new rows of sequence b go to rows ``lens[b]`` and on. Queries are the last L tokens, as in
-    :func:`svdq.ops.attend`. Then a sequence packs the rest of its page, its oldest tokens after the
-    sinks, once ``residual_length`` tokens stand behind them; the rows that follow move down.
+    A sequence packs the rest of its page, its oldest tokens after the sinks, once
+    ``residual_length`` tokens stand behind them; the rows that follow move down. The new rows of
+    sequence b come behind the others. Queries are the last L tokens, as in
+    :func:`svdq.ops.attend`. What the step itself makes due is packed by the next one.
     ``k_pages``, ``v_pages``, ``cache_seqlens``, the window's ``keys``, ``values`` and ``lens`` and
     ``faults`` change in place.
 

@@ -83,6 +83,7 @@ class StaticStep:
         window, pool = self.tokens.window, self.tokens.packed.pool
         window.count = window.lens.tolist()
         pool.grown(pool.cache_seqlens.tolist())
+        self.tokens.pack_due()
         return int(self.length)
 
     def attend(

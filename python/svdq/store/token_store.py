@@ -11,6 +11,7 @@ from svdq.config.settings import Settings
 from svdq.fit.key_gain import amplified
 from svdq.fit.layer_fit import Allocate, LayerFit, SequenceFit
 from svdq.layout import PAGE_TOKENS, PageLayout
+from svdq.ops.tensors import int32_tensor
 from svdq.store.packed import PackedStore
 from svdq.store.window import GRANULE, WindowStore
 
@@ -206,6 +207,11 @@ class TokenStore:
         if any(packed):
             self.window.set_count(self.window.count)
             self._shrink()
+
+    def pack_due(self) -> None:
+        """Pack what the last step at full capacity left for the next one; tensors stay in place."""
+        if any([self._pack_sequence(b) for b in range(len(self.window.count))]):
+            self.window.lens.copy_(int32_tensor(self.window.count, self.device))
 
     def _slots_after_sinks(self, b: int) -> int:
         """Packed slots of sequence b that are not in the window as well."""
