@@ -2,10 +2,11 @@
 table of docs/cuda.md, for 32 query heads and 8 KV heads of 128 channels, 1.25-bit keys, 4-bit
 values, a window of 64 tokens and 8 sinks.
 
-``python tools/step_time.py [emulator]`` after ``make cuda-check`` and ``make ci-ptx`` (emulator: the
-command that starts it, build/ptx-emulator/ptxsim by default). ``--print`` prints the table instead
-of writing it, ``--shapes 16x32768`` and ``--modes post`` choose rows, ``--program`` and
-``--registers`` name another build and a file with ptxas's report.
+``python tools/step_time.py [emulator]`` after ``make ci-ptx`` and ``cmake --build build/cpp
+--target svdq_step_time`` (emulator: the command that starts it, build/ptx-emulator/ptxsim by
+default). ``--print`` prints the table instead of writing it, ``--shapes 16x32768`` and
+``--modes post`` choose rows, ``--program`` and ``--registers`` name another build and a file with
+ptxas's report.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from kernel_report import BUILD, ROOT, read_build
 DOCS = ROOT / "docs/cuda.md"
 SHAPES = ("1x4096", "1x32768", "16x32768")
 MODES = ("post", "hybrid", "pre")
-# The name of a device in the emulator, its multiprocessors and the shared memory a block may have: no more than the
-# 163 KiB of the device that the emulator runs kernels on.
+# The name of a device in the emulator, its multiprocessors and the shared memory a block may have:
+# no more than the 163 KiB of the device that the emulator runs kernels on.
 DEVICES = {"A100": (108, 166912), "H100": (132, 166912), "4090": (128, 101376)}
 
 
@@ -69,11 +70,8 @@ def row(step: dict, mode: str, shape: str, device: str) -> list[str]:
         timing = kernel["timing"][device]
         times.append((short(kernel["kernel"]), timing))
         chains.append(timing["dep_us"])
-    attend = step["kernels"][-1]
-    bandwidth = attend["dram_cold_bytes"] if "dram_cold_bytes" in attend else None
-    if bandwidth is None:
-        bandwidth = attend["timing"]["dram_cold_bytes"]
-    per_us = bandwidth / times[-1][1]["dram_us"]
+    # The bandwidth that the model gives the device, which attend reads most by.
+    per_us = step["kernels"][-1]["dram_cold_bytes"] / times[-1][1]["dram_us"]
     total = sum(timing["us"] for _, timing in times)
     memory, full = step["bytes"] / per_us, step["full_bytes"] / per_us
     parts = " + ".join(f"{t['us'] - t['launch_us']:.1f} ({t['bound']})" for _, t in times)

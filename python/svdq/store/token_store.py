@@ -210,7 +210,8 @@ class TokenStore:
 
     def pack_due(self) -> None:
         """Pack what the last step at full capacity left for the next one; tensors stay in place."""
-        if any([self._pack_sequence(b) for b in range(len(self.window.count))]):
+        packed = [self._pack_sequence(b) for b in range(len(self.window.count))]
+        if any(packed):
             self.window.lens.copy_(int32_tensor(self.window.count, self.device))
 
     def _slots_after_sinks(self, b: int) -> int:
