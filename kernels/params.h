@@ -219,12 +219,15 @@ struct LogitRules {
   const int32_t* query_position;  // [B], position of the first query; null without window_size
 };
 
-// Where attend, as part of a decode step, leaves the lengths of the plan; null pointers: it is none.
+// What attend is given as part of a decode step; null pointers: it is none.
 struct StepLengths {
   const int32_t* faults;   // [B] not zero: the sequence keeps its length, and its results are NaN
   const int32_t* kept;     // [B] window rows without the new ones
-  int32_t* window_lens;    // [B]
-  int32_t* cache_seqlens;  // [B]
+  int32_t* window_lens;    // [B] gets the lengths of the plan
+  int32_t* cache_seqlens;  // [B] likewise
+  // Keys are stored times their gain and queries divided by it, rounded to their dtype; may be null: ones.
+  const void* gain;  // [B, H, D]
+  DataType gain_dtype;
 };
 
 struct AttendParams {

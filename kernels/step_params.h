@@ -35,7 +35,7 @@ inline constexpr int kStepPlanColumns = 4;
 // A decode step of B sequences, whose lengths lie on the device. Its first kernel packs what is due, moves later rows of
 // the window down and appends the new ones; then attend sees the lengths of the plan.
 struct StepParams {
-  TokenSource new_keys;       // of sequence 0, [H, L, D]; already times their gain
+  TokenSource new_keys;       // of sequence 0, [H, L, D], without their gain
   TokenSource new_values;     // likewise
   int64_t keys_batch_stride;  // elements
   int64_t values_batch_stride;

@@ -149,7 +149,8 @@ void run(RopeMode rope, int batch, int tokens, GpuContext context, int q_heads, 
   a.causal = true;
   a.out = device_memory(int64_t{batch} * q_heads * kDim * 2);
   a.lse = static_cast<float*>(device_memory(int64_t{batch} * q_heads * 4));
-  a.step = {step.faults, step.plan.kept, step.window_lens, step.cache_seqlens};
+  a.step = {step.faults,        step.plan.kept, step.window_lens,
+            step.cache_seqlens, nullptr,        DataType::kFloat32};
 
   cuda::backend().decode_step(p, context);
   check(cudaDeviceSynchronize());

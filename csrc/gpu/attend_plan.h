@@ -60,14 +60,15 @@ inline bool tiles_pages(const AttendParams& p) {
   return p.keys.layout.packs_values() || p.v_dtype != DataType::kFloat32;
 }
 
-// The window must be read in vectors, and queries rounded to the keys' dtype would not do.
+// The window must be read in vectors, and queries as they are: neither rounded to the keys' dtype nor divided by a gain.
 inline bool tiles_window(const AttendParams& p) {
   const auto aligned = [](const void* data, int64_t to) {
     return reinterpret_cast<uintptr_t>(data) % to == 0;
   };
   return p.window.dtype != DataType::kFloat32 && p.window.dtype == p.queries.dtype &&
-         aligned(p.queries.data, 4) && aligned(p.window.keys, 16) && aligned(p.window.values, 16) &&
-         p.window.batch_stride % 8 == 0 && p.window.head_stride % 8 == 0;
+         !p.step.gain && aligned(p.queries.data, 4) && aligned(p.window.keys, 16) &&
+         aligned(p.window.values, 16) && p.window.batch_stride % 8 == 0 &&
+         p.window.head_stride % 8 == 0;
 }
 
 // Tiles of a block for so many query rows of a KV head. From the second tile on the tiled kernels

@@ -51,10 +51,9 @@ std::vector<HostStep> plan_on_host(const Checker& check, const StepTensors& t, i
   for (int64_t b = 0; b < t.window_lens.size(0); ++b) {
     const int32_t lens = t.window_lens.const_data_ptr<int32_t>()[b];
     const int32_t slots = t.cache_seqlens.const_data_ptr<int32_t>()[b];
-    const HostStep step{
-        slots, lens,
-        due_tokens(slots, lens, static_cast<int>(t.sink_tokens),
-                   static_cast<int>(t.residual_length))};
+    const HostStep step{slots, lens,
+                        due_tokens(slots, lens, static_cast<int>(t.sink_tokens),
+                                   static_cast<int>(t.residual_length))};
     const int64_t needed = step.kept() + length;
     check.require(needed <= rows, "sequence " + std::to_string(b) + " needs " +
                                       std::to_string(needed) + " window rows, the capacity is " +
@@ -118,19 +117,20 @@ void begin_on_host(const Checker& check, const Call& call, const Layout& layout,
   }
 }
 
+void check_gain(const Checker& check, const at::Tensor& gain, at::IntArrayRef shape) {
+  check.on_device(gain, "gain");
+  check.float_type(gain, "gain");
+  check.shape(gain, "gain", shape);
+}
+
 // Queries and new keys that belong to keys times their gain [B, H, D].
-std::pair<at::Tensor, at::Tensor> with_gain(const Checker& check, const at::Tensor& query,
-                                            const at::Tensor& keys,
-                                            const std::optional<at::Tensor>& gain) {
-  if (!gain) return {query, keys};
-  const int64_t batch = keys.size(0), heads = keys.size(1), dim = keys.size(3);
-  check.on_device(*gain, "gain");
-  check.float_type(*gain, "gain");
-  check.shape(*gain, "gain", {batch, heads, dim});
-  const at::Tensor inverse = gain->reciprocal().to(query.scalar_type()).unsqueeze(2).unsqueeze(2);
+std::pair<at::Tensor, at::Tensor> with_gain(const at::Tensor& query, const at::Tensor& keys,
+                                            const at::Tensor& gain) {
+  const int64_t heads = keys.size(1);
+  const at::Tensor inverse = gain.reciprocal().to(query.scalar_type()).unsqueeze(2).unsqueeze(2);
   const at::Tensor matching =
       (query.unflatten(1, {heads, query.size(1) / heads}) * inverse).flatten(1, 2);
-  return {matching, keys * gain->unsqueeze(2).to(keys.scalar_type())};
+  return {matching, keys * gain.unsqueeze(2).to(keys.scalar_type())};
 }
 
 // Rows of a batch [B, H, L, D], those of sequence 0.
@@ -211,17 +211,20 @@ at::Tensor decode_step_(const at::Tensor& query, const at::Tensor& keys, const a
                 first_position, window_keys, window_values, window_lens,
                 faults,         codec,       sink_tokens,   residual_length};
 
-  const auto [matching, stored] = with_gain(check, query, keys, gain);
-  const at::Tensor new_keys = dense_rows(stored), new_values = dense_rows(values);
-  const at::Tensor rows = matching.contiguous();
+  if (gain) check_gain(check, *gain, {batch, heads, dim});
   const Call call(query.device());
   const bool as_stage = call.backend().decode_step != nullptr;
+  // Kernels apply the gain themselves.
+  const auto [matching, stored] =
+      gain && query.is_cpu() ? with_gain(query, keys, *gain) : std::pair{query, keys};
+  const at::Tensor new_keys = dense_rows(as_stage ? keys : stored), new_values = dense_rows(values);
+  const at::Tensor rows = (as_stage ? query : matching).contiguous();
   std::vector<HostStep> steps;
   if (query.is_cpu()) {
     steps = plan_on_host(check, t, length);
     const float limit = layout.packs_values() ? kLargestHalf : std::numeric_limits<float>::max();
     for (int64_t b = 0; b < batch; ++b) {
-      const at::Tensor k = new_keys.select(0, b), v = new_values.select(0, b);
+      const at::Tensor k = dense_rows(stored).select(0, b), v = new_values.select(0, b);
       check_finite(check, check.tokens(k, "keys", heads, dim), "keys", heads, dim);
       check_within(check, check.tokens(v, "values", heads, dim), "values", heads, dim, limit);
     }
@@ -259,9 +262,13 @@ at::Tensor decode_step_(const at::Tensor& query, const at::Tensor& keys, const a
     if (rows.numel() > 0) call(&Backend::attend, attend);
     return out;
   }
-  attend.step = {t.faults.const_data_ptr<int32_t>(), plan.kept,
-                 t.window_lens.mutable_data_ptr<int32_t>(),
-                 t.cache_seqlens.mutable_data_ptr<int32_t>()};
+  const at::Tensor own_gain = gain ? gain->contiguous() : at::Tensor();
+  attend.step = {.faults = t.faults.const_data_ptr<int32_t>(),
+                 .kept = plan.kept,
+                 .window_lens = t.window_lens.mutable_data_ptr<int32_t>(),
+                 .cache_seqlens = t.cache_seqlens.mutable_data_ptr<int32_t>(),
+                 .gain = gain ? own_gain.const_data_ptr() : nullptr,
+                 .gain_dtype = gain ? check.float_type(own_gain, "gain") : DataType::kFloat32};
   call(&Backend::decode_step, {step_params(check, layout, t, new_keys, new_values, plan), attend});
   return out;
 }

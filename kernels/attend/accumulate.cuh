@@ -32,6 +32,21 @@ class WindowValues {
       const float f = load(&factor[row]);
       for (int i = 0; i < kChannels; ++i) out_[i][row] *= f;
     }
+    with_dtype(dtype, [&]<DataType kType>() { add_as<kType>(values, first, head_dim, p, tokens); });
+  }
+
+  SVDQ_DEVICE void write(float* out, int64_t stride, int head_dim) const {
+    for (int i = 0; i < kChannels; ++i) {
+      const int channel = thread_index() + i * kAttendThreads;
+      if (channel >= head_dim) break;
+      for (int row = 0; row < kRowTile; ++row) store(out + row * stride + channel, out_[i][row]);
+    }
+  }
+
+ private:
+  template <DataType kType>
+  SVDQ_DEVICE void add_as(const void* values, int64_t first, int head_dim, const Probabilities& p,
+                          TokenRange tokens) {
     constexpr int kAtOnce = 16 / kChannels;  // tokens whose loads are in flight together
     for (int first_token = tokens.begin; first_token < tokens.end; first_token += kAtOnce) {
       float v[kAtOnce][kChannels];
@@ -40,10 +55,9 @@ class WindowValues {
         const int t = first_token + k < tokens.end ? first_token + k : tokens.end - 1;
         SVDQ_UNROLL
         for (int i = 0; i < kChannels; ++i) {
-          const int channel = thread_index() + i * kAttendThreads;
-          v[k][i] = channel < head_dim
-                        ? load_number(values, dtype, first + int64_t{t} * head_dim + channel)
-                        : 0.0f;
+          const int own = thread_index() + i * kAttendThreads;
+          const int channel = own < head_dim ? own : 0;  // what is not the thread's is not written
+          v[k][i] = load_number_as<kType>(values, first + int64_t{t} * head_dim + channel);
         }
       }
       SVDQ_UNROLL
@@ -65,15 +79,6 @@ class WindowValues {
     }
   }
 
-  SVDQ_DEVICE void write(float* out, int64_t stride, int head_dim) const {
-    for (int i = 0; i < kChannels; ++i) {
-      const int channel = thread_index() + i * kAttendThreads;
-      if (channel >= head_dim) break;
-      for (int row = 0; row < kRowTile; ++row) store(out + row * stride + channel, out_[i][row]);
-    }
-  }
-
- private:
   float out_[kChannels][kRowTile];
 };
 

@@ -12,24 +12,26 @@ struct QueryRows {
   alignas(16) float row[kRowTile][kDim];
 };
 
-// Numbers index .. index + 3, which `aligned` says to start at a multiple of their size.
-SVDQ_DEVICE Floats4 load_four(const void* data, DataType dtype, int64_t index, bool aligned) {
-  Floats4 four;
+// True if four numbers can be loaded at once from any row, of rows that start at multiples of four numbers.
+SVDQ_DEVICE bool aligned_quads(const void* data, DataType dtype) {
+  return reinterpret_cast<uintptr_t>(data) % (dtype == DataType::kFloat32 ? 16 : 8) == 0;
+}
+
+// Calls fn(load) with a function that loads numbers index .. index + 3.
+template <typename Fn>
+SVDQ_DEVICE void with_quads(const void* data, DataType dtype, bool aligned, const Fn& fn) {
   if (!aligned) {
-    SVDQ_UNROLL
-    for (int i = 0; i < 4; ++i) four.x[i] = load_number(data, dtype, index + i);
-  } else if (dtype == DataType::kFloat32) {
-    four = load(reinterpret_cast<const Floats4*>(static_cast<const float*>(data) + index));
-  } else {
-    const Words2 words =
-        load(reinterpret_cast<const Words2*>(static_cast<const uint16_t*>(data) + index));
-    SVDQ_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const uint16_t bits = static_cast<uint16_t>(words.word[i / 2] >> i % 2 * 16);
-      four.x[i] = dtype == DataType::kBFloat16 ? bfloat16_to_float(bits) : half_to_float(bits);
-    }
+    fn([=](int64_t index) {
+      Floats4 four;
+      SVDQ_UNROLL
+      for (int i = 0; i < 4; ++i) four.x[i] = load_number(data, dtype, index + i);
+      return four;
+    });
+    return;
   }
-  return four;
+  with_dtype(dtype, [&]<DataType kType>() {
+    fn([=](int64_t index) { return load_four_as<kType>(data, index); });
+  });
 }
 
 // Loads the queries of a tile in log2 units of score, rows that do not exist as zeros; a barrier must follow. A warp has
@@ -39,23 +41,27 @@ SVDQ_DEVICE void load_queries(QueryRows<kDim>& s, const AttendParams& p, const B
   constexpr int kOwn = kRowTile / kAttendWarps;
   const int dim = p.keys.layout.head_dim;
   const int64_t first = (rows.sequence_head * query_rows(p) + rows.first) * dim;
-  const bool aligned = reinterpret_cast<uintptr_t>(p.queries.data) % 16 == 0;
-  for (int d = lane_index() * 4; d < dim; d += kWarpSize * 4) {
-    Floats4 query[kOwn];
-    SVDQ_UNROLL
-    for (int i = 0; i < kOwn; ++i) {
-      const int row = warp_index() + i * kAttendWarps;
-      query[i] = row < rows.count ? load_four(p.queries.data, p.queries.dtype,
-                                              first + int64_t{row} * dim + d, aligned)
-                                  : Floats4{};
-    }
-    SVDQ_UNROLL
-    for (int i = 0; i < kOwn; ++i) {
+  const bool aligned = aligned_quads(p.queries.data, p.queries.dtype);
+  with_quads(p.queries.data, p.queries.dtype, aligned, [&](const auto& load_quad) {
+    for (int d = lane_index() * 4; d < dim; d += kWarpSize * 4) {
+      Floats4 query[kOwn];
       SVDQ_UNROLL
-      for (int e = 0; e < 4; ++e) query[i].x[e] = query[i].x[e] * p.queries.sm_scale * kLog2E;
-      store(reinterpret_cast<Floats4*>(&s.row[warp_index() + i * kAttendWarps][d]), query[i]);
+      for (int i = 0; i < kOwn; ++i) {
+        const int row = warp_index() + i * kAttendWarps;
+        query[i] = load_quad(first + int64_t{row < rows.count ? row : 0} * dim + d);
+      }
+      SVDQ_UNROLL
+      for (int i = 0; i < kOwn; ++i) {
+        const int row = warp_index() + i * kAttendWarps;
+        SVDQ_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          const float x = without_gain(p, rows.sequence_head, d + e, query[i].x[e]);
+          query[i].x[e] = row < rows.count ? x * p.queries.sm_scale * kLog2E : 0.0f;
+        }
+        store(reinterpret_cast<Floats4*>(&s.row[row][d]), query[i]);
+      }
     }
-  }
+  });
 }
 
 // fn(i, product) for rows 0 .. count - 1, of which `load_row(i, d)` gives channels d .. d + 3: lane l has the product

@@ -45,6 +45,7 @@ template <int kDim>
 struct FoldPlan {
   QueryRows<kDim> query;  // folded channels only
   float scale[kDim];      // likewise
+  alignas(16) float mean[kDim];
   float weights[kRowTile][kDim];
   float constant[kRowTile];
   float step[kRowTile];
@@ -117,30 +118,34 @@ SVDQ_DEVICE void fold_queries(const AttendParams& p, const AttendWorkspace& work
 
   load_queries(s.query, p, rows);
   const int64_t channel = int64_t{rows.sequence} * p.keys.layout.rank + head.first_post_channel();
-  for (int j = thread_index(); j < rank; j += kAttendThreads)
-    store(&s.scale[j], load(&codec.scale[channel + j]));
-  sync_threads();
-
-  // Products of the basis with the queries, a run of channels a warp. Channel `rank` stands for the mean.
-  const uint16_t* basis = codec.basis + channel * dim;
   const float* means = p.keys.layout.rope == RopeMode::kHybrid ? codec.post_mean : codec.mean;
   const float* mean = means + rows.sequence_head * dim;
-  const int share = (rank + kAttendWarps) / kAttendWarps, begin = warp * share;
-  const int count = begin + share <= rank + 1 ? share : rank + 1 - begin;
-  const auto load_row = [&](int i, int d) {
-    return begin + i < rank
-               ? load_four(basis, DataType::kBFloat16, int64_t{begin + i} * dim + d, true)
-               : load_four(mean, DataType::kFloat32, d, false);
-  };
-  dot_rows<8>(s.query, dim, count, load_row, [&](int i, float product) {
-    const int j = begin + i;
-    if (lane % 4 != 0) return;
-    if (j < rank) {
-      store(&s.weights[lane / 4][j], product * load(&s.scale[j]));
-    } else {
-      store(&s.constant[lane / 4], product);
-    }
-  });
+  for (int j = thread_index(); j < rank; j += kAttendThreads)
+    store(&s.scale[j], load(&codec.scale[channel + j]));
+  for (int d = thread_index(); d < dim; d += kAttendThreads) store(&s.mean[d], load(&mean[d]));
+  sync_threads();
+
+  // Products of the basis with the queries, a run of channels a warp, and of the mean.
+  const uint16_t* basis = codec.basis + channel * dim;
+  const int share = (rank + kAttendWarps - 1) / kAttendWarps, begin = warp * share;
+  const int count = begin + share <= rank ? share : rank - begin;
+  dot_rows<8>(
+      s.query, dim, count,
+      [&](int i, int d) {
+        return load_four_as<DataType::kBFloat16>(basis, int64_t{begin + i} * dim + d);
+      },
+      [&](int i, float product) {
+        if (lane % 4 == 0)
+          store(&s.weights[lane / 4][begin + i], product * load(&s.scale[begin + i]));
+      });
+  if (warp == 0) {
+    dot_rows<1>(
+        s.query, dim, 1,
+        [&](int, int d) { return load(reinterpret_cast<const Floats4*>(&s.mean[d])); },
+        [&](int, float product) {
+          if (lane % 4 == 0) store(&s.constant[lane / 4], product);
+        });
+  }
   sync_threads();
   finish_tile(s, head.post, workspace.folded, rows.sequence_head * workspace.row_tiles + rows.tile,
               dim);

@@ -147,11 +147,21 @@ SVDQ_DEVICE float sum_rows(float (&x)[kRowTile]) {
   return x[0] + shuffle_xor(x[0], 1);
 }
 
+// A number of a query of a KV head divided by the gain of its channel, as tensors of that dtype would be.
+SVDQ_DEVICE float without_gain(const AttendParams& p, int64_t sequence_head, int channel, float x) {
+  if (!p.step.gain) return x;
+  const int64_t at = sequence_head * p.keys.layout.head_dim + channel;
+  const float inverse =
+      rounded_to(p.step.gain_dtype, 1.0f / load_number(p.step.gain, p.step.gain_dtype, at));
+  return rounded_to(p.queries.dtype, x * rounded_to(p.queries.dtype, inverse));
+}
+
 // Query number `channel` of a row of the tile, in log2 units of score.
 SVDQ_DEVICE float load_query(const AttendParams& p, const BlockRows& rows, int row, int channel) {
   const int64_t at = rows.sequence_head * query_rows(p) + rows.first + row;
-  return load_number(p.queries.data, p.queries.dtype, at * p.keys.layout.head_dim + channel) *
-         p.queries.sm_scale * kLog2E;
+  const float x =
+      load_number(p.queries.data, p.queries.dtype, at * p.keys.layout.head_dim + channel);
+  return without_gain(p, rows.sequence_head, channel, x) * p.queries.sm_scale * kLog2E;
 }
 
 }  // namespace svdq::device

@@ -17,25 +17,23 @@ struct WindowPlan {
   float factor[kRowTile];
 };
 
-// True if four numbers of a row can be loaded at once.
-SVDQ_DEVICE bool aligned_window(const Window& window) {
-  const int64_t bytes = window.dtype == DataType::kFloat32 ? 16 : 8;
-  return reinterpret_cast<uintptr_t>(window.keys) % bytes == 0 && window.batch_stride % 4 == 0 &&
-         window.head_stride % 4 == 0;
-}
-
 // Scores of 16 tokens by one warp; tokens from `count` on get none. `finish` makes a score of row, token and product.
 template <int kDim, typename Finish>
 SVDQ_DEVICE void score_rows(WindowPlan<kDim>& s, const AttendParams& p, int64_t first, int count,
                             const Finish& finish) {
   const int dim = p.keys.layout.head_dim, lane = lane_index(), begin = warp_index() * kLanes;
   const int left = count - begin, own = left < kLanes ? left : kLanes;
-  const bool aligned = aligned_window(p.window);
-  const auto load_row = [&](int i, int d) {
-    return load_four(p.window.keys, p.window.dtype, first + int64_t{begin + i} * dim + d, aligned);
-  };
-  dot_rows<4>(s.query, dim, own, load_row, [&](int i, float product) {
-    if (lane % 4 == 0) store(&s.score[lane / 4][begin + i], finish(lane / 4, begin + i, product));
+  const Window& window = p.window;
+  const bool aligned = aligned_quads(window.keys, window.dtype) && window.batch_stride % 4 == 0 &&
+                       window.head_stride % 4 == 0;
+  with_quads(window.keys, window.dtype, aligned, [&](const auto& load_quad) {
+    dot_rows<4>(
+        s.query, dim, own,
+        [&](int i, int d) { return load_quad(first + int64_t{begin + i} * dim + d); },
+        [&](int i, float product) {
+          if (lane % 4 == 0)
+            store(&s.score[lane / 4][begin + i], finish(lane / 4, begin + i, product));
+        });
   });
   for (int t = own > 0 ? own : 0; t < kLanes; ++t) {
     if (lane % 4 == 0) store(&s.score[lane / 4][begin + t], no_score());

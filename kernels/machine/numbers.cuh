@@ -6,10 +6,59 @@
 
 namespace svdq::device {
 
+// Calls fn.template operator()<dtype>(): for loops whose loads are to be in flight together, which a branch on the dtype
+// around each of them would prevent.
+template <typename Fn>
+SVDQ_DEVICE void with_dtype(DataType dtype, const Fn& fn) {
+  if (dtype == DataType::kFloat32) {
+    fn.template operator()<DataType::kFloat32>();
+  } else if (dtype == DataType::kBFloat16) {
+    fn.template operator()<DataType::kBFloat16>();
+  } else {
+    fn.template operator()<DataType::kFloat16>();
+  }
+}
+
+template <DataType kType>
+SVDQ_DEVICE float widened(uint16_t bits) {
+  return kType == DataType::kBFloat16 ? bfloat16_to_float(bits) : half_to_float(bits);
+}
+
+template <DataType kType>
+SVDQ_DEVICE float load_number_as(const void* data, int64_t index) {
+  if constexpr (kType == DataType::kFloat32)
+    return load(static_cast<const float*>(data) + index);
+  else
+    return widened<kType>(load(static_cast<const uint16_t*>(data) + index));
+}
+
 SVDQ_DEVICE float load_number(const void* data, DataType dtype, int64_t index) {
-  if (dtype == DataType::kFloat32) return load(static_cast<const float*>(data) + index);
-  const uint16_t bits = load(static_cast<const uint16_t*>(data) + index);
-  return dtype == DataType::kBFloat16 ? bfloat16_to_float(bits) : half_to_float(bits);
+  if (dtype == DataType::kFloat32) return load_number_as<DataType::kFloat32>(data, index);
+  return dtype == DataType::kBFloat16 ? load_number_as<DataType::kBFloat16>(data, index)
+                                      : load_number_as<DataType::kFloat16>(data, index);
+}
+
+// Numbers index .. index + 3, which start at a multiple of their size.
+template <DataType kType>
+SVDQ_DEVICE Floats4 load_four_as(const void* data, int64_t index) {
+  if constexpr (kType == DataType::kFloat32) {
+    return load(reinterpret_cast<const Floats4*>(static_cast<const float*>(data) + index));
+  } else {
+    const Words2 words =
+        load(reinterpret_cast<const Words2*>(static_cast<const uint16_t*>(data) + index));
+    Floats4 four;
+    SVDQ_UNROLL
+    for (int i = 0; i < 4; ++i)
+      four.x[i] = widened<kType>(static_cast<uint16_t>(words.word[i / 2] >> i % 2 * 16));
+    return four;
+  }
+}
+
+// The nearest number of a dtype.
+SVDQ_DEVICE float rounded_to(DataType dtype, float x) {
+  if (dtype == DataType::kFloat32) return x;
+  return dtype == DataType::kBFloat16 ? bfloat16_to_float(float_to_bfloat16(x))
+                                      : half_to_float(float_to_half(x));
 }
 
 SVDQ_DEVICE void store_number(void* data, DataType dtype, int64_t index, float value) {

@@ -57,6 +57,17 @@ SVDQ_DEVICE void store_plan(const StepParams& p, const AttendParams& a, const Se
   if (!step.fits) store(&p.faults[b], 1);
 }
 
+// Number `channel` of a new key as it is stored, where it lies at `at`.
+SVDQ_DEVICE float stored_key(const StepParams& p, const AttendParams& a, int64_t at, int64_t head,
+                             int64_t channel) {
+  const DataType dtype = p.new_keys.dtype;
+  const float key = load_number(p.new_keys.data, dtype, at);
+  if (!a.step.gain) return key;
+  const int64_t gain = head * a.keys.layout.head_dim + channel;
+  const float factor = rounded_to(dtype, load_number(a.step.gain, a.step.gain_dtype, gain));
+  return rounded_to(dtype, key * factor);
+}
+
 // Number `i` of new rows [L, D] of a head.
 SVDQ_DEVICE int64_t new_number(const TokenSource& rows, int64_t batch_stride, int b, int head,
                                int64_t i, int dim) {
@@ -70,12 +81,13 @@ SVDQ_DEVICE void append_rows(const StepParams& p, const AttendParams& a, int b, 
   constexpr float kLargest = 3.402823466e38f;
   const int dim = a.keys.layout.head_dim;
   const int64_t count = p.new_keys.num_tokens * dim;
+  const int64_t sequence_head = int64_t{b} * a.keys.layout.num_heads + head;
   const auto within = [](float x, float limit) { return x <= limit && x >= -limit; };
   if (thread_index() == 0) store(shared_fault, 0);
   sync_threads();
   for (int64_t i = thread_index(); i < count; i += kStepThreads) {
-    const float key = load_number(p.new_keys.data, p.new_keys.dtype,
-                                  new_number(p.new_keys, p.keys_batch_stride, b, head, i, dim));
+    const float key = stored_key(p, a, new_number(p.new_keys, p.keys_batch_stride, b, head, i, dim),
+                                 sequence_head, i % dim);
     const float value =
         load_number(p.new_values.data, p.new_values.dtype,
                     new_number(p.new_values, p.values_batch_stride, b, head, i, dim));
@@ -86,13 +98,12 @@ SVDQ_DEVICE void append_rows(const StepParams& p, const AttendParams& a, int b, 
     if (thread_index() == 0) store(&p.faults[b], 1);
     return;
   }
-  const int64_t first =
-      ((int64_t{b} * a.keys.layout.num_heads + head) * a.window.rows + kept) * dim;
+  const int64_t first = (sequence_head * a.window.rows + kept) * dim;
   for (int64_t i = thread_index(); i < count; i += kStepThreads) {
     const int64_t key = new_number(p.new_keys, p.keys_batch_stride, b, head, i, dim);
     const int64_t value = new_number(p.new_values, p.values_batch_stride, b, head, i, dim);
     store_number(p.window_keys, p.new_keys.dtype, first + i,
-                 load_number(p.new_keys.data, p.new_keys.dtype, key));
+                 stored_key(p, a, key, sequence_head, i % dim));
     store_number(p.window_values, p.new_values.dtype, first + i,
                  load_number(p.new_values.data, p.new_values.dtype, value));
   }

@@ -142,7 +142,8 @@ class Layer {
     a.causal = true;
     a.out = out_.data();
     a.lse = lse_.data();
-    a.step = {faults_.data(), step.plan.kept, lens_.data(), slots_.data()};
+    a.step = {faults_.data(), step.plan.kept, lens_.data(),
+              slots_.data(),  gain_.data(),   DataType::kFloat32};
     return p;
   }
 
@@ -161,6 +162,7 @@ class Layer {
   DeviceArray<uint16_t> basis_{random_basis(size_t{kBatch} * layout_.rank() * kDim)};
   DeviceArray<float> scale_{std::vector<float>(kBatch * layout_.rank(), 0.2f)};
   DeviceArray<float> mean_{random_numbers(kBatch * kHeads * kDim, 4, 0.3f)};
+  DeviceArray<float> gain_{std::vector<float>(kBatch * kHeads * kDim, 1.25f)};
   DeviceArray<uint8_t> k_pages_{
       std::vector<uint8_t>(kBatch * kPages * layout_.k_page_bytes(), 0x5a)};
   DeviceArray<uint8_t> v_pages_{

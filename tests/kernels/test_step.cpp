@@ -65,7 +65,8 @@ class StepKernels : public testing::KernelTest {
     a.causal = true;
     a.out = out_.data();
     a.lse = lse_.data();
-    a.step = {faults_.data(), p.plan.kept, lens_.data(), slots_.data()};
+    a.step = {faults_.data(), p.plan.kept, lens_.data(),
+              slots_.data(),  nullptr,     DataType::kFloat32};
     Blind blind(stream());
     gpu::decode_step({p, a}, blind);
   }
