@@ -48,7 +48,8 @@ SVDQ_DEVICE void load_queries(QueryRows<kDim>& s, const AttendParams& p, const B
       SVDQ_UNROLL
       for (int i = 0; i < kOwn; ++i) {
         const int row = warp_index() + i * kAttendWarps;
-        query[i] = load_quad(first + int64_t{row < rows.count ? row : 0} * dim + d);
+        // In place of rows that do not exist the KV head's first, which does.
+        query[i] = load_quad(first + (row < rows.count ? row : -rows.first) * dim + d);
       }
       SVDQ_UNROLL
       for (int i = 0; i < kOwn; ++i) {
