@@ -29,6 +29,13 @@ void pack_keys_(at::Tensor& k_pages, const at::Tensor& keys, int64_t position,
   const KeyCodec codec = check_codec(check, layout, {basis, scale, mean, post_mean, inv_freq});
   check.pages(page_table, slot, source.num_tokens, k_pages.size(0));
   if (errors) check.tensor(*errors, "errors", at::kFloat, {heads, source.num_tokens});
+  check.no_overlap({{k_pages, "k_pages"}, {errors, "errors"}}, {{keys, "keys"},
+                                                                {page_table, "page_table"},
+                                                                {basis, "basis"},
+                                                                {scale, "scale"},
+                                                                {mean, "mean"},
+                                                                {post_mean, "post_mean"},
+                                                                {inv_freq, "inv_freq"}});
   check_finite(check, source, "keys", heads, dim);
   float* error_data = errors ? errors->mutable_data_ptr<float>() : nullptr;
 
@@ -77,6 +84,7 @@ void pack_values_(at::Tensor& v_pages, const at::Tensor& values, const at::Tenso
   const bool packed = layout.packs_values();
   if (!packed) check.dtype(values, "values", v_pages.scalar_type());
   check.pages(page_table, slot, source.num_tokens, v_pages.size(0));
+  check.no_overlap({{v_pages, "v_pages"}}, {{values, "values"}, {page_table, "page_table"}});
   check_within(check, source, "values", layout.num_heads(), layout.head_dim(),
                packed ? kLargestHalf : std::numeric_limits<float>::max());
   Call(check.device())(&Backend::pack_values,
@@ -103,6 +111,8 @@ void append_window_(at::Tensor& window_keys, at::Tensor& window_values, const at
   check.require(start >= 0 && keys.size(1) <= rows && start <= rows - keys.size(1),
                 "start must leave room for " + std::to_string(keys.size(1)) + " tokens in " +
                     std::to_string(rows) + " exact rows, got " + std::to_string(start));
+  check.no_overlap({{window_keys, "window_keys"}, {window_values, "window_values"}},
+                   {{keys, "keys"}, {values, "values"}});
   check_finite(check, new_keys, "keys", heads, dim);
   check_finite(check, new_values, "values", heads, dim);
   window_keys.narrow(1, start, keys.size(1)).copy_(keys);
@@ -137,5 +147,17 @@ TORCH_LIBRARY_FRAGMENT(svdq, m) {
 
 TORCH_LIBRARY_IMPL(svdq, CPU, m) { register_operators(m); }
 TORCH_LIBRARY_IMPL(svdq, CUDA, m) { register_operators(m); }
+
+// Torch makes lazily negated, conjugated and zero tensors real before an operator sees them, but aborts where the
+// operator writes to its arguments and returns none. Those see them as they are, and refuse them.
+void register_writing(torch::Library& m) {
+  for (const char* name : {"pack_keys_", "pack_values_", "append_window_", "decode_step_"}) {
+    m.impl(name, torch::CppFunction::makeFallthrough());
+  }
+}
+
+TORCH_LIBRARY_IMPL(svdq, Negative, m) { register_writing(m); }
+TORCH_LIBRARY_IMPL(svdq, Conjugate, m) { register_writing(m); }
+TORCH_LIBRARY_IMPL(svdq, ZeroTensor, m) { register_writing(m); }
 
 }  // namespace svdq::torch_binding

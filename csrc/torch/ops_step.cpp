@@ -207,6 +207,25 @@ at::Tensor decode_step_(const at::Tensor& query, const at::Tensor& keys, const a
       {k_pages, page_table, cache_seqlens, first_position, none, &none, sink_tokens, codec}, batch,
       pool);
   check_window(check, layout, {window_keys, window_values, window_lens}, batch);
+  check.no_overlap({{k_pages, "k_pages"},
+                    {v_pages, "v_pages"},
+                    {cache_seqlens, "cache_seqlens"},
+                    {window_keys, "window_keys"},
+                    {window_values, "window_values"},
+                    {window_lens, "window_lens"},
+                    {faults, "faults"}},
+                   {{query, "query"},
+                    {keys, "keys"},
+                    {values, "values"},
+                    {gain, "gain"},
+                    {page_table, "page_table"},
+                    {first_position, "first_position"},
+                    {basis, "basis"},
+                    {scale, "scale"},
+                    {mean, "mean"},
+                    {post_mean, "post_mean"},
+                    {inv_freq, "inv_freq"},
+                    {sinks, "sinks"}});
   StepTensors t{k_pages,        v_pages,     page_table,    cache_seqlens,
                 first_position, window_keys, window_values, window_lens,
                 faults,         codec,       sink_tokens,   residual_length};

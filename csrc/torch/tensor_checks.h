@@ -3,13 +3,16 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 #include <torch/library.h>
 
 #include <cmath>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
 #include "csrc/core/layout.h"
+#include "csrc/torch/overlap.h"
 #include "kernels/params.h"
 
 namespace svdq::torch_binding {
@@ -47,6 +50,34 @@ class Checker {
     TORCH_CHECK_VALUE(tensor.device() == device && tensor.layout() == at::kStrided, op_, ": ", name,
                       " must be a dense tensor on ", device, ", got ", tensor.layout(), " on ",
                       tensor.device());
+    // Kernels read memory, where none of these stands.
+    TORCH_CHECK_VALUE(!tensor.is_neg() && !tensor.is_conj() && !tensor._is_zerotensor(), op_, ": ",
+                      name, " must hold its numbers in memory, got a tensor that is lazily ",
+                      tensor.is_neg()    ? "negated: call resolve_neg()"
+                      : tensor.is_conj() ? "conjugated: call resolve_conj()"
+                                         : "zero: call clone()");
+    const size_t bytes = at::detail::computeStorageNbytes(
+        tensor.sizes(), tensor.strides(), tensor.element_size(), tensor.storage_offset());
+    TORCH_CHECK_VALUE(tensor.storage().nbytes() >= bytes || tensor.is_meta(), op_, ": ", name,
+                      " must hold its numbers in memory, but its storage has ",
+                      tensor.storage().nbytes(), " bytes of ", bytes);
+  }
+
+  // Refuses an output that shares memory with itself or with another argument, as torch's in-place operators
+  // do. Arguments that were not given are null.
+  void no_overlap(std::initializer_list<Named> outputs, std::initializer_list<Named> inputs) const {
+    for (const Named* out = outputs.begin(); out != outputs.end(); ++out) {
+      if (!out->tensor) continue;
+      require(!overlaps_itself(*out->tensor),
+              std::string(out->name) + " is written to, so its numbers must not share memory");
+      const auto apart = [&](const Named& other) {
+        require(!other.tensor || !overlap(*out->tensor, *other.tensor),
+                std::string(out->name) + " is written to, so it must not share memory with " +
+                    other.name);
+      };
+      for (const Named* other = out + 1; other != outputs.end(); ++other) apart(*other);
+      for (const Named& other : inputs) apart(other);
+    }
   }
 
   void dtype(const at::Tensor& tensor, const char* name, at::ScalarType expected) const {
