@@ -17,17 +17,29 @@ namespace {
 // Up to so many keys, a check before fitting takes no time that matters.
 constexpr int64_t kCheckedTokens = 4096;
 
-// Eigenvectors as rows [H, D, D] by falling eigenvalue [H, D], of `covariance` [H, D, D], which may be
-// overwritten. Where the backend has no solver, LAPACK solves through torch.
-std::tuple<at::Tensor, at::Tensor> find_components(const Call& call, at::Tensor& covariance) {
+// Numbers times 2^exponent. In two steps, since the power itself may be out of float32's range.
+at::Tensor times_power(const at::Tensor& numbers, const at::Tensor& exponent) {
+  const at::Tensor half = exponent.div(2, "floor");
+  return at::ldexp(at::ldexp(numbers, half), exponent - half);
+}
+
+// Eigenvectors as rows [H, D, D] by falling eigenvalue [H, D], of `covariance` [H, D, D].
+//
+// Solvers multiply three numbers of a matrix with the square of the rounding error. Where that underflows they fail
+// or answer NaN. In float64, which LAPACK solves in through torch, it never does. A backend's own solver has float32:
+// its largest number is scaled to about 1 by a power of two, and those below 2^-36, far within its error, are left out.
+std::tuple<at::Tensor, at::Tensor> find_components(const Call& call, const at::Tensor& covariance) {
   const int64_t heads = covariance.size(0), dim = covariance.size(1);
   if (call.backend().components) {
+    const at::Tensor exponent = std::get<1>(at::frexp(covariance.abs().amax({1, 2})));
+    at::Tensor scaled = times_power(covariance, exponent.neg().view({heads, 1, 1}));
+    scaled.masked_fill_(scaled.abs() < 0x1p-36, 0);
     at::Tensor components = at::empty_like(covariance),
                variance = at::empty({heads, dim}, covariance.options());
     call(&Backend::components,
-         {covariance.mutable_data_ptr<float>(), static_cast<int>(heads), static_cast<int>(dim),
+         {scaled.mutable_data_ptr<float>(), static_cast<int>(heads), static_cast<int>(dim),
           components.mutable_data_ptr<float>(), variance.mutable_data_ptr<float>()});
-    return {components, variance};
+    return {components, times_power(variance, exponent.view({heads, 1}))};
   }
   // LAPACK takes one matrix after the other: every thread some heads. Ascending eigenvalues,
   // eigenvectors in columns.
@@ -35,10 +47,11 @@ std::tuple<at::Tensor, at::Tensor> find_components(const Call& call, at::Tensor&
   at::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowAutograd no_autograd;
     for (int64_t h = begin; h < end; ++h)
-      std::tie(some_values[h], some_vectors[h]) = at::linalg_eigh(covariance[h]);
+      std::tie(some_values[h], some_vectors[h]) = at::linalg_eigh(covariance[h].to(at::kDouble));
   });
   // Gathered here: another thread knows nothing of this one's inference mode.
-  const at::Tensor values = at::stack(some_values), vectors = at::stack(some_vectors);
+  const at::Tensor values = at::stack(some_values).to(at::kFloat),
+                   vectors = at::stack(some_vectors).to(at::kFloat);
   at::Tensor components = vectors.transpose(1, 2).flip(1).contiguous();
   // The component of largest magnitude, the first of equals, is positive.
   const at::Tensor largest = components.abs().argmax(-1, true);

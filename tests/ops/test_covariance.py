@@ -129,6 +129,27 @@ def test_constant_keys(backend, num_tokens):
     assert (variance < 1e-12).all()
 
 
+# Factors of all channels but some: squares of the smallest underflow float32.
+@pytest.mark.parametrize("factor", [1e-4, 1e-10, 1e-19, 1e-22, 1e-23, 0.0])
+@pytest.mark.parametrize("num_large", [1, 2, 31, 63])
+def test_channels_of_very_different_size(backend, factor, num_large):
+    keys = torch.randn(3, 200, 64)
+    keys[:, :, num_large:] *= factor
+    keys[1] = keys[1] @ torch.linalg.qr(torch.randn(64, 64)).Q
+    keys[2] *= torch.logspace(0, -30, 64)
+    check_basis(keys)
+
+
+def test_a_block_between_channels_that_are_zero(backend):
+    """As pruned keys are after RoPE is undone: variances fall by 2^50 in four channels."""
+    channels = [0, 1, 32, 33]
+    for _ in range(20):
+        keys = torch.zeros(1, 392, 64)
+        keys[:, :, channels] = torch.randn(392, 4) * torch.tensor([1.0, 1e-5, 1e-9, 1e-13])
+        keys[:, :, channels] = keys[:, :, channels] @ torch.randn(4, 4)
+        check_basis(keys * 10.0 ** torch.randint(-12, 12, (1,)))
+
+
 def test_zero_keys(backend):
     mean, _, variance = check_basis(torch.zeros(1, 70, 32))
     assert not mean.any()

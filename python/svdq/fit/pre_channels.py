@@ -111,7 +111,8 @@ def without_pairs(components: Tensor, variance: Tensor, dropped: Tensor) -> tupl
     # Below all other variances, so that they come last and mix with none.
     lowest = -variance.amax(dim=1, keepdim=True).clamp_min(torch.finfo(variance.dtype).tiny)
     covariance.diagonal(dim1=1, dim2=2).add_(left * lowest)
-    ascending, vectors = torch.linalg.eigh(covariance)
+    # In float64, as fit_basis does: float32 solvers fail over variances of very different size.
+    ascending, vectors = (x.to(variance.dtype) for x in torch.linalg.eigh(covariance.double()))
     # Set to zero whatever differs from zero by rounding alone.
     last = torch.arange(dim, device=left.device) >= (~left).sum(dim=1, keepdim=True)
     components = vectors.mT.flip(1).masked_fill(left[:, None] != last[..., None], 0)
