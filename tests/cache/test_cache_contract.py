@@ -65,13 +65,26 @@ def test_crop_of_everything_empties_the_cache():
     feed_and_check(driver, 300, 1)
 
 
-def test_crop_of_too_much_changes_nothing():
+@pytest.mark.parametrize("removed", [400, 401, 5000])
+def test_crop_of_all_there_is_and_more(removed):
+    """As transformers' own layers, which are left empty."""
     driver = Driver(**FINE)
     driver.feed(400)
-    before = snapshot(driver.cache)
-    with pytest.raises(ValueError, match="cannot remove 401 tokens of 400"):
-        driver.cache.crop(-401)
-    assert_same_state(snapshot(driver.cache), before)
+    driver.cache.crop(-removed)
+    assert driver.cache.get_seq_length() == driver.cache.allocated_bytes() == 0
+    feed_and_check(driver, 300, 1)
+
+
+@pytest.mark.parametrize("name", ["length", "tokens_to_remove", "max_length"])
+def test_crop_by_the_names_of_every_transformers(name):
+    driver = Driver(**FINE)
+    driver.feed(400)
+    driver.cache.crop(**{name: -10})
+    assert driver.cache.get_seq_length() == 390
+    for wrong in ({}, {"length": 1, "max_length": 1}):
+        with pytest.raises(TypeError, match="one length"):
+            driver.cache.crop(**wrong)
+    assert driver.cache.get_seq_length() == 390
 
 
 def test_crop_gives_memory_back():
@@ -154,11 +167,16 @@ def test_batch_select_keeps_the_chosen():
     feed_and_check(driver, 1, 64)
 
 
-def test_batch_select_takes_a_mask():
+@pytest.mark.parametrize(
+    "chosen",
+    [torch.tensor([False, False, True]), [2], [-1], slice(2, None), torch.tensor([2])],
+    ids=["mask", "list", "negative", "slice", "tensor"],
+)
+def test_batch_select_takes_what_indexes_a_tensor(chosen):
     driver = Driver(3, **FINE)
     driver.feed(300)
     before = decoded(driver.layer, 2)
-    driver.cache.batch_select_indices(torch.tensor([False, False, True]))
+    driver.cache.batch_select_indices(chosen)
     assert driver.layer.batch_size == 1
     assert torch.equal(decoded(driver.layer)[0], before[0])
 

@@ -1,6 +1,8 @@
 """A cache keeps everything where its keys are. No GPU is needed: tensors are fakes, with shapes and
 devices but no numbers, and operators refuse tensors of different devices."""
 
+import copy
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -15,7 +17,8 @@ HEADS, GROUP, DIM = 2, 2, 64
 @pytest.fixture(params=["pre", "post"])
 def step(request, monkeypatch):
     """Feeds tokens on a fake CUDA device to one layer of a cache; returns what comes out."""
-    config = make_model("llama", "sdpa").config
+    config = copy.deepcopy(make_model("llama", "sdpa").config)
+    config.num_hidden_layers = 1
     assert config.head_dim == DIM and config.num_key_value_heads == HEADS
     cache = SVDqCache(config, preset="paper-1.25", rope=request.param)
     bands = cache.settings.scheduled_bands(DIM)  # reads numbers: before the fakes

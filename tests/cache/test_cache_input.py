@@ -89,9 +89,8 @@ def test_tokens_of_another_model_or_batch(shape):
         [[1, 0, 1, 1], [1, 1, 1, 1]],
         [[1, 1, 1, 0], [1, 1, 1, 1]],
         [[0, 1, 0, 1], [1, 1, 1, 1]],
-        [[0, 0, 0, 0], [1, 1, 1, 1]],
     ],
-    ids=["hole", "right padding", "hole after padding", "padding alone"],
+    ids=["hole", "right padding", "hole after padding"],
 )
 def test_mask_that_is_no_left_padding(rows):
     driver = Driver(2, **FINE)
@@ -143,8 +142,12 @@ def test_tokens_that_nobody_attended():
     driver = Driver(**FINE)
     _, keys, values = driver.draw(3)
     driver.cache.update(keys, values, 0)
-    with pytest.raises(RuntimeError, match="3 tokens given to update"):
+    with pytest.raises(RuntimeError, match="stopped there; it has been taken back"):
         driver.cache.update(keys, values, 0)
+    assert driver.cache.get_seq_length() == 0
+    driver.layer.update(keys, values)
+    with pytest.raises(RuntimeError, match="3 tokens given to update"):
+        driver.layer.update(keys, values)
 
 
 @pytest.mark.parametrize(("length", "name"), [(300, "pack_keys_"), (1, "attend"), (100, "merge")])

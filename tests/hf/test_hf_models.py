@@ -164,35 +164,3 @@ def test_no_gradients():
     with pytest.raises(NotImplementedError, match=r"gradients .*inference_mode"):
         model(make_tokens(1, 10), **cache_argument(cache))
     assert cache.get_seq_length() == 0
-
-
-def test_masks_of_another_kind():
-    model, cache = make_model("llama"), SVDqCache(CONFIGS["llama"])
-    mask = torch.ones(1, 1, 10, 10, dtype=torch.bool).tril()
-    with torch.inference_mode(), pytest.raises(ValueError, match="attention_mask must be"):
-        model(make_tokens(1, 10), attention_mask=mask, **cache_argument(cache))
-    assert cache.get_seq_length() == 0
-
-
-def test_bidirectional_parts_are_refused():
-    import inspect
-
-    from transformers.masking_utils import create_causal_mask
-
-    model = make_model("llama")
-    embeds = {"inputs_embeds", "input_embeds"} & set(
-        inspect.signature(create_causal_mask).parameters
-    )
-    kwargs = {embeds.pop(): torch.zeros(1, 10, 8)}
-    if "cache_position" in inspect.signature(create_causal_mask).parameters:
-        kwargs["cache_position"] = torch.arange(10)
-    mask = create_causal_mask(
-        model.config,
-        attention_mask=None,
-        **cache_argument(None),
-        or_mask_function=lambda b, h, q, kv: kv < 5,
-        **kwargs,
-    )
-    with pytest.raises(ValueError, match="causal masks with left padding"):
-        _ = mask.padding
-    assert mask.dense[0, 0, 0].tolist() == [True] * 5 + [False] * 5

@@ -105,7 +105,7 @@ def test_frequencies_are_chosen_when_the_basis_is_fitted():
         model(torch.full((1, 200), 7), **cache_argument(cache))
     for layer in cache.svdq_layers:
         assert torch.equal(layer.tokens.packed.codec.inv_freq, inverse_frequencies(phi3(), 0, 199))
-        assert layer.tokens.packed.codec.inv_freq is cache._frequencies[0]
+        assert layer.tokens.packed.codec.inv_freq is cache._frequencies.known[0]
 
 
 def test_layers_that_do_not_rotate_pack_keys_as_they_come():

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
-import functools
 import inspect
 import os
 from collections.abc import Iterator, Sequence
@@ -14,21 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.utils import logging
 
 from svdq.cache import serialization
+from svdq.cache.build import Frequencies, check_dynamic_layers, kv_shape, make_layers
 from svdq.cache.layer import SVDqLayer
 from svdq.cache.memory import MemoryReport, memory_report
 from svdq.cache.reads import ReadReport, read_report
 from svdq.cache.static_layer import StaticSVDqLayer
+from svdq.cache.step import Step
 from svdq.cache.tensor_walk import held_bytes
 from svdq.config.settings import Settings
 from svdq.fit.allocator import Allocator, Budget
 from svdq.fit.profile import Profile
-from svdq.hf.rope import inverse_frequencies
 from svdq.ops import NO_RULES, LogitRules
 from svdq.ops.tensors import normal_tensors
+from svdq.store.static_step import MAX_QUERIES
 
 logger = logging.get_logger(__name__)
 
@@ -77,14 +77,21 @@ class SVDqCache(Cache):
         self.settings.check_layers(config.num_hidden_layers)
         if getattr(config, "is_encoder_decoder", False):
             raise NotImplementedError("SVDqCache supports decoder-only models")
-        self._frequencies: list[Tensor] = []
+        self._frequencies = Frequencies(config)
         self._allocator = None
         if self.settings.allocates:
             chosen = self.settings
             v_bits = chosen.v_bits if chosen.allocates_values else None
             budget = Budget(chosen.k_bits, v_bits, chosen.kv_bits)
             self._allocator = Allocator(0, budget, chosen.lambda_, chosen.allocate_across)
-        super().__init__(layers=self._layers(config))
+        super().__init__(
+            layers=make_layers(config, self.settings, self._frequencies, self._allocator)
+        )
+        self._step = Step(self.layers, self._allocator)
+        for layer in self.svdq_layers:
+            layer.step, layer.num_layers = self._step, len(self.layers)
+            if isinstance(layer, StaticSVDqLayer):
+                layer.settle = self._settle
         if profile is not None:
             self._use_profile(profile)
 
@@ -97,47 +104,6 @@ class SVDqCache(Cache):
         layers = [layer.index for layer in self.svdq_layers]
         profile.check(layers, settings.rope, settings.pre_channels, settings.query_weighted)
         self._allocator.known = profile.widths(settings, self._allocator.budget)
-
-    def _layers(self, config: PretrainedConfig) -> list:
-        layers = DynamicCache(config=config).layers
-        for i, layer in enumerate(layers):
-            if type(layer) is DynamicLayer:
-                layers[i] = self._layer(config, i)
-                if self._allocator is not None:
-                    self._allocator.num_layers += 1
-            elif isinstance(layer, DynamicLayer) and type(layer) is not DynamicSlidingWindowLayer:
-                raise NotImplementedError(
-                    f"layer {i} caches as {type(layer).__name__}, which SVDqCache cannot compress"
-                )
-        if not any(isinstance(layer, SVDqLayer) for layer in layers):
-            raise ValueError(
-                f"{config.model_type!r} has no full-attention layer with this configuration, so "
-                "nothing to compress"
-            )
-        return layers
-
-    def _layer(self, config: PretrainedConfig, index: int) -> SVDqLayer:
-        settings, frequencies = self.settings, None
-        allocate = functools.partial(self._allocator.ask, index) if self._allocator else None
-        if settings.packs and settings.rope != "post":
-            if inverse_frequencies(config, index) is None:  # this layer does not rotate its keys
-                settings = dataclasses.replace(settings, rope="post")
-            else:
-                frequencies = functools.partial(self._frequencies_of, config, index)
-        if settings.max_cache_len is None:
-            return SVDqLayer(index, settings, frequencies, allocate)
-        layer = StaticSVDqLayer(index, settings, frequencies, allocate)
-        layer.settle = self._settle
-        return layer
-
-    def _frequencies_of(self, config: PretrainedConfig, index: int, max_position: int) -> Tensor:
-        """Inverse frequencies of a layer, one tensor for all layers that have the same."""
-        found = inverse_frequencies(config, index, max_position)
-        for known in self._frequencies:
-            if torch.equal(known, found):
-                return known
-        self._frequencies.append(found)
-        return found
 
     def _settle(self) -> None:
         """Make the layers static once all of them have packed every sequence of the same tokens."""
@@ -160,11 +126,14 @@ class SVDqCache(Cache):
     @contextlib.contextmanager
     def _on_host(self) -> Iterator[None]:
         """Let the host know the lengths of all layers meanwhile."""
+        self._stop()
+        yield
+        self._settle()
+
+    def _stop(self) -> None:
         for layer in self.svdq_layers:
             if layer.is_static:
                 layer.stop()
-        yield
-        self._settle()
 
     @property
     def svdq_layers(self) -> list[SVDqLayer]:
@@ -176,36 +145,108 @@ class SVDqCache(Cache):
         """True if all layers can be cropped."""
         return all(getattr(layer, "is_croppable", True) for layer in self.layers)
 
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Hand new keys and values, [B, H, L, D], to layer ``layer_idx``; models call it.
+
+        Raises
+        ------
+        ValueError
+            For a layer that the cache does not have, or what :meth:`SVDqLayer.update` refuses. The
+            tokens of the model's current call are taken back in all layers then.
+        RuntimeError
+            If the model's last call stopped before all layers had its tokens.
+        """
+        is_static = self.settings.max_cache_len is not None and self.svdq_layers[0].is_static
+        if is_static and key_states.shape[2] <= MAX_QUERIES:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return self._update_on_host(key_states, value_states, layer_idx, *args, **kwargs)
+
+    @torch.compiler.disable
+    def _update_on_host(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        if not self._step.is_open:
+            self._stop()
+        if layer_idx >= len(self.layers):
+            self._step.take_back()
+            raise ValueError(
+                f"the cache was made for a model of {len(self.layers)} layers, which has no layer "
+                f"{layer_idx}"
+            )
+        self._step.begin(layer_idx, key_states.shape[-2])
+        try:
+            new = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        except BaseException:
+            self._step.take_back()
+            raise
+        if not isinstance(self.layers[layer_idx], SVDqLayer):
+            self._step.end(layer_idx)
+        return new
+
     def reset(self) -> None:
         """Forget everything and give the memory back."""
+        self._step.forget()
         super().reset()
-        self._frequencies.clear()
+        for layer in self.layers:  # transformers 4 keeps zeros, which the next prompt would see
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                layer.keys = layer.values = None
+                layer.is_initialized = False
+        self._frequencies.known.clear()
         if self._allocator is not None:
             self._allocator.reset()
 
-    def crop(self, length: int) -> None:
+    def crop(
+        self,
+        length: int | None = None,
+        *,
+        tokens_to_remove: int | None = None,
+        max_length: int | None = None,
+    ) -> None:
         """Forget the last tokens, packed ones too.
 
         Parameters
         ----------
-        length : negative, the tokens to remove; positive, the tokens to keep. What zero means
-            follows the installed transformers: nothing where ``Cache.crop`` takes tokens to remove
-            (5.18 and newer), everything before.
+        length : negative, the tokens to remove, or all if there are fewer; positive, the tokens to
+            keep. What zero means follows the installed transformers: nothing where ``Cache.crop``
+            takes tokens to remove (5.18 and newer), everything before.
+        tokens_to_remove, max_length : the same by the names of transformers' versions.
         """
+        given = [x for x in (length, tokens_to_remove, max_length) if x is not None]
+        if len(given) != 1:
+            raise TypeError(f"crop() takes one length, got {len(given)}")
+        self._step.take_back()
         with self._on_host():
-            self._crop(length)
+            self._crop(int(given[0]))
 
     def _crop(self, length: int) -> None:
         seq_length = self.get_seq_length()
         remove = max(seq_length - length, 0) if length > 0 else -length
         if length == 0 and CROP_ZERO_REMOVES:
             remove = seq_length
-        if remove > seq_length:
-            raise ValueError(f"cannot remove {remove} tokens of {seq_length}")
+        if remove >= seq_length:
+            return self.reset()  # of what was allocated, too
         # Sliding layers first: they may refuse, and then nothing has changed.
         for layer in sorted(self.layers, key=lambda layer: isinstance(layer, SVDqLayer)):
             if remove or not CROP_ZERO_REMOVES:
                 layer.crop(-remove)
+        return None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence i continues the old sequence ``beam_idx[i]``; their pages stay shared."""
+        self._step.take_back()
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence; copies share their pages."""
+        self._step.take_back()
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor | Sequence[int] | slice) -> None:
+        """Keep the sequences that ``indices`` names, in its order; a mask and a slice do, too."""
+        self._step.take_back()
+        super().batch_select_indices(indices)
 
     def prefill_from(
         self,
@@ -232,23 +273,20 @@ class SVDqCache(Cache):
             raise ValueError(
                 f"prefill_from() needs an empty cache, got {self.get_seq_length()} tokens"
             )
-        fits = len(cache.layers) == len(self.layers) and all(
-            type(theirs) is (DynamicLayer if isinstance(own, SVDqLayer) else type(own))
-            for own, theirs in zip(self.layers, cache.layers, strict=True)
-        )
-        if not fits:
-            raise ValueError(
-                f"expected a DynamicCache of the same model, got layers "
-                f"{[type(layer).__name__ for layer in cache.layers]}"
-            )
-        for i, layer in enumerate(cache.layers):
-            if isinstance(self.layers[i], SVDqLayer):
-                energy = query_energy[i] if query_energy is not None else None
-                own = None if queries is None else queries.get(i)
-                own_rules = (rules or {}).get(i, NO_RULES)
-                self.layers[i].prefill_from(layer.keys, layer.values, energy, own, own_rules)
-            else:
-                self.layers[i] = copy.copy(layer)
+        check_dynamic_layers(self.layers, cache.layers)
+        self._step.take_back()
+        try:
+            for i, layer in enumerate(cache.layers):
+                if isinstance(self.layers[i], SVDqLayer):
+                    energy = query_energy[i] if query_energy is not None else None
+                    own = None if queries is None else queries.get(i)
+                    own_rules = (rules or {}).get(i, NO_RULES)
+                    self.layers[i].prefill_from(layer.keys, layer.values, energy, own, own_rules)
+                else:
+                    self.layers[i] = copy.copy(layer)
+        except BaseException:
+            self.reset()
+            raise
         self._settle()
 
     def drift(self) -> list[list[float]]:
@@ -266,7 +304,7 @@ class SVDqCache(Cache):
     def memory_report(self) -> MemoryReport:
         """Bytes by part and of a full cache for the same tokens, and the true bits of a key."""
         with self._on_host():
-            return memory_report(self.layers, self._frequencies, self._allocator)
+            return memory_report(self.layers, self._frequencies.known, self._allocator)
 
     def read_report(self) -> ReadReport:
         """Bytes of keys that the last step of one token read, by part."""
@@ -279,6 +317,9 @@ class SVDqCache(Cache):
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the cache to a safetensors file; :meth:`load` reads it."""
+        if not any(layer.pending for layer in self.svdq_layers):  # else saving is refused
+            self._step.take_back()
+        self._step.check()
         with self._on_host():
             serialization.save(self.layers, self.settings, path)
 
@@ -302,14 +343,6 @@ class SVDqCache(Cache):
         """
         saved = serialization.read(path, device)
         cache = cls(config, **saved.settings)
-        saved.restore(cache.layers, _kv_shape(config))
+        saved.restore(cache.layers, kv_shape(config))
         cache._settle()
         return cache
-
-
-def _kv_shape(config: PretrainedConfig) -> tuple[int, int]:
-    """KV heads and head_dim of a model."""
-    config = config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return heads, dim

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from svdq.cache import checks
+from svdq.cache.step import Step, Undo
 from svdq.config.settings import Settings
 from svdq.fit.layer_fit import Allocate
 from svdq.hf.new_tokens import NewTokens
-from svdq.hf.positions import read_positions
 from svdq.ops import NO_RULES, LogitRules
 from svdq.store.layer_store import LayerStore
-
-DEVICES = ("cpu", "cuda")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class SVDqLayer(CacheLayerMixin):
@@ -34,6 +32,11 @@ class SVDqLayer(CacheLayerMixin):
         where its keys are packed as they come (``rope="post"``).
     allocate : asks for the layer's bands, see :class:`svdq.fit.layer_fit.LayerFit`; None where a
         schedule says them.
+
+    Attributes
+    ----------
+    step : set by the cache; knows the layers that the model's current call has reached.
+    num_layers : set by the cache; of the model that it was made for.
     """
 
     is_compileable = False
@@ -53,6 +56,8 @@ class SVDqLayer(CacheLayerMixin):
         self.settings, self.sparsity = settings, settings.sparsity(index)
         self.frequencies = frequencies
         self.allocate = allocate
+        self.step: Step | None = None
+        self.num_layers: int | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -67,14 +72,6 @@ class SVDqLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         """Take shapes and dtype from the first keys, ``[B, H, T, D]``."""
         batch, heads, _, dim = key_states.shape
-        if key_states.device.type not in DEVICES:
-            raise NotImplementedError(
-                f"SVDqCache runs on {' and '.join(DEVICES)} tensors, got {key_states.device}"
-            )
-        if key_states.dtype not in DTYPES:
-            raise ValueError(
-                f"layer {self.index}: keys must be one of {DTYPES}, got {key_states.dtype}"
-            )
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size, self.num_kv_heads, self.head_dim = batch, heads, dim
         self.padding = [0] * batch
@@ -89,10 +86,13 @@ class SVDqLayer(CacheLayerMixin):
         )
         self.is_initialized = True
 
+    @torch.compiler.disable
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[NewTokens, NewTokens]:
         """Check new keys and values, ``[B, H, L, D]``, and hand them to the ``"svdq"`` attention.
+
+        Under autocast they take its dtype, as SDPA would cast them.
 
         Raises
         ------
@@ -102,35 +102,18 @@ class SVDqLayer(CacheLayerMixin):
         RuntimeError
             If tokens of the last call were never attended, so that they would be lost.
         """
-        where, shape, dtype = f"layer {self.index}", tuple(key_states.shape), key_states.dtype
         if self.pending:
             raise RuntimeError(
-                f"{where}: {self.pending} tokens given to update() were never attended; call "
-                "reset()"
+                f"layer {self.index}: {self.pending} tokens given to update() were never attended; "
+                "call reset()"
             )
-        if len(shape) != 4 or 0 in shape or tuple(value_states.shape) != shape:
-            raise ValueError(
-                f"{where}: keys and values must be [B, H, L, D], of one shape and not empty, got "
-                f"{shape} and {tuple(value_states.shape)}"
-            )
-        if value_states.dtype != dtype:
-            raise ValueError(
-                f"{where}: keys and values must have one dtype, got {dtype} and "
-                f"{value_states.dtype}"
-            )
+        states = [autocast(x) for x in (key_states, value_states)]
+        checks.check_states(self, *states)
         if self.seq_length == 0:
-            self.lazy_initialization(key_states)
-        expected = (self.batch_size, self.num_kv_heads, shape[2], self.head_dim)
-        device = key_states.device
-        if shape != expected or dtype != self.dtype or device != self.device:
-            raise ValueError(
-                f"{where}: the cache goes on with {self.dtype} of shape {expected} on "
-                f"{self.device}, got {dtype} of {shape} on {device}; its batch changes through "
-                "reorder_cache, batch_repeat_interleave and batch_select_indices"
-            )
-        states = (key_states, value_states)
+            self.lazy_initialization(states[0])
+        checks.check_continues(self, states[0])
         new = NewTokens(self, *(x if x.stride(3) == 1 else x.contiguous() for x in states))
-        self.pending = shape[2]
+        self.pending = key_states.shape[2]
         return new, new
 
     def attend(
@@ -142,6 +125,7 @@ class SVDqLayer(CacheLayerMixin):
         rules: LogitRules = NO_RULES,
         padding: list[int] | None = None,
         position_ids: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Attend over all cached and new tokens; store the new, pack what has left the window.
 
@@ -151,9 +135,12 @@ class SVDqLayer(CacheLayerMixin):
         new : of :meth:`update` for the same L tokens.
         sm_scale : softmax scale, ``D ** -0.5`` by default.
         rules : softcap, learned sinks and sliding window of the model.
-        padding : left padding of each sequence; None where the model has no mask.
+        padding : left padding of each sequence, or of one row for all; None where the model has no
+            mask.
         position_ids : [B or 1, L] positions of the new tokens; None where the model does not pass
             them on.
+        mask : [B or 1, 1 or Hq, L, L] bool or float, which the first tokens attend by instead of
+            causally.
 
         Returns
         -------
@@ -162,38 +149,88 @@ class SVDqLayer(CacheLayerMixin):
         Raises
         ------
         ValueError
-            For a query that does not fit, keys that are not finite, padding that changed or
-            positions with gaps; the cache stays as it was.
+            For a query that does not fit, keys that are not finite, padding that changed, positions
+            with gaps or a ``mask`` after the first tokens. The cache is as it was, in all layers.
         NotImplementedError
             For a softcap or a sliding window where the cache selects tokens (sparsity); likewise.
         """
-        self.pending = 0
-        length, is_first = new.keys.shape[2], self.seq_length == 0
-        self._check_query(query, length)
-        first_position = None
-        if is_first:
-            padding = [0] * self.batch_size if padding is None else padding
-            first_position = self._first_position(position_ids, padding)
-        else:
-            self._check_goes_on(padding, position_ids)
         try:
-            out = self.tokens.attend(
-                query,
-                new.keys,
-                new.values,
-                self.head_dim**-0.5 if sm_scale is None else sm_scale,
-                rules=rules,
-                padding=padding if is_first else None,
-                first_position=first_position,
-            )
+            query = autocast(query)
+            with torch.autocast(self.device.type, enabled=False):
+                out = self._attend(query, new, sm_scale, rules, padding, position_ids, mask)
         except BaseException:
-            if is_first:
-                self.reset()  # as empty as it was
+            self.take_back()
             raise
+        self.pending = 0
+        if self.step is not None:
+            self.step.end(self.index)
+        return out
+
+    def _attend(
+        self,
+        query: Tensor,
+        new: NewTokens,
+        sm_scale: float | None,
+        rules: LogitRules,
+        padding: list[int] | None,
+        position_ids: Tensor | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        length, is_first = new.keys.shape[2], self.seq_length == 0
+        checks.check_query(self, query, length)
+        if mask is not None and self.tokens.begun:
+            raise ValueError(
+                f"layer {self.index}: a mask that is not causal with left padding is supported for "
+                f"the first tokens alone, the cache holds {self.seq_length}. For another prompt "
+                "call reset() or make a new cache"
+            )
+        pads = checks.new_padding(self, padding, length)
+        first_position = checks.first_positions(self, position_ids, pads, mask is None)
+        out = self.tokens.attend(
+            query,
+            new.keys,
+            new.values,
+            self.head_dim**-0.5 if sm_scale is None else sm_scale,
+            rules=rules,
+            padding=pads,
+            first_position=first_position,
+            mask=mask,
+        )
         if is_first:
-            self.padding, self.knows_positions = padding, position_ids is not None
+            self.knows_positions = position_ids is not None and mask is None
+        self.padding = [
+            old + new if old + new >= self.seq_length else old
+            for old, new in zip(self.padding, pads, strict=True)
+        ]
         self.seq_length += length
         return out
+
+    def check_model(self, num_layers: int | None) -> None:
+        """Refuse tokens of a model with another number of layers; None where it is not known."""
+        if None not in (num_layers, self.num_layers) and num_layers != self.num_layers:
+            raise ValueError(
+                f"the cache was made for a model of {self.num_layers} layers, this one has "
+                f"{num_layers}"
+            )
+
+    def take_back(self) -> None:
+        """Forget the tokens of the model's current call, in all layers of the cache."""
+        self.pending = 0
+        if self.step is not None:
+            self.step.take_back()
+
+    def checkpoint(self, new_tokens: int) -> Undo:
+        """What to call to forget all that happens from here on to so many new tokens."""
+        if self.seq_length == 0:
+            return self.reset
+        known = {name: getattr(self, name) for name in ("seq_length", "padding", "knows_positions")}
+        restore = self.tokens.checkpoint(new_tokens)
+
+        def undo() -> None:
+            vars(self).update(known, pending=0)
+            restore()
+
+        return undo
 
     def prefill_from(
         self,
@@ -215,67 +252,11 @@ class SVDqLayer(CacheLayerMixin):
                 f"layer {self.index}: to allocate bits or to apply gain to keys, query_energy is "
                 "needed"
             )
-        self.update(keys, values)
+        SVDqLayer.update(self, keys, values)
         self.pending = 0
-        try:
-            self.tokens.prefill(keys, values, energy, queries, rules)
-        except BaseException:
-            self.reset()
-            raise
+        self.tokens.prefill(keys, values, energy, queries, rules)
         self.padding, self.knows_positions = [0] * self.batch_size, True
         self.seq_length = keys.shape[2]
-
-    # Checks
-
-    def _check_query(self, query: Tensor, length: int) -> None:
-        batch, heads, queries, dim = query.shape
-        fits = (batch, queries, dim) == (self.batch_size, length, self.head_dim)
-        if not fits or heads % self.num_kv_heads or query.dtype != self.dtype:
-            raise ValueError(
-                f"layer {self.index}: query must be {self.dtype} [{self.batch_size}, n * "
-                f"{self.num_kv_heads}, {length}, {self.head_dim}], got {query.dtype} "
-                f"{tuple(query.shape)}"
-            )
-
-    def _first_position(self, position_ids: Tensor | None, padding: list[int]) -> list[int]:
-        """Position of each sequence's first token; it only matters where keys are un-rotated."""
-        if position_ids is None or self.frequencies is None:
-            return [0] * self.batch_size
-        rows = self._rows_of(position_ids)
-        first = [row[pad] for row, pad in zip(rows, padding, strict=True)]
-        self._check_positions(rows, first, padding)
-        return first
-
-    def _check_goes_on(self, padding: list[int] | None, position_ids: Tensor | None) -> None:
-        """New tokens must continue what is cached: same padding, next positions."""
-        if padding is not None and padding != self.padding:
-            raise ValueError(
-                f"layer {self.index}: padding must stay as it was at prefill, {self.padding}, got "
-                f"{padding}"
-            )
-        if position_ids is not None and self.knows_positions and self.frequencies is not None:
-            batch = range(self.batch_size)
-            first = [self.tokens.position[b] + self.tokens.count(b) for b in batch]
-            self._check_positions(self._rows_of(position_ids), first, [0] * self.batch_size)
-
-    def _check_positions(self, rows: list[list[int]], first: list[int], padding: list[int]) -> None:
-        for b, row in enumerate(rows):
-            expected = first[b] - padding[b]
-            for i in range(padding[b], len(row)):
-                if row[i] != expected + i:
-                    raise ValueError(
-                        f"layer {self.index}: token {i} of sequence {b} must be at position "
-                        f"{expected + i}, got {row[i]}; only rope='post' takes others"
-                    )
-
-    def _rows_of(self, position_ids: Tensor) -> list[list[int]]:
-        if position_ids.ndim != 2 or position_ids.shape[0] not in (1, self.batch_size):
-            raise ValueError(
-                f"layer {self.index}: position_ids must be [{self.batch_size} or 1, L], got "
-                f"{tuple(position_ids.shape)}"
-            )
-        rows = read_positions(position_ids, self.seq_length)
-        return rows if len(rows) == self.batch_size else rows * self.batch_size
 
     # Further methods of transformers' layers
 
@@ -299,11 +280,7 @@ class SVDqLayer(CacheLayerMixin):
         length = -tokens_to_remove
         if tokens_to_remove > 0:
             length = max(self.seq_length - tokens_to_remove, 0)
-        if length > self.seq_length:
-            raise ValueError(
-                f"layer {self.index}: cannot remove {length} tokens of {self.seq_length}"
-            )
-        if length == self.seq_length:
+        if length >= self.seq_length:
             self.reset()
         elif length:
             self.tokens.crop(length)
@@ -320,10 +297,11 @@ class SVDqLayer(CacheLayerMixin):
         if self.seq_length:
             self._select([b for b in range(self.batch_size) for _ in range(repeats)])
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences that ``indices`` names, in its order."""
+    def batch_select_indices(self, indices: Tensor | Sequence[int] | slice) -> None:
+        """Keep the sequences that ``indices`` names, in its order; a mask and a slice do, too."""
         if self.seq_length:
-            self._select(torch.arange(self.batch_size, device=indices.device)[indices].tolist())
+            device = indices.device if isinstance(indices, Tensor) else None
+            self._select(torch.arange(self.batch_size, device=device)[indices].tolist())
             self.tokens.compact()
 
     def _select(self, indices: list[int]) -> None:
@@ -337,3 +315,11 @@ class SVDqLayer(CacheLayerMixin):
 
     def prefetch(self) -> None:
         """Nothing to do: the cache stays where its keys are."""
+
+
+def autocast(states: Tensor) -> Tensor:
+    """What SDPA would make of a tensor under autocast; the tensor itself outside."""
+    device = states.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return states
+    return states.to(torch.get_autocast_dtype(device))

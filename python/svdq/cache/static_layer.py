@@ -93,27 +93,26 @@ class StaticSVDqLayer(SVDqLayer):
         rules: LogitRules = NO_RULES,
         padding: list[int] | None = None,
         position_ids: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """As :meth:`SVDqLayer.attend`; ``padding`` and ``position_ids`` are not read if static."""
+        """As :meth:`SVDqLayer.attend`; masks and positions are not read if static."""
         if self.is_static:
             self.pending = 0
             scale = self.head_dim**-0.5 if sm_scale is None else sm_scale
             return self.static.attend(query, new.keys, new.values, scale, rules)
-        return self._attend_on_host(query, new, sm_scale, rules, padding, position_ids)
+        return self._attend_on_host(
+            query,
+            new,
+            sm_scale,
+            rules=rules,
+            padding=padding,
+            position_ids=position_ids,
+            mask=mask,
+        )
 
     @torch.compiler.disable
-    def _attend_on_host(
-        self,
-        query: Tensor,
-        new: NewTokens,
-        sm_scale: float | None,
-        rules: LogitRules,
-        padding: list[int] | None,
-        position_ids: Tensor | None,
-    ) -> Tensor:
-        out = super().attend(
-            query, new, sm_scale, rules=rules, padding=padding, position_ids=position_ids
-        )
+    def _attend_on_host(self, query: Tensor, new: NewTokens, *args: Any, **kwargs: Any) -> Tensor:
+        out = super().attend(query, new, *args, **kwargs)
         self.settle()
         return out
 

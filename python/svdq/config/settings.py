@@ -267,6 +267,11 @@ class Settings:
         return self.schedule is not None or self.allocates
 
     @property
+    def packs_values(self) -> bool:
+        """True if values are coded in 4 bits or fewer."""
+        return self.packs and (self.allocates_values or self.v_bits in VALUE_BITS)
+
+    @property
     def needs_queries(self) -> bool:
         """True if the energy of the queries matters."""
         return self.allocates or self.query_weighted

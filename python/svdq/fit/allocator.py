@@ -189,6 +189,15 @@ class Allocator:
         self.solution = None if self.lambda_ is None else Solution(self.lambda_)
         self._waiting = {}
 
+    def checkpoint(self) -> Callable[[], None]:
+        """What to call to forget all that layers ask from here on."""
+        solution, waiting = self.solution, dict(self._waiting)
+
+        def restore() -> None:
+            self.solution, self._waiting = solution, waiting
+
+        return restore
+
     def ask(self, layer: int, demand: Demand, answer: Answer) -> None:
         """Tell what a layer asks for; ``answer`` is called with its widths.
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,13 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import (
-    ALL_MASK_ATTENTION_FUNCTIONS,
-    AttentionMaskInterface,
-    causal_mask_function,
-)
+from transformers.masking_utils import AttentionMaskInterface
 
 from svdq.hf.logit_rules import check_finite, logit_rules
+from svdq.hf.masks import CausalMask, read_mask, svdq_mask
 from svdq.hf.new_tokens import StepTokens
 from svdq.ops.exact import exact_attention
 
@@ -31,97 +26,6 @@ UNSUPPORTED = {
     "output_attentions": False,
     "is_causal": True,
 }
-
-
-class CausalMask:
-    """A causal mask with left padding, as two numbers a sequence instead of L x T.
-
-    Layers whose cache is not compressed get the dense mask of ``"sdpa"``, made when the first of
-    them asks.
-
-    Parameters
-    ----------
-    attention_mask : [B, T] bool, True for real tokens, or None without padding.
-    kv_length : keys that the mask covers, T.
-    plain : whether the model asks for nothing but causality and padding.
-    dense : makes the mask of transformers' ``"sdpa"`` attention.
-    """
-
-    ndim = 4  # as transformers asks of masks that are ready
-
-    def __init__(
-        self,
-        attention_mask: Tensor | None,
-        kv_length: int,
-        plain: bool = True,
-        dense: Callable[[], Tensor | None] | None = None,
-    ) -> None:
-        self.attention_mask, self.kv_length, self.plain = attention_mask, kv_length, plain
-        self._make_dense = dense
-
-    @functools.cached_property
-    def dense(self) -> Tensor | None:
-        """[B, 1, L, T] bool, or None where SDPA's own causal mask will do."""
-        return self._make_dense()
-
-    @functools.cached_property
-    def padding(self) -> list[int] | None:
-        """Left padding of each sequence, None where the model gave no mask.
-
-        Raises
-        ------
-        ValueError
-            For any other mask: a hole, right padding, a sequence of padding alone.
-        """
-        if not self.plain:
-            raise ValueError(
-                "SVDqCache supports causal masks with left padding, the model asks for another"
-            )
-        if self.attention_mask is None:
-            return None
-        mask = self.attention_mask
-        if mask.ndim != 2 or mask.shape[1] != self.kv_length:
-            raise ValueError(
-                f"attention_mask must be [B, {self.kv_length}], cached tokens included, got "
-                f"{tuple(mask.shape)}"
-            )
-        padding = self.kv_length - mask.sum(dim=1)
-        slots = torch.arange(self.kv_length, device=mask.device)
-        if not torch.equal(mask, slots >= padding[:, None]) or (padding == self.kv_length).any():
-            raise ValueError(
-                "attention_mask must be left padding, zeros and then at least one 1 in every row; "
-                "holes and right padding are not supported"
-            )
-        return padding.tolist()
-
-
-def svdq_mask(
-    *args: Any,
-    kv_length: int,
-    mask_function: Callable = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    q_offset: int | Tensor = 0,
-    **kwargs: Any,
-) -> CausalMask | Tensor | None:
-    """Mask function of ``"svdq"``: a :class:`CausalMask`; for sliding layers the mask of SDPA."""
-    if isinstance(q_offset, Tensor):  # the length that a static cache is about to change
-        q_offset = q_offset.clone()
-    dense = functools.partial(
-        ALL_MASK_ATTENTION_FUNCTIONS["sdpa"],
-        *args,
-        kv_length=kv_length,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        local_size=local_size,
-        q_offset=q_offset,
-        **kwargs,
-    )
-    if local_size is not None or isinstance(q_offset, Tensor):
-        return dense()
-    if isinstance(attention_mask, CausalMask):  # made before the model was called
-        return attention_mask
-    return CausalMask(attention_mask, kv_length, mask_function is causal_mask_function, dense)
 
 
 def svdq_attention(
@@ -170,26 +74,41 @@ def svdq_attention(
         return attend(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    layer, layer_pending = key.layer, key.layer.pending
-    layer.pending = 0  # if a check below fails, these tokens will not be stored
-    if value is not key or not layer_pending:
+    layer = key.layer
+    if layer.is_static:  # masks, positions and sinks were checked with the first tokens
+        _check_supported(module, query, dropout, kwargs)
+        return layer.attend(query, key, scaling, rules=logit_rules(query, kwargs)), None
+    try:
+        given = _checked(module, query, key, value, attention_mask, dropout, **kwargs)
+    except BaseException:
+        layer.take_back()
+        raise
+    return layer.attend(query, key, scaling, **given), None
+
+
+@torch.compiler.disable
+def _checked(
+    module: nn.Module,
+    query: Tensor,
+    key: StepTokens,
+    value: StepTokens,
+    attention_mask: Any,
+    dropout: float,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """Rules, mask and positions, as a layer takes them; fails for what it does not support."""
+    if value is not key or not key.layer.pending:
         raise RuntimeError(
             "key and value must come from the same call of SVDqCache.update, used once"
         )
     _check_supported(module, query, dropout, kwargs)
-    rules, sinks, padding = logit_rules(query, kwargs), kwargs.get("s_aux"), None
-    if layer.is_static:  # masks, positions and sinks were checked with the first tokens
-        return layer.attend(query, key, scaling, rules=rules), None
-    if sinks is not None:
-        check_finite(sinks)
-    if isinstance(attention_mask, Tensor):
-        kv_length = layer.seq_length + query.shape[2]
-        attention_mask = CausalMask(attention_mask, kv_length)
-    if attention_mask is not None:
-        padding = attention_mask.padding
-    position_ids = kwargs.get("position_ids")
-    out = layer.attend(query, key, scaling, rules=rules, padding=padding, position_ids=position_ids)
-    return out, None
+    key.layer.check_model(getattr(getattr(module, "config", None), "num_hidden_layers", None))
+    rules = logit_rules(query, kwargs)
+    if kwargs.get("s_aux") is not None:
+        check_finite(kwargs["s_aux"])
+    padding, mask = read_mask(attention_mask, key.layer.seq_length + key.keys.shape[2])
+    positions = kwargs.get("position_ids")
+    return {"rules": rules, "padding": padding, "position_ids": positions, "mask": mask}
 
 
 def _needs_exact(kwargs: dict[str, Any]) -> bool:

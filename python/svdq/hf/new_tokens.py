@@ -32,8 +32,15 @@ class AttendingLayer(Protocol):
         rules: LogitRules = NO_RULES,
         padding: list[int] | None = None,
         position_ids: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Attend to stored and new tokens, and store the new: [B, L, Hq, D]."""
+
+    def check_model(self, num_layers: int | None) -> None:
+        """Refuse tokens of a model with another number of layers; None where it is not known."""
+
+    def take_back(self) -> None:
+        """Forget the tokens of the model's current call, in all layers of the cache."""
 
 
 class StepTokens:
@@ -47,7 +54,7 @@ class NewTokens(StepTokens):
     """The same outside of compiled steps; nothing else may use them."""
 
     def _refuse(self, *_: Any) -> NoReturn:
-        self.layer.pending = 0  # they will never be stored
+        self.layer.take_back()  # they will never be stored
         raise RuntimeError(
             "an SVDqCache hands its keys and values to the attention implementation 'svdq' alone, "
             "and something else tried to use them: load the model with attn_implementation='svdq' "

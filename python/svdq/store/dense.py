@@ -3,6 +3,7 @@ them, and in pieces where a model asks for what those kernels do not know."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -65,6 +66,8 @@ def ragged_attention(
     out = query.new_zeros((batch, length, heads, dim))
     for b, (start, stop) in enumerate(spans):
         first = max(length - (stop - start), 0)
+        if first == length:
+            continue
         out[b : b + 1, first:] = dense_attention(
             query[b : b + 1, :, first:],
             keys[b : b + 1, :, start:stop],
@@ -73,6 +76,42 @@ def ragged_attention(
             rules,
         )
     return out
+
+
+def masked_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    sm_scale: float,
+    mask: Tensor,
+    padding: list[int],
+    rules: LogitRules = NO_RULES,
+) -> Tensor:
+    """Attention by a mask of the model's own, which stands for causality and sliding windows.
+
+    Parameters
+    ----------
+    query : [B, Hq, L, D].
+    keys, values : [B, H, L, D].
+    mask : [B or 1, 1 or Hq, L, L] bool, or a float to add to the scores.
+    padding : left padding of each sequence, where the result is zero.
+
+    Returns
+    -------
+    out : [B, L, Hq, D].
+    """
+    if mask.dtype != torch.bool:
+        mask = mask.to(query.dtype)
+    if rules:
+        rules = replace(rules, window_size=0)
+        out = exact_attention(query, keys, values, sm_scale, rules, mask=mask)[0].transpose(1, 2)
+    else:
+        module = SimpleNamespace(num_key_value_groups=query.shape[1] // keys.shape[1])
+        out, _ = sdpa_attention_forward(
+            module, query, keys, values, mask, dropout=0.0, scaling=sm_scale, is_causal=False
+        )
+    hidden = torch.arange(query.shape[2]) < torch.tensor(padding)[:, None]
+    return out.masked_fill(hidden.to(out.device)[:, :, None, None], 0)
 
 
 def causal_attention_with_lse(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -16,9 +17,11 @@ from svdq.layout import PAGE_TOKENS
 from svdq.ops import NO_RULES, LogitRules
 from svdq.ops.tensors import int32_tensor
 from svdq.store.attend import attend_stores
-from svdq.store.dense import causal_attention_with_lse, ragged_attention
+from svdq.store.checkpoint import checkpoint
+from svdq.store.dense import causal_attention_with_lse, masked_attention, ragged_attention
 from svdq.store.token_store import TokenStore
 
+LARGEST_HALF = torch.finfo(torch.float16).max
 # On a CPU, longer chunks attend among themselves with PyTorch's kernel. On a GPU the attend stage
 # has tiles for them.
 FUSED_QUERIES = PAGE_TOKENS
@@ -61,8 +64,9 @@ class LayerStore(TokenStore):
         sm_scale: float,
         *,
         rules: LogitRules = NO_RULES,
-        padding: list[int] | None = None,
-        first_position: list[int] | None = None,
+        padding: list[int],
+        first_position: list[int],
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Attend to all stored tokens and to new ones; store the new, pack what leaves the window.
 
@@ -72,8 +76,10 @@ class LayerStore(TokenStore):
         keys, values : [B, H, L, D], the new tokens.
         sm_scale : softmax scale.
         rules : softcap, learned sinks and sliding window of the model.
-        padding : left padding of each sequence, given with the first tokens alone.
-        first_position : position of each sequence's first token, given with the first tokens alone.
+        padding : left padding of each sequence among the new tokens; of one that has tokens, 0.
+        first_position : position of each sequence's first new token, read where it is its first.
+        mask : [B or 1, 1 or Hq, L, L] bool or float, instead of causality; with the first tokens
+            alone.
 
         Returns
         -------
@@ -82,17 +88,20 @@ class LayerStore(TokenStore):
         Raises
         ------
         ValueError
-            For keys or values that are not finite. All tokens are as they were then, but a store
-            whose first tokens fail has to be dropped.
+            For keys or values that are not finite; what to do then :meth:`checkpoint` knows.
         NotImplementedError
             For a softcap or a sliding window where ``sparsity`` chooses tokens.
         """
         self._check_rules(rules)
-        if padding is not None:
-            return self._attend_first(query, keys, values, sm_scale, rules, padding, first_position)
-        if self.device.type == "cpu" and keys.shape[2] > FUSED_QUERIES and self.any_packed:
+        self._check_values(values)
+        if not self.begun:
+            self.position = first_position
+            return self._attend_first(query, keys, values, sm_scale, rules, padding, mask)
+        is_long = self.device.type == "cpu" and keys.shape[2] > FUSED_QUERIES
+        if is_long and self.any_packed and not any(padding):
             return self._attend_chunk(query, keys, values, sm_scale, rules)
-        return self._attend_step(query, keys, values, sm_scale, rules)
+        self._begin_sequences(first_position)
+        return self._attend_step(query, keys, values, sm_scale, rules, padding)
 
     def prefill(
         self,
@@ -113,8 +122,28 @@ class LayerStore(TokenStore):
                 self.fit.value_loss.add(b, queries, positions, keys[b], values[b], rules)
         if self.fit.energy is not None:
             self.fit.energy.set(energy, keys.shape[2])
-        none = [0] * self.shape[0]
-        self._store_first(keys, values, none, none)
+        self._store_first(keys, values, [0] * self.shape[0])
+
+    def _begin_sequences(self, first_position: list[int]) -> None:
+        """Take the positions of sequences that have no token yet."""
+        empty = [b for b in range(self.shape[0]) if not self.count(b)]
+        if not empty:
+            return
+        self.position = [
+            first_position[b] if b in empty else old for b, old in enumerate(self.position)
+        ]
+        if self.packed is not None:
+            self.packed.set_first_position(self.position)
+
+    def checkpoint(self, new_tokens: int) -> Callable[[], None]:
+        """What to call to forget all that happens from here on to so many new tokens."""
+        attended, restore_tokens = self.attended, checkpoint(self, new_tokens)
+
+        def restore() -> None:
+            restore_tokens()
+            self.attended = attended
+
+        return restore
 
     def crop(self, length: int) -> None:
         """Remove the last tokens of every sequence; one left with sinks alone loses its basis."""
@@ -134,38 +163,46 @@ class LayerStore(TokenStore):
         sm_scale: float,
         rules: LogitRules,
         padding: list[int],
-        first_position: list[int],
+        mask: Tensor | None,
     ) -> Tensor:
         """The first tokens attend exactly; then all except sinks and window are packed."""
         spans = [(pad, keys.shape[2]) for pad in padding]
         # PyTorch's kernel is slower by some per cent where rows lie apart. The copies are gone
         # before anything is packed.
         contiguous = keys.contiguous(), values.contiguous()
-        out = ragged_attention(query, *contiguous, sm_scale, spans, rules)
+        if mask is None:
+            out = ragged_attention(query, *contiguous, sm_scale, spans, rules)
+        else:
+            out = masked_attention(query, *contiguous, sm_scale, mask, padding, rules)
         del contiguous
         self._note_queries(query, sm_scale, padding)
         self._note_values(query, keys, values, sm_scale, padding, rules)
-        self._store_first(keys, values, padding, first_position)
+        self._store_first(keys, values, padding)
         return out
 
     def _attend_step(
-        self, query: Tensor, keys: Tensor, values: Tensor, sm_scale: float, rules: LogitRules
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        sm_scale: float,
+        rules: LogitRules,
+        padding: list[int],
     ) -> Tensor:
         """A few more tokens join the window first and are attended there."""
-        self._note_queries(query, sm_scale, [0] * self.shape[0])
-        self._append(keys, values)
+        self._note_queries(query, sm_scale, padding)
+        self._append(keys, values, padding)
         self._note_window(query, sm_scale, rules)
         query = self.fit.matching_query(query)
-        try:
-            if self.any_packed:
-                out, _ = self._attend_packed(query, sm_scale, rules, causal=True)
-                out = out.transpose(1, 2)
-            else:
-                window, spans = self.window, [(0, count) for count in self.window.count]
-                out = ragged_attention(query, window.keys, window.values, sm_scale, spans, rules)
-        except BaseException:
-            self._retract(keys.shape[2])
-            raise
+        if self.any_packed:
+            out, _ = self._attend_packed(query, sm_scale, rules, causal=True)
+            out = out.transpose(1, 2)
+            for b, pad in enumerate(padding):
+                if pad:
+                    out[b, :pad] = 0
+        else:
+            window, spans = self.window, [(0, count) for count in self.window.count]
+            out = ragged_attention(query, window.keys, window.values, sm_scale, spans, rules)
         self._pack_window()
         return out
 
@@ -216,6 +253,20 @@ class LayerStore(TokenStore):
             f"sliding_window={rules.window_size}; without sparse_budget it supports all three"
         )
 
+    def _check_values(self, values: Tensor) -> None:
+        """Refuse values that cannot be packed once they leave the window, as no step could then.
+
+        A GPU's are not read: its kernels make NaN of them.
+        """
+        if not self.settings.packs_values or self.device.type != "cpu":
+            return
+        largest = torch.stack(torch.aminmax(values)).abs().max().item()
+        if LARGEST_HALF < largest < math.inf:
+            raise ValueError(
+                f"values must be at most {LARGEST_HALF:.0f} in magnitude to be packed, got "
+                f"{largest:.3g}; v_bits='exact' takes them"
+            )
+
     def _note_values(
         self,
         query: Tensor,
@@ -229,6 +280,8 @@ class LayerStore(TokenStore):
         if self.fit.value_loss is None:
             return
         for b, pad in enumerate(padding):
+            if pad == query.shape[2]:
+                continue
             positions = sample_positions(query.shape[2] - pad)
             some = query[b, :, [pad + i for i in positions]] * sm_scale
             own = keys[b, :, pad:], values[b, :, pad:]
@@ -239,7 +292,7 @@ class LayerStore(TokenStore):
         if self.fit.value_loss is None or self.packed is not None:
             return
         window = self.window
-        for b, count in enumerate(window.count):
+        for b, count in ((b, count) for b, count in enumerate(window.count) if count):
             keys, values = window.keys[b, :, :count], window.values[b, :, :count]
             latest = query[b, :, -1:] * sm_scale
             self.fit.value_loss.add(b, latest, [count - 1], keys, values, rules)

@@ -83,6 +83,17 @@ class TokenStore:
         packed = self.packed
         return packed is not None and all(packed.fitted) and all(packed.slots)
 
+    @property
+    def begun(self) -> bool:
+        """True if some sequence has a token."""
+        return any(self.count(b) for b in range(self.shape[0]))
+
+    def packs(self, b: int, count: int) -> bool:
+        """Whether sequence b packs something once it has this many tokens."""
+        if self.packed is None:
+            return self.settings.packs and count >= self.fit_tokens
+        return self._target(b, count) > self.packed_slots(b)
+
     def packed_slots(self, b: int) -> int:
         """Packed tokens of sequence b, sinks among them."""
         return sum(store.slots[b] for store in self.stores)
@@ -130,16 +141,13 @@ class TokenStore:
 
     # Moves
 
-    def _store_first(
-        self, keys: Tensor, values: Tensor, padding: list[int], first_position: list[int]
-    ) -> None:
+    def _store_first(self, keys: Tensor, values: Tensor, padding: list[int]) -> None:
         """Store the first tokens, [B, H, T, D], and pack those that the window does not keep."""
         counts = [keys.shape[2] - pad for pad in padding]
         targets = [0] * len(counts)
         sinks = self.settings.sink_tokens
-        self.position = first_position
         if self.packed is not None:
-            self.packed.set_first_position(first_position)
+            self.packed.set_first_position(self.position)
         own = [[x[b, :, pad:] for x in (keys, values)] for b, pad in enumerate(padding)]
         self._plan({b: own[b][0] for b, count in enumerate(counts) if count >= self.fit_tokens})
         if self.packed is not None:
@@ -158,18 +166,15 @@ class TokenStore:
             self.window.write(b, k, v, 0)
         self.window.set_count(kept)
 
-    def _append(self, keys: Tensor, values: Tensor) -> None:
-        """Add a few tokens, [B, H, L, D], to the window; none if any is not finite."""
+    def _append(self, keys: Tensor, values: Tensor, padding: list[int]) -> None:
+        """Add a few tokens, [B, H, L, D] without their left padding, to the window."""
         before, length = self.window.count, keys.shape[2]
         keys = self.fit.amplified(keys)
         self.window.reserve(max(before) + length)
         for b, start in enumerate(before):
-            self.window.write(b, keys[b], values[b], start)
-        self.window.set_count([start + length for start in before])
-
-    def _retract(self, length: int) -> None:
-        """Undo the last :meth:`_append`."""
-        self.window.set_count([count - length for count in self.window.count])
+            self.window.write(b, keys[b, :, padding[b] :], values[b, :, padding[b] :], start)
+        new = [length - pad for pad in padding]
+        self.window.set_count([n + more for n, more in zip(before, new, strict=True)])
 
     def _append_chunk(self, keys: Tensor, values: Tensor) -> None:
         """Add many tokens, [B, H, L, D], known to be finite, and pack what leaves the window.
@@ -317,7 +322,6 @@ class TokenStore:
         keep = [i for i, drift in enumerate(self.drift()) if not drift > bound / 2]
         self.packed = old.successor(keep)
         self.past.append(old)
-        old.pool.compact()
 
     def _shrink(self) -> None:
         """Give the part of the window back that only a longer past needed."""
