@@ -64,6 +64,10 @@ def make_layers(
             raise NotImplementedError(
                 f"layer {i} caches as {type(layer).__name__}, which SVDqCache cannot compress"
             )
+    if settings.max_cache_len is not None and any(getattr(x, "lends", False) for x in layers):
+        raise NotImplementedError(
+            f"max_cache_len is not supported for {config.model_type!r}, whose layers share keys"
+        )
     compressing = sum(isinstance(layer, SVDqLayer) for layer in layers)
     if not compressing:
         raise ValueError(
@@ -90,7 +94,19 @@ def _make_layer(
             own_frequencies = functools.partial(frequencies.of_layer, index)
     allocate = functools.partial(allocator.ask, index) if allocator is not None else None
     kind = SVDqLayer if settings.max_cache_len is None else StaticSVDqLayer
-    return kind(index, settings, own_frequencies, allocate)
+    layer = kind(index, settings, own_frequencies, allocate)
+    layer.lends = _lends(config, index)
+    return layer
+
+
+def _lends(config: PretrainedConfig, index: int) -> bool:
+    """Whether layers without keys of their own attend to those of layer ``index``."""
+    modes = getattr(config, "kv_sharing_modes", None)  # transformers 5
+    if modes is not None:
+        return modes[index] == "store"
+    shared = getattr(config, "num_kv_shared_layers", None) or 0
+    types = config.layer_types[: config.num_hidden_layers - shared] if shared else []
+    return index < len(types) and types[index] not in types[index + 1 :]
 
 
 def check_dynamic_layers(layers: Sequence[Any], theirs: Sequence[Any]) -> None:

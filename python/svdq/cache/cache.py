@@ -89,7 +89,7 @@ class SVDqCache(Cache):
         )
         self._step = Step(self.layers, self._allocator)
         for layer in self.svdq_layers:
-            layer.step, layer.num_layers = self._step, len(self.layers)
+            layer.step, layer.num_layers = self._step, config.num_hidden_layers
             if isinstance(layer, StaticSVDqLayer):
                 layer.settle = self._settle
         if profile is not None:

@@ -2,89 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from svdq.cache import checks
-from svdq.cache.step import Step, Undo
-from svdq.config.settings import Settings
-from svdq.fit.layer_fit import Allocate
+from svdq.cache.held_layer import HeldLayer
 from svdq.hf.new_tokens import NewTokens
 from svdq.ops import NO_RULES, LogitRules
-from svdq.store.layer_store import LayerStore
 
 
-class SVDqLayer(CacheLayerMixin):
+class SVDqLayer(HeldLayer):
     """Keys and values of one layer, packed except for the sinks and a sliding window.
 
     ``update`` only checks the new tokens and hands them on; the ``"svdq"`` attention calls
-    :meth:`attend`, which stores them.
-
-    Parameters
-    ----------
-    index : index of the layer in its model, for messages.
-    settings : how to compress.
-    frequencies : maps the largest position in use to the inverse frequencies of the layer; None
-        where its keys are packed as they come (``rope="post"``).
-    allocate : asks for the layer's bands, see :class:`svdq.fit.layer_fit.LayerFit`; None where a
-        schedule says them.
-
-    Attributes
-    ----------
-    step : set by the cache; knows the layers that the model's current call has reached.
-    num_layers : set by the cache; of the model that it was made for.
+    :meth:`attend`, which stores them. Parameters and attributes are those of :class:`HeldLayer`.
     """
-
-    is_compileable = False
-    is_static = False
-    is_croppable = True
-    is_sliding = False
-
-    def __init__(
-        self,
-        index: int,
-        settings: Settings,
-        frequencies: Callable[[int], Tensor] | None = None,
-        allocate: Allocate | None = None,
-    ) -> None:
-        super().__init__()
-        self.index = index
-        self.settings, self.sparsity = settings, settings.sparsity(index)
-        self.frequencies = frequencies
-        self.allocate = allocate
-        self.step: Step | None = None
-        self.num_layers: int | None = None
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget all tokens and give their memory back."""
-        self.is_initialized = False
-        self.seq_length = 0  # tokens per sequence including left padding, as transformers counts
-        self.pending = 0  # tokens handed out by `update` that the attention has not stored yet
-        self.padding: list[int] = []
-        self.knows_positions = False
-        self.tokens: LayerStore | None = None
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
-        """Take shapes and dtype from the first keys, ``[B, H, T, D]``."""
-        batch, heads, _, dim = key_states.shape
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.batch_size, self.num_kv_heads, self.head_dim = batch, heads, dim
-        self.padding = [0] * batch
-        self.tokens = LayerStore(
-            self.settings,
-            (batch, heads, dim),
-            self.dtype,
-            self.device,
-            frequencies=self.frequencies,
-            allocate=self.allocate,
-            sparsity=self.sparsity,
-        )
-        self.is_initialized = True
 
     @torch.compiler.disable
     def update(
@@ -116,6 +50,7 @@ class SVDqLayer(CacheLayerMixin):
         self.pending = key_states.shape[2]
         return new, new
 
+    @torch.compiler.disable
     def attend(
         self,
         query: Tensor,
@@ -162,9 +97,46 @@ class SVDqLayer(CacheLayerMixin):
             self.take_back()
             raise
         self.pending = 0
+        new.stored_with = self.seq_length
         if self.step is not None:
             self.step.end(self.index)
         return out
+
+    @torch.compiler.disable
+    def attend_again(
+        self,
+        query: Tensor,
+        new: NewTokens,
+        sm_scale: float | None = None,
+        *,
+        rules: LogitRules = NO_RULES,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attend to the tokens of this layer by the queries of another, which has none of its own.
+
+        Parameters
+        ----------
+        query : [B, Hq, L, D], of the last L of the new tokens.
+        new : the tokens that :meth:`attend` stored last.
+        sm_scale, rules, mask : as for :meth:`attend`.
+
+        Returns
+        -------
+        out : [B, L, Hq, D].
+        """
+        if new.stored_with != self.seq_length:
+            raise RuntimeError(
+                f"layer {self.index}: another layer attends to tokens that are not the latest"
+            )
+        scale, query = self.head_dim**-0.5 if sm_scale is None else sm_scale, autocast(query)
+        length, total = query.shape[2], new.keys.shape[2]
+        checks.check_query(self, query, min(length, total))
+        with torch.autocast(self.device.type, enabled=False):
+            if total < self.seq_length:
+                return self.tokens.attend_stored(query, scale, rules)
+            mask = None if mask is None else mask[:, :, -length:]
+            pads = self.padding
+            return self.tokens.attend_exactly(query, new.keys, new.values, scale, rules, pads, mask)
 
     def _attend(
         self,
@@ -195,6 +167,7 @@ class SVDqLayer(CacheLayerMixin):
             padding=pads,
             first_position=first_position,
             mask=mask,
+            lends=self.lends,
         )
         if is_first:
             self.knows_positions = position_ids is not None and mask is None
@@ -204,33 +177,6 @@ class SVDqLayer(CacheLayerMixin):
         ]
         self.seq_length += length
         return out
-
-    def check_model(self, num_layers: int | None) -> None:
-        """Refuse tokens of a model with another number of layers; None where it is not known."""
-        if None not in (num_layers, self.num_layers) and num_layers != self.num_layers:
-            raise ValueError(
-                f"the cache was made for a model of {self.num_layers} layers, this one has "
-                f"{num_layers}"
-            )
-
-    def take_back(self) -> None:
-        """Forget the tokens of the model's current call, in all layers of the cache."""
-        self.pending = 0
-        if self.step is not None:
-            self.step.take_back()
-
-    def checkpoint(self, new_tokens: int) -> Undo:
-        """What to call to forget all that happens from here on to so many new tokens."""
-        if self.seq_length == 0:
-            return self.reset
-        known = {name: getattr(self, name) for name in ("seq_length", "padding", "knows_positions")}
-        restore = self.tokens.checkpoint(new_tokens)
-
-        def undo() -> None:
-            vars(self).update(known, pending=0)
-            restore()
-
-        return undo
 
     def prefill_from(
         self,
@@ -257,64 +203,6 @@ class SVDqLayer(CacheLayerMixin):
         self.tokens.prefill(keys, values, energy, queries, rules)
         self.padding, self.knows_positions = [0] * self.batch_size, True
         self.seq_length = keys.shape[2]
-
-    # Further methods of transformers' layers
-
-    def get_seq_length(self) -> int:
-        """Tokens per sequence, left padding included."""
-        return self.seq_length + self.pending
-
-    def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
-        """Length and offset of the mask; ``query`` is a length or, in transformers 4, positions."""
-        query_length = query if isinstance(query, int) else query.shape[0]
-        return self.seq_length + query_length, 0
-
-    def get_max_length(self) -> int:
-        """No maximum, which transformers writes as -1."""
-        return -1
-
-    get_max_cache_shape = get_max_length
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last ``-tokens_to_remove`` tokens; a positive number is the length to keep."""
-        length = -tokens_to_remove
-        if tokens_to_remove > 0:
-            length = max(self.seq_length - tokens_to_remove, 0)
-        if length >= self.seq_length:
-            self.reset()
-        elif length:
-            self.tokens.crop(length)
-            self.seq_length -= length
-            self.padding = [min(pad, self.seq_length) for pad in self.padding]
-            self.tokens.compact()
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Sequence i continues the old sequence ``beam_idx[i]``; their pages stay shared."""
-        self._select(beam_idx.tolist())
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sequence; copies share their pages."""
-        if self.seq_length:
-            self._select([b for b in range(self.batch_size) for _ in range(repeats)])
-
-    def batch_select_indices(self, indices: Tensor | Sequence[int] | slice) -> None:
-        """Keep the sequences that ``indices`` names, in its order; a mask and a slice do, too."""
-        if self.seq_length:
-            device = indices.device if isinstance(indices, Tensor) else None
-            self._select(torch.arange(self.batch_size, device=device)[indices].tolist())
-            self.tokens.compact()
-
-    def _select(self, indices: list[int]) -> None:
-        if self.seq_length and indices != list(range(self.batch_size)):
-            self.tokens.select(indices)
-            self.padding = [self.padding[i] for i in indices]
-            self.batch_size = len(indices)
-
-    def offload(self) -> None:
-        """Nothing to do: the cache stays where its keys are."""
-
-    def prefetch(self) -> None:
-        """Nothing to do: the cache stays where its keys are."""
 
 
 def autocast(states: Tensor) -> Tensor:

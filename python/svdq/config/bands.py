@@ -14,7 +14,9 @@ def scheduled_bands(
     head_dim: int, schedule: Sequence[int], pre_channels: int = 0
 ) -> tuple[Bands, Bands]:
     """Pre-RoPE and post-RoPE bands of a head by a schedule, whose first channels are pre-RoPE."""
-    bands = ops.allocate_bits(torch.zeros(1, head_dim), list(schedule))[0].tolist()
+    bands = ops.allocate_bits(torch.zeros(1, head_dim, dtype=torch.float32), list(schedule))[
+        0
+    ].tolist()
     pre, left = [], pre_channels
     for count in bands:
         pre.append(min(count, left))

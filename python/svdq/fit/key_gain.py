@@ -30,8 +30,8 @@ class QueryEnergy:
 
     @normal_tensors
     def __init__(self, batch: int, heads: int, dim: int, device: torch.device) -> None:
-        self.total = torch.zeros((batch, heads, dim), device=device)
-        self.count = torch.zeros(batch, device=device)
+        self.total = torch.zeros((batch, heads, dim), dtype=torch.float32, device=device)
+        self.count = torch.zeros(batch, dtype=torch.float32, device=device)
 
     def add(self, query: Tensor, sm_scale: float, padding: list[int]) -> None:
         """Add queries [B, Hq, L, D], rotated or not, without their left padding."""

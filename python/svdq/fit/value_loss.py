@@ -46,8 +46,8 @@ class ValueLoss:
     def __init__(
         self, batch: int, heads: int, exact: tuple[int, int], device: torch.device
     ) -> None:
-        self.noise = torch.zeros((batch, heads), device=device)
-        self.output = torch.zeros(batch, device=device)
+        self.noise = torch.zeros((batch, heads), dtype=torch.float32, device=device)
+        self.output = torch.zeros(batch, dtype=torch.float32, device=device)
         self.sink_tokens, self.residual_length = exact
 
     def add(

@@ -75,15 +75,21 @@ def svdq_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     layer = key.layer
+    if key.stored_with is not None and layer.lends and value is key:
+        _check_supported(module, query, dropout, kwargs)
+        rules = logit_rules(query, kwargs)
+        _, mask = read_mask(attention_mask, layer.seq_length)
+        return layer.attend_again(query, key, scaling, rules=rules, mask=mask).contiguous(), None
     if layer.is_static:  # masks, positions and sinks were checked with the first tokens
         _check_supported(module, query, dropout, kwargs)
-        return layer.attend(query, key, scaling, rules=logit_rules(query, kwargs)), None
+        rules = logit_rules(query, kwargs)
+        return layer.attend(query, key, scaling, rules=rules).contiguous(), None
     try:
         given = _checked(module, query, key, value, attention_mask, dropout, **kwargs)
     except BaseException:
         layer.take_back()
         raise
-    return layer.attend(query, key, scaling, **given), None
+    return layer.attend(query, key, scaling, **given).contiguous(), None
 
 
 @torch.compiler.disable

@@ -17,11 +17,13 @@ class AttendingLayer(Protocol):
     pending : tokens handed out that are not stored yet.
     seq_length : tokens stored.
     is_static : whether the host does not know its lengths: masks and positions are not read.
+    lends : whether other layers of the model attend to its tokens, too.
     """
 
     pending: int
     seq_length: int
     is_static: bool
+    lends: bool
 
     def attend(
         self,
@@ -36,6 +38,17 @@ class AttendingLayer(Protocol):
     ) -> Tensor:
         """Attend to stored and new tokens, and store the new: [B, L, Hq, D]."""
 
+    def attend_again(
+        self,
+        query: Tensor,
+        new: NewTokens,
+        sm_scale: float | None = None,
+        *,
+        rules: LogitRules = NO_RULES,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attend to stored tokens by the queries of another layer: [B, L, Hq, D]."""
+
     def check_model(self, num_layers: int | None) -> None:
         """Refuse tokens of a model with another number of layers; None where it is not known."""
 
@@ -48,6 +61,7 @@ class StepTokens:
 
     def __init__(self, layer: AttendingLayer, keys: Tensor, values: Tensor) -> None:
         self.layer, self.keys, self.values = layer, keys, values
+        self.stored_with: int | None = None  # tokens that the layer holds since it stored these
 
 
 class NewTokens(StepTokens):
@@ -61,6 +75,10 @@ class NewTokens(StepTokens):
             "or call model.set_attn_implementation('svdq'). If that is set, this model computes "
             "with cached keys outside of its attention function and cannot use SVDqCache."
         )
+
+    def to(self, *_: Any, **__: Any) -> NewTokens:
+        """These tokens, which stay where their layer is; models that share keys call it."""
+        return self
 
     __getattr__ = __getitem__ = __iter__ = __len__ = __bool__ = _refuse
     __add__ = __radd__ = __mul__ = __rmul__ = __matmul__ = __rmatmul__ = _refuse

@@ -73,11 +73,12 @@ class KeyCodec:
     def empty(layout: PageLayout, batch: int, device: torch.device) -> KeyCodec:
         """The zeros that the codecs of a batch are written into."""
         heads, dim = layout.num_kv_heads, layout.head_dim
+        mean = torch.zeros((batch, heads, dim), dtype=torch.float32, device=device)
         return KeyCodec(
             torch.zeros((batch, layout.rank, dim), dtype=torch.bfloat16, device=device),
-            torch.zeros((batch, layout.rank), device=device),
-            torch.zeros((batch, heads, dim), device=device),
-            torch.zeros((batch, heads, dim), device=device) if layout.rope == "hybrid" else None,
+            torch.zeros((batch, layout.rank), dtype=torch.float32, device=device),
+            mean,
+            mean.clone() if layout.rope == "hybrid" else None,
         )
 
 

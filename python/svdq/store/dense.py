@@ -91,9 +91,9 @@ def masked_attention(
 
     Parameters
     ----------
-    query : [B, Hq, L, D].
-    keys, values : [B, H, L, D].
-    mask : [B or 1, 1 or Hq, L, L] bool, or a float to add to the scores.
+    query : [B, Hq, L, D], of the last L tokens.
+    keys, values : [B, H, T, D].
+    mask : [B or 1, 1 or Hq, L, T] bool, or a float to add to the scores.
     padding : left padding of each sequence, where the result is zero.
 
     Returns
@@ -110,7 +110,8 @@ def masked_attention(
         out, _ = sdpa_attention_forward(
             module, query, keys, values, mask, dropout=0.0, scaling=sm_scale, is_causal=False
         )
-    hidden = torch.arange(query.shape[2]) < torch.tensor(padding)[:, None]
+    own = torch.arange(keys.shape[2] - query.shape[2], keys.shape[2])
+    hidden = own < torch.tensor(padding)[:, None]
     return out.masked_fill(hidden.to(out.device)[:, :, None, None], 0)
 
 

@@ -24,7 +24,8 @@ class Drift:
 
     @normal_tensors
     def __init__(self, batch_size: int, heads: int, device: torch.device) -> None:
-        self.fit_error = torch.full((batch_size, heads), torch.nan, device=device)
+        shape = (batch_size, heads)
+        self.fit_error = torch.full(shape, torch.nan, dtype=torch.float32, device=device)
         self.error = self.fit_error.clone()
         self.known = [False] * batch_size
 

@@ -67,6 +67,7 @@ class LayerStore(TokenStore):
         padding: list[int],
         first_position: list[int],
         mask: Tensor | None = None,
+        lends: bool = False,
     ) -> Tensor:
         """Attend to all stored tokens and to new ones; store the new, pack what leaves the window.
 
@@ -80,6 +81,8 @@ class LayerStore(TokenStore):
         first_position : position of each sequence's first new token, read where it is its first.
         mask : [B or 1, 1 or Hq, L, L] bool or float, instead of causality; with the first tokens
             alone.
+        lends : whether :meth:`attend_stored` will be called for other layers' queries: tokens that
+            leave the window are packed with the next call then.
 
         Returns
         -------
@@ -97,11 +100,22 @@ class LayerStore(TokenStore):
         if not self.begun:
             self.position = first_position
             return self._attend_first(query, keys, values, sm_scale, rules, padding, mask)
-        is_long = self.device.type == "cpu" and keys.shape[2] > FUSED_QUERIES
+        if lends:
+            self._pack_window()  # what the last call has left
+        is_long = self.device.type == "cpu" and keys.shape[2] > FUSED_QUERIES and not lends
         if is_long and self.any_packed and not any(padding):
             return self._attend_chunk(query, keys, values, sm_scale, rules)
         self._begin_sequences(first_position)
-        return self._attend_step(query, keys, values, sm_scale, rules, padding)
+        self._note_queries(query, sm_scale, padding)
+        self._append(keys, values, padding)
+        self._note_window(query, sm_scale, rules)
+        out = self.attend_stored(query, sm_scale, rules)
+        for b, pad in enumerate(padding):
+            if pad:
+                out[b, :pad] = 0
+        if not lends:
+            self._pack_window()
+        return out
 
     def prefill(
         self,
@@ -166,21 +180,26 @@ class LayerStore(TokenStore):
         mask: Tensor | None,
     ) -> Tensor:
         """The first tokens attend exactly; then all except sinks and window are packed."""
-        spans = [(pad, keys.shape[2]) for pad in padding]
         # PyTorch's kernel is slower by some per cent where rows lie apart. The copies are gone
         # before anything is packed.
         contiguous = keys.contiguous(), values.contiguous()
-        if mask is None:
-            out = ragged_attention(query, *contiguous, sm_scale, spans, rules)
-        else:
-            out = masked_attention(query, *contiguous, sm_scale, mask, padding, rules)
+        out = self.attend_exactly(query, *contiguous, sm_scale, rules, padding, mask)
         del contiguous
         self._note_queries(query, sm_scale, padding)
         self._note_values(query, keys, values, sm_scale, padding, rules)
         self._store_first(keys, values, padding)
         return out
 
-    def _attend_step(
+    def attend_stored(self, query: Tensor, sm_scale: float, rules: LogitRules) -> Tensor:
+        """Attend by the queries [B, Hq, L, D] of the last L tokens, all stored: [B, L, Hq, D]."""
+        query = self.fit.matching_query(query)
+        if self.any_packed:
+            out, _ = self._attend_packed(query, sm_scale, rules, causal=True)
+            return out.transpose(1, 2)
+        window, spans = self.window, [(0, count) for count in self.window.count]
+        return ragged_attention(query, window.keys, window.values, sm_scale, spans, rules)
+
+    def attend_exactly(
         self,
         query: Tensor,
         keys: Tensor,
@@ -188,23 +207,16 @@ class LayerStore(TokenStore):
         sm_scale: float,
         rules: LogitRules,
         padding: list[int],
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """A few more tokens join the window first and are attended there."""
-        self._note_queries(query, sm_scale, padding)
-        self._append(keys, values, padding)
-        self._note_window(query, sm_scale, rules)
-        query = self.fit.matching_query(query)
-        if self.any_packed:
-            out, _ = self._attend_packed(query, sm_scale, rules, causal=True)
-            out = out.transpose(1, 2)
-            for b, pad in enumerate(padding):
-                if pad:
-                    out[b, :pad] = 0
-        else:
-            window, spans = self.window, [(0, count) for count in self.window.count]
-            out = ragged_attention(query, window.keys, window.values, sm_scale, spans, rules)
-        self._pack_window()
-        return out
+        """Attend to first tokens [B, H, T, D] by the queries [B, Hq, L, D] of the last of them.
+
+        ``mask`` [B or 1, 1 or Hq, L, T] stands for causality; the result is [B, L, Hq, D].
+        """
+        if mask is not None:
+            return masked_attention(query, keys, values, sm_scale, mask, padding, rules)
+        spans = [(pad, keys.shape[2]) for pad in padding]
+        return ragged_attention(query, keys, values, sm_scale, spans, rules)
 
     def _attend_chunk(
         self, query: Tensor, keys: Tensor, values: Tensor, sm_scale: float, rules: LogitRules

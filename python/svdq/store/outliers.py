@@ -35,7 +35,8 @@ class Outliers:
         held = torch.float16 if dtype == torch.float16 else torch.bfloat16
         self.slots = torch.empty((batch, heads, 0), dtype=torch.int32, device=device)
         self.keys = torch.empty((batch, heads, 0, dim), dtype=held, device=device)
-        self.min_error = torch.full((batch, heads), torch.inf, device=device)
+        shape = (batch, heads)
+        self.min_error = torch.full(shape, torch.inf, dtype=torch.float32, device=device)
 
     def choose(
         self,

@@ -153,7 +153,7 @@ class PackedStore:
 
     def _pack_keys(self, b: int, keys: Tensor, table: Tensor, slot: int) -> Tensor:
         """Pack keys [H, T, D] of sequence b from slot ``slot`` on; their squared errors [H, T]."""
-        errors = torch.empty(keys.shape[:2], device=self.device)
+        errors = torch.empty(keys.shape[:2], dtype=torch.float32, device=self.device)
         ops.pack_keys_(
             self.pool.k_pages,
             keys,
