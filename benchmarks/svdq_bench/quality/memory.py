@@ -69,7 +69,7 @@ def svdq_cache_bytes(cache: SVDqCache, num_tokens: int) -> int:
     layers count with their windows (transformers frees the rest of a prefill there at the next
     token).
     """
-    total = sum(x.nbytes for x in cache._frequencies)
+    total = sum(x.nbytes for x in cache._frequencies.known)
     for layer in cache.layers:
         if isinstance(layer, SVDqLayer):
             total += _packed_layer_bytes(layer, num_tokens)

@@ -11,12 +11,17 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.utils import logging
 
+from svdq import _C
 from svdq.cache.layer import SVDqLayer
 from svdq.cache.static_layer import StaticSVDqLayer
 from svdq.config.settings import Settings
-from svdq.fit.allocator import Allocator
+from svdq.fit.allocator import Allocator, Budget
 from svdq.hf.rope import inverse_frequencies
+from svdq.hf.rotation import rotation_of
+
+logger = logging.get_logger(__name__)
 
 
 class Frequencies:
@@ -41,6 +46,15 @@ class Frequencies:
         return found
 
 
+def make_allocator(settings: Settings) -> Allocator | None:
+    """The allocator of a cache whose widths follow from keys; it counts layers as they are made."""
+    if not settings.allocates:
+        return None
+    v_bits = settings.v_bits if settings.allocates_values else None
+    budget = Budget(settings.k_bits, v_bits, settings.kv_bits)
+    return Allocator(0, budget, settings.lambda_, settings.allocate_across)
+
+
 def make_layers(
     config: PretrainedConfig,
     settings: Settings,
@@ -59,6 +73,7 @@ def make_layers(
     layers = DynamicCache(config=config).layers
     for i, layer in enumerate(layers):
         if type(layer) is DynamicLayer:
+            _check_keys(config, i)
             layers[i] = _make_layer(config, i, settings, frequencies, allocator)
         elif isinstance(layer, DynamicLayer) and type(layer) is not DynamicSlidingWindowLayer:
             raise NotImplementedError(
@@ -88,10 +103,16 @@ def _make_layer(
 ) -> SVDqLayer:
     own_frequencies = None
     if settings.packs and settings.rope != "post":
-        if inverse_frequencies(config, index) is None:  # this layer does not rotate its keys
-            settings = dataclasses.replace(settings, rope="post")
-        else:
+        rotation = rotation_of(config, index)
+        if rotation.rotates and rotation.reason is None:
             own_frequencies = functools.partial(frequencies.of_layer, index)
+        else:  # what does not rotate is un-rotated as it comes
+            settings = dataclasses.replace(settings, rope="post")
+        if rotation.reason is not None:
+            logger.warning_once(
+                f"SVDqCache: keys of {config.model_type!r} are packed as they come (rope='post'), "
+                f"since they cannot be un-rotated: {rotation.reason}"
+            )
     allocate = functools.partial(allocator.ask, index) if allocator is not None else None
     kind = SVDqLayer if settings.max_cache_len is None else StaticSVDqLayer
     layer = kind(index, settings, own_frequencies, allocate)
@@ -122,9 +143,27 @@ def check_dynamic_layers(layers: Sequence[Any], theirs: Sequence[Any]) -> None:
         )
 
 
-def kv_shape(config: PretrainedConfig) -> tuple[int, int]:
-    """KV heads and head_dim of a model."""
-    config = config.get_text_config(decoder=True)
+def _check_keys(config: PretrainedConfig, index: int) -> None:
+    """Refuse layers whose keys and values cannot be held in pages, from the configuration."""
+    latent = getattr(config, "kv_lora_rank", None)
+    if latent:
+        raise NotImplementedError(
+            f"{config.model_type!r} projects keys and values from a shared latent of {latent} "
+            "numbers (multi-head latent attention), which is compressed already; SVDqCache does "
+            "not support its keys, which are of another size than its values"
+        )
+    _, dim = kv_shape(config, index)
+    if dim % 16 or not 0 < dim <= _C.format.MAX_HEAD_DIM:
+        raise NotImplementedError(
+            f"SVDqCache packs keys of a multiple of 16 numbers up to {_C.format.MAX_HEAD_DIM}; "
+            f"those of {config.model_type!r} have head_dim {dim}"
+        )
+
+
+def kv_shape(config: PretrainedConfig, index: int) -> tuple[int, int]:
+    """KV heads and head_dim of a decoder's layer."""
+    layers = getattr(config, "per_layer_config", None)  # transformers 5
+    config = config if layers is None else layers[index]
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return heads, dim

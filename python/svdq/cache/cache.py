@@ -15,8 +15,8 @@ from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.utils import logging
 
-from svdq.cache import serialization
-from svdq.cache.build import Frequencies, check_dynamic_layers, kv_shape, make_layers
+from svdq.cache import build, serialization
+from svdq.cache.family import check_family
 from svdq.cache.layer import SVDqLayer
 from svdq.cache.memory import MemoryReport, memory_report
 from svdq.cache.reads import ReadReport, read_report
@@ -24,8 +24,8 @@ from svdq.cache.static_layer import StaticSVDqLayer
 from svdq.cache.step import Step
 from svdq.cache.tensor_walk import held_bytes
 from svdq.config.settings import Settings
-from svdq.fit.allocator import Allocator, Budget
 from svdq.fit.profile import Profile
+from svdq.hf.long_context import keep_cache
 from svdq.ops import NO_RULES, LogitRules
 from svdq.ops.tensors import normal_tensors
 from svdq.store.static_step import MAX_QUERIES
@@ -77,16 +77,13 @@ class SVDqCache(Cache):
         self.settings.check_layers(config.num_hidden_layers)
         if getattr(config, "is_encoder_decoder", False):
             raise NotImplementedError("SVDqCache supports decoder-only models")
-        self._frequencies = Frequencies(config)
-        self._allocator = None
-        if self.settings.allocates:
-            chosen = self.settings
-            v_bits = chosen.v_bits if chosen.allocates_values else None
-            budget = Budget(chosen.k_bits, v_bits, chosen.kv_bits)
-            self._allocator = Allocator(0, budget, chosen.lambda_, chosen.allocate_across)
+        self._frequencies = build.Frequencies(config)
+        self._allocator = build.make_allocator(self.settings)
         super().__init__(
-            layers=make_layers(config, self.settings, self._frequencies, self._allocator)
+            layers=build.make_layers(config, self.settings, self._frequencies, self._allocator)
         )
+        check_family(config)
+        keep_cache(config, SVDqCache)
         self._step = Step(self.layers, self._allocator)
         for layer in self.svdq_layers:
             layer.step, layer.num_layers = self._step, config.num_hidden_layers
@@ -273,7 +270,7 @@ class SVDqCache(Cache):
             raise ValueError(
                 f"prefill_from() needs an empty cache, got {self.get_seq_length()} tokens"
             )
-        check_dynamic_layers(self.layers, cache.layers)
+        build.check_dynamic_layers(self.layers, cache.layers)
         self._step.take_back()
         try:
             for i, layer in enumerate(cache.layers):
@@ -343,6 +340,7 @@ class SVDqCache(Cache):
         """
         saved = serialization.read(path, device)
         cache = cls(config, **saved.settings)
-        saved.restore(cache.layers, kv_shape(config))
+        text = config.get_text_config(decoder=True)
+        saved.restore(cache.layers, [build.kv_shape(text, i) for i in range(len(cache.layers))])
         cache._settle()
         return cache

@@ -42,12 +42,14 @@ class SavedCache:
     states: list[State]
     tensors: list[dict[str, Tensor]]
 
-    def restore(self, layers: Sequence[Any], kv_shape: tuple[int, int]) -> None:
-        """Put the saved tokens into the empty layers of a cache for this (KV heads, head_dim)."""
+    def restore(self, layers: Sequence[Any], kv_shapes: Sequence[tuple[int, int]]) -> None:
+        """Put the saved tokens into the empty layers of a cache for these (KV heads, head_dim)."""
         saved, expected = [s["kind"] for s in self.states], [type(x).__name__ for x in layers]
         if saved != expected:
             raise ValueError(f"{self.path} has layers {saved}, the model has {expected}")
-        for layer, state, named in zip(layers, self.states, self.tensors, strict=True):
+        for layer, state, named, kv_shape in zip(
+            layers, self.states, self.tensors, kv_shapes, strict=True
+        ):
             if named and (named["keys"].shape[1], named["keys"].shape[3]) != kv_shape:
                 raise ValueError(
                     f"{self.path} has keys {tuple(named['keys'].shape)}, the model (KV heads, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -23,9 +24,15 @@ NAME = "svdq"
 UNSUPPORTED = {
     "head_mask": None,
     "position_bias": None,
+    "sinks": None,
     "output_attentions": False,
-    "is_causal": True,
+    "indices": None,
+    "block_indices": None,
 }
+# Those that transformers' "sdpa" does not look at.
+DROPPED = ["head_mask", "sinks", "indices", "block_indices"]
+if "position_bias" not in inspect.signature(sdpa_attention_forward).parameters:
+    DROPPED.append("position_bias")
 
 
 def svdq_attention(
@@ -70,6 +77,11 @@ def svdq_attention(
     if not isinstance(key, StepTokens):
         if isinstance(attention_mask, CausalMask):
             attention_mask = attention_mask.dense
+        asked = [name for name in DROPPED if kwargs.get(name) is not None]
+        if asked:
+            raise NotImplementedError(
+                f'attention "svdq" does not support {", ".join(asked)}, which "sdpa" would ignore'
+            )
         attend = _exact_attention if _needs_exact(kwargs) else sdpa_attention_forward
         return attend(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -108,6 +120,10 @@ def _checked(
             "key and value must come from the same call of SVDqCache.update, used once"
         )
     _check_supported(module, query, dropout, kwargs)
+    is_causal = kwargs.get("is_causal")
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if attention_mask is None and query.shape[2] > 1 and not is_causal:  # else the mask says it
+        raise NotImplementedError("attention over an SVDqCache does not support is_causal=False")
     key.layer.check_model(getattr(getattr(module, "config", None), "num_hidden_layers", None))
     rules = logit_rules(query, kwargs)
     if kwargs.get("s_aux") is not None:
@@ -160,8 +176,6 @@ def _check_supported(
     module: nn.Module, query: Tensor, dropout: float, kwargs: dict[str, Any]
 ) -> None:
     asked = _unsupported(dropout, kwargs)
-    if not getattr(module, "is_causal", True):
-        asked.append("is_causal=False")
     sinks = kwargs.get("s_aux")
     needs_grad = query.requires_grad or (sinks is not None and sinks.requires_grad)
     if needs_grad and torch.is_grad_enabled():

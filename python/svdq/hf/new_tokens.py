@@ -64,12 +64,16 @@ class StepTokens:
         self.stored_with: int | None = None  # tokens that the layer holds since it stored these
 
 
+class NotAttended(RuntimeError):
+    """Something other than the ``"svdq"`` attention tried to use new tokens."""
+
+
 class NewTokens(StepTokens):
     """The same outside of compiled steps; nothing else may use them."""
 
     def _refuse(self, *_: Any) -> NoReturn:
         self.layer.take_back()  # they will never be stored
-        raise RuntimeError(
+        raise NotAttended(
             "an SVDqCache hands its keys and values to the attention implementation 'svdq' alone, "
             "and something else tried to use them: load the model with attn_implementation='svdq' "
             "or call model.set_attn_implementation('svdq'). If that is set, this model computes "

@@ -42,6 +42,13 @@ def inverse_frequencies(
         interleaved rotary embeddings, or a model without any. ``rope="post"`` works for all of
         them.
     """
+    with torch.device("cpu"):
+        return _inverse_frequencies(config, layer_idx, max_position)
+
+
+def _inverse_frequencies(
+    config: PretrainedConfig, layer_idx: int, max_position: int
+) -> Tensor | None:
     # One number per layer: 1 where it does rotate.
     rotates = getattr(config, "no_rope_layers", None)
     if rotates and not rotates[layer_idx]:

@@ -64,8 +64,8 @@ class LayerStore(TokenStore):
         sm_scale: float,
         *,
         rules: LogitRules = NO_RULES,
-        padding: list[int],
-        first_position: list[int],
+        padding: list[int] | None = None,
+        first_position: list[int] | None = None,
         mask: Tensor | None = None,
         lends: bool = False,
     ) -> Tensor:
@@ -77,8 +77,10 @@ class LayerStore(TokenStore):
         keys, values : [B, H, L, D], the new tokens.
         sm_scale : softmax scale.
         rules : softcap, learned sinks and sliding window of the model.
-        padding : left padding of each sequence among the new tokens; of one that has tokens, 0.
-        first_position : position of each sequence's first new token, read where it is its first.
+        padding : left padding of each sequence among the new tokens, by default none; of one that
+            has tokens, 0.
+        first_position : position of each sequence's first new token, by default 0; read where it is
+            its first.
         mask : [B or 1, 1 or Hq, L, L] bool or float, instead of causality; with the first tokens
             alone.
         lends : whether :meth:`attend_stored` will be called for other layers' queries: tokens that
@@ -97,6 +99,8 @@ class LayerStore(TokenStore):
         """
         self._check_rules(rules)
         self._check_values(values)
+        padding = [0] * self.shape[0] if padding is None else padding
+        first_position = [0] * self.shape[0] if first_position is None else first_position
         if not self.begun:
             self.position = first_position
             return self._attend_first(query, keys, values, sm_scale, rules, padding, mask)
