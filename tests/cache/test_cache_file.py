@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from cache_support import CONFIGS, FINE, assert_same_state, make_model, make_tokens, snapshot
-from svdq import SVDqCache, cache_argument
+from svdq import PageLayout, Profile, SVDqCache, cache_argument
 
 
 def prefilled(family, tokens, settings):
@@ -87,10 +87,11 @@ def test_empty_cache(tmp_path):
 
 
 def rewrite(path, **metadata):
-    """The same file with other metadata."""
+    """The same file with other metadata, as an earlier version without checksums wrote it."""
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = file.metadata() | metadata
+    metadata.pop("checksum")
     save_file(tensors, path, metadata)
 
 
@@ -150,3 +151,81 @@ def test_tokens_on_their_way(path):
     cache.update(torch.randn(1, 2, 1, 64), torch.randn(1, 2, 1, 64), 0)
     with pytest.raises(RuntimeError, match="before its new tokens are attended"):
         cache.save(path)
+
+
+# Attributes that a cache has anew: callbacks, what the last step did, memory to grow into.
+ANEW = {"attended", "step", "_step", "frequencies", "allocate", "settle", "_frequencies", "_free"}
+ANEW |= {"_owners", "_page_data", "page_table", "_answer", "k_pages", "v_pages", "pages", "static"}
+ANEW |= {"_sliding_window_tensor", "keys", "values"}  # compared by their contents elsewhere
+
+
+def differences(a, b, name="cache", seen=None):
+    """Names of attributes in which two objects differ, all the way down."""
+    seen = set() if seen is None else seen
+    if id(a) in seen:
+        return []
+    seen.add(id(a))
+    if type(a) is not type(b):
+        return [name]
+    if isinstance(a, torch.Tensor):
+        same = a.shape == b.shape and a.dtype == b.dtype
+        return [] if same and torch.equal(a.nan_to_num(), b.nan_to_num()) else [name]
+    if isinstance(a, PageLayout):  # which keeps what it was asked for
+        return [] if a == b else [name]
+    if isinstance(a, dict):
+        return [name] if a.keys() != b.keys() else [
+            x for key in a for x in differences(a[key], b[key], f"{name}[{key!r}]", seen)
+        ]  # fmt: skip
+    if isinstance(a, (list, tuple)):
+        return [name] if len(a) != len(b) else [
+            x for i in range(len(a)) for x in differences(a[i], b[i], f"{name}[{i}]", seen)
+        ]  # fmt: skip
+    if hasattr(a, "__dict__") and not callable(a):
+        found = [] if vars(a).keys() - ANEW == vars(b).keys() - ANEW else [f"{name} has others"]
+        both = vars(a).keys() & vars(b).keys() - ANEW
+        for at in both:
+            found += differences(getattr(a, at), getattr(b, at), f"{name}.{at}", seen)
+        return found
+    return [] if a == b else [name]
+
+
+SETTINGS = {
+    "default": {},
+    "schedule": {"schedule": [4, 2, 1, 0], "clip": False, "sink_tokens": 3},
+    "values": {"kv_bits": 2.5, "residual_length": 0},
+    "waiting": {"kv_bits": 2.5, "min_fit_tokens": 500},
+    "layer": {"k_bits": 1.5, "allocate_across": "layer"},
+    "head": {"k_bits": 1.5, "allocate_across": "head"},
+    "price": {"lambda_": 1e-3, "query_weighted": False},
+    "outliers": {"k_bits": 1.25, "outlier_fraction": 0.05, "v_bits": 2},
+    "hybrid": {"rope": "hybrid", "k_bits": 1.25, "pre_channels": 16},
+    "landmarks": {"sparse_budget": [0.5, None], "sparse_scorer": "landmarks"},
+    "sparse": {"sparse_budget": 0.25, "sparse_channels": 8, "refit_drift": 2.0},
+    "static": {"max_cache_len": 600},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_attribute_is_carried(tmp_path, name):
+    model, cache = prefilled("llama", make_tokens(2, 400), SETTINGS[name])
+    cache.save(tmp_path / "cache")
+    loaded = SVDqCache.load(tmp_path / "cache", model.config)
+    cache.memory_report(), loaded.memory_report()
+    assert differences(cache, loaded) == []
+
+
+def test_widths_of_a_profile_are_carried(tmp_path):
+    """After a reset, the next prompt is packed by them again."""
+    model, plain = prefilled("llama", make_tokens(1, 400), {"k_bits": 2.0})
+    spectra = {i: torch.rand(2, 64).sort(descending=True).values for i in range(2)}
+    profile = Profile(spectra, "pre", 8, True, 400)
+    cache = SVDqCache(model.config, k_bits=2.0, profile=profile)
+    cache.save(tmp_path / "cache")
+    loaded = SVDqCache.load(tmp_path / "cache", model.config)
+    layouts = []
+    for one in (cache, loaded, plain):
+        one.reset()
+        with torch.inference_mode():
+            model(make_tokens(1, 400, seed=5), **cache_argument(one))
+        layouts.append([layer.tokens.packed.layout for layer in one.layers])
+    assert layouts[0] == layouts[1] != layouts[2]

@@ -318,7 +318,7 @@ class SVDqCache(Cache):
             self._step.take_back()
         self._step.check()
         with self._on_host():
-            serialization.save(self.layers, self.settings, path)
+            serialization.save(self.layers, self.settings, path, self._allocator)
 
     @classmethod
     @normal_tensors
@@ -335,12 +335,16 @@ class SVDqCache(Cache):
         Raises
         ------
         ValueError
-            If the file is no saved cache, of another format version, or of a model of another
-            shape.
+            If the file is no saved cache, damaged, of another format version, or of a model of
+            another shape.
         """
-        saved = serialization.read(path, device)
-        cache = cls(config, **saved.settings)
-        text = config.get_text_config(decoder=True)
-        saved.restore(cache.layers, [build.kv_shape(text, i) for i in range(len(cache.layers))])
+        with serialization.naming(path):
+            saved = serialization.read(path, device)
+            cache = cls(config, **saved.settings)
+            text = config.get_text_config(decoder=True)
+            shapes = [build.kv_shape(text, i) for i in range(len(cache.layers))]
+            saved.restore(cache.layers, shapes)
+            if cache._allocator is not None and saved.allocator is not None:
+                cache._allocator.set_state(saved.allocator)
         cache._settle()
         return cache

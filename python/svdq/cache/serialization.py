@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +17,16 @@ from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from svdq.cache.layer import SVDqLayer
+from svdq.cache.saved_checks import (
+    check_count,
+    check_integers,
+    check_like,
+    check_sliding,
+    check_store,
+    check_tokens,
+)
 from svdq.config.settings import Settings, renamed
+from svdq.fit.allocator import Allocator
 from svdq.layout import FORMAT_VERSION, PageLayout
 from svdq.ops import KeyCodec
 from svdq.store.packed import PackedStore
@@ -35,18 +46,23 @@ class SavedCache:
     path : the file, for messages.
     settings : keywords of the cache.
     states, tensors : lengths and tensors of every layer.
+    allocator : what is known of widths, or None; see :meth:`svdq.fit.allocator.Allocator.state`.
     """
 
     path: str | os.PathLike
     settings: dict[str, Any]
     states: list[State]
     tensors: list[dict[str, Tensor]]
+    allocator: State | None = None
 
     def restore(self, layers: Sequence[Any], kv_shapes: Sequence[tuple[int, int]]) -> None:
         """Put the saved tokens into the empty layers of a cache for these (KV heads, head_dim)."""
         saved, expected = [s["kind"] for s in self.states], [type(x).__name__ for x in layers]
         if saved != expected:
             raise ValueError(f"{self.path} has layers {saved}, the model has {expected}")
+        lengths = {state["seq_length"] for state in self.states}
+        if len(lengths) > 1:
+            raise ValueError(f"its layers have different lengths, {sorted(lengths)}")
         for layer, state, named, kv_shape in zip(
             layers, self.states, self.tensors, kv_shapes, strict=True
         ):
@@ -61,7 +77,12 @@ class SavedCache:
                 _load_sliding(layer, state, named)
 
 
-def save(layers: Sequence[Any], settings: Settings, path: str | os.PathLike) -> None:
+def save(
+    layers: Sequence[Any],
+    settings: Settings,
+    path: str | os.PathLike,
+    allocator: Allocator | None = None,
+) -> None:
     """Write a cache; see :meth:`svdq.SVDqCache.save`."""
     states, tensors = [], {}
     for i, layer in enumerate(layers):
@@ -78,13 +99,30 @@ def save(layers: Sequence[Any], settings: Settings, path: str | os.PathLike) -> 
         "version": str(FORMAT_VERSION),
         "settings": json.dumps(dataclasses.asdict(settings)),
         "layers": json.dumps(states),
+        "allocator": json.dumps(None if allocator is None else allocator.state()),
     }
-    save_file(tensors, path, metadata)
+    save_file(tensors, path, metadata | {"checksum": _checksum(metadata, tensors)})
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Make whatever is wrong with a file's contents one ``ValueError`` that names it."""
+    try:
+        yield
+    except (NotImplementedError, OSError):  # about the model, or there is no file
+        raise
+    except Exception as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        raise ValueError(
+            f"{path} cannot be loaded, it is damaged or of another model: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def read(path: str | os.PathLike, device: str | torch.device) -> SavedCache:
     """Read the contents of a file; see :meth:`svdq.SVDqCache.load`."""
-    with safe_open(path, "pt", device=str(device)) as file:
+    with safe_open(path, "pt", device="cpu") as file:
         metadata = file.metadata() or {}
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} is not a saved SVDqCache")
@@ -92,15 +130,32 @@ def read(path: str | os.PathLike, device: str | torch.device) -> SavedCache:
             raise ValueError(
                 f"{path} has format version {metadata['version']}, this svdq reads {FORMAT_VERSION}"
             )
-        settings = renamed(json.loads(metadata["settings"]))
-        if all(settings[name] is None for name in ("schedule", "k_bits", "kv_bits", "lambda_")):
-            settings["preset"] = "exact"
-        states = json.loads(metadata["layers"])
-        tensors: list[dict[str, Tensor]] = [{} for _ in states]
-        for key in file.keys():  # noqa: SIM118 (the file is no mapping)
-            index, name = key.split(".", 1)
-            tensors[int(index)][_today(name)] = file.get_tensor(key)
-    return SavedCache(path, settings, states, tensors)
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    checksum = metadata.pop("checksum", None)  # files of earlier versions have none
+    if checksum is not None and checksum != _checksum(metadata, found):
+        raise ValueError(f"{path} is damaged: its contents do not have its checksum")
+    settings = renamed(json.loads(metadata["settings"]))
+    if all(settings[name] is None for name in ("schedule", "k_bits", "kv_bits", "lambda_")):
+        settings["preset"] = "exact"
+    states = json.loads(metadata["layers"])
+    tensors: list[dict[str, Tensor]] = [{} for _ in states]
+    for key, tensor in found.items():
+        index, name = key.split(".", 1)
+        # A copy: tensors of a file are parts of one mapped storage.
+        tensors[int(index)][_today(name)] = tensor.to(device, copy=True)
+    allocator = json.loads(metadata.get("allocator", "null"))
+    return SavedCache(path, settings, states, tensors, allocator)
+
+
+def _checksum(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
+    """Of all that a file says, whatever the order."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, text in sorted(metadata.items()):
+        found.update(json.dumps([name, text]).encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        found.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _today(name: str) -> str:
@@ -166,8 +221,10 @@ def _save_store(store: PackedStore) -> tuple[State, dict[str, Tensor]]:
 
 
 def _load_svdq(layer: SVDqLayer, state: State, tensors: dict[str, Tensor]) -> None:
+    check_integers("seq_length", [state["seq_length"]], 0)
     if state["seq_length"] == 0:
         return
+    check_tokens(state, tensors)
     layer.lazy_initialization(tensors["keys"])
     for name in ("seq_length", "padding", "knows_positions"):
         setattr(layer, name, state[name])
@@ -176,15 +233,21 @@ def _load_svdq(layer: SVDqLayer, state: State, tensors: dict[str, Tensor]) -> No
     tokens.window.set_count(state["count"])
     tokens.position = state["first_position"]
     if tokens.fit.energy is not None:
-        tokens.fit.energy.total, tokens.fit.energy.count = tensors["energy"], tensors["seen"]
+        energy = tokens.fit.energy
+        check_like("energy", tensors["energy"], energy.total)
+        check_like("seen", tensors["seen"], energy.count)
+        energy.total, energy.count = tensors["energy"], tensors["seen"]
     if tokens.fit.value_loss is not None:
         for name in tokens.fit.value_loss.NAMES:
+            check_like(name, tensors[f"value_{name}"], getattr(tokens.fit.value_loss, name))
             setattr(tokens.fit.value_loss, name, tensors[f"value_{name}"])
-    if "gain" in tensors:
+    if tokens.fit.gain is not None:
+        check_like("gain", tensors["gain"], tokens.fit.gain)
         tokens.fit.gain = tensors["gain"]
     stores = [_load_store(layer, n, own, tensors) for n, own in enumerate(state["stores"])]
     if stores:
         *tokens.past, tokens.packed = stores
+    check_count(tokens, state)
 
 
 def _load_store(layer: SVDqLayer, n: int, state: State, tensors: dict[str, Tensor]) -> PackedStore:
@@ -196,6 +259,7 @@ def _load_store(layer: SVDqLayer, n: int, state: State, tensors: dict[str, Tenso
         )
     named = {name.split(".")[1]: x for name, x in tensors.items() if name.startswith(f"{n}.")}
     store = layer.tokens.new_store(layout)
+    check_store(store, state, named)
     for prefix, part in (("landmark_", store.landmarks), ("outlier_", store.outliers)):
         for name in () if part is None else part.NAMES:
             setattr(part, name, named[prefix + name])
@@ -204,6 +268,8 @@ def _load_store(layer: SVDqLayer, n: int, state: State, tensors: dict[str, Tenso
     inv_freq = None
     if "inv_freq" in named:
         inv_freq = _matching_frequencies(layer, named["inv_freq"])
+    elif any(state["fitted"]) and layer.frequencies is not None and layout.rope != "post":
+        raise ValueError(f"layer {layer.index}: the frequencies of its keys are missing")
     coded = {name: named[name] for name in store.codec.tensors()}
     store.codec = KeyCodec(**coded, inv_freq=inv_freq)
     store.fitted, store.drift.known = state["fitted"], list(state["fitted"])
@@ -234,6 +300,8 @@ def _save_sliding(layer: Any) -> tuple[State, dict[str, Tensor]]:
 
 
 def _load_sliding(layer: Any, state: State, tensors: dict[str, Tensor]) -> None:
+    check_integers("seq_length", [state["seq_length"]], 0)
     if state["seq_length"]:
+        check_sliding(layer, state, tensors)
         layer.update(tensors["keys"], tensors["values"])
         layer.cumulative_length = state["seq_length"]

@@ -39,8 +39,10 @@ def _walk(value: Any, seen: set[int]) -> Iterator[Tensor]:
 
 def held_bytes(value: Any) -> int:
     """Bytes of the storages of all tensors that can be reached, each counted once."""
-    storages = {}
+    storages: dict[tuple, int] = {}
     for tensor in reachable_tensors(value):
         storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
+        # Parts of a file that is mapped may be storages of their own at one address.
+        at = (storage.device, storage.data_ptr())
+        storages[at] = max(storage.nbytes(), storages.get(at, 0))
     return sum(storages.values())

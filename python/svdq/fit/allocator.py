@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -188,6 +189,26 @@ class Allocator:
         """Forget all that layers asked and the solution."""
         self.solution = None if self.lambda_ is None else Solution(self.lambda_)
         self._waiting = {}
+
+    def state(self) -> dict[str, Any]:
+        """What is known of widths, as JSON has it: prices, and widths that a profile said."""
+        known = None
+        if self.known is not None:
+            known = {str(i): [own.bands.tolist(), own.v_bits] for i, own in self.known.items()}
+        return {"solution": self.solution and asdict(self.solution), "known": known}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Take over what another allocator's :meth:`state` said."""
+        if state["solution"] is not None:
+            fields = dict(state["solution"])
+            self.solution = Solution(**{**fields, "emphasis": Emphasis(**fields["emphasis"])})
+        if state["known"] is not None:
+            self.known = {
+                int(layer): Widths(
+                    torch.tensor(bands, dtype=torch.int32), None if bits is None else tuple(bits)
+                )
+                for layer, (bands, bits) in state["known"].items()
+            }
 
     def checkpoint(self) -> Callable[[], None]:
         """What to call to forget all that layers ask from here on."""
