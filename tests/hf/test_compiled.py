@@ -58,3 +58,37 @@ def test_short_prompts_run_between_graphs():
     static = {**settings, "max_cache_len": 320}
     compiled, cache = generate(model, static, compile_config(fullgraph=False), length=100)
     assert torch.equal(compiled, expected) and cache.is_compileable
+
+
+COMPILED = {
+    "module": lambda model: torch.compile(model, backend="eager"),
+    "forward": lambda model: torch.compile(model.forward, backend="eager"),
+}
+
+
+@pytest.mark.parametrize("how", COMPILED)
+@pytest.mark.parametrize("name", [*SETTINGS, "exact"])
+def test_growing_caches_run_between_graphs(how, name):
+    """Calls of the cache break the graph, once to hand tokens over and once to attend."""
+    torch._dynamo.reset()
+    settings = SETTINGS.get(name, {"preset": "exact"})
+    model, outputs = make_model(), []
+    for run in (model, COMPILED[how](model)):
+        cache = SVDqCache(model.config, **settings)
+        with torch.inference_mode():
+            outputs.append([
+                run(make_tokens(1, n, seed=i), **cache_argument(cache)).logits
+                for i, n in enumerate((200, 1, 1, 100, 1))
+            ])  # fmt: skip
+        assert cache.get_seq_length() == 303
+    for ours, theirs in zip(*outputs, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_generation_with_a_growing_cache():
+    torch._dynamo.reset()
+    model, settings = make_model(), SETTINGS["schedule"]
+    expected, _ = generate(model, settings)
+    model.forward = torch.compile(model.forward, backend="eager")
+    actual, cache = generate(model, settings)
+    assert torch.equal(actual, expected) and cache.get_seq_length() == 279

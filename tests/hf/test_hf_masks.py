@@ -9,6 +9,7 @@ from transformers.masking_utils import create_causal_mask
 
 from cache_support import CONFIGS, FINE, Driver, make_model, make_tokens, plain_attention
 from svdq import SVDqCache, cache_argument
+from svdq.cache.cache import CROP_ZERO_REMOVES
 from svdq.hf.masks import CausalMask
 
 LENGTH = 300
@@ -137,6 +138,23 @@ def test_parts_that_see_each_other():
     assert mask.extra[0, 0, 0].tolist() == [True] * 5 + [False] * 5
     some = mask[:, :, -3:, :]
     assert torch.equal(some.dense, mask.dense[:, :, -3:, :])
+
+
+def test_masks_that_hide_nothing():
+    """SDPA knows them as no mask, which must not be taken for a causal one."""
+
+    from svdq.hf.masks import svdq_mask
+
+    sizes = {"q_length": 10} if not CROP_ZERO_REMOVES else {"cache_position": torch.arange(10)}
+    mask = svdq_mask(
+        batch_size=1,
+        **sizes,
+        kv_length=10,
+        mask_function=lambda b, h, q, kv: (q >= 0) & (kv >= 0),
+        allow_is_bidirectional_skip=True,
+        allow_is_causal_skip=False,
+    )
+    assert mask.extra is not None and mask.extra.all()
 
 
 def test_functions_that_add_nothing():

@@ -68,6 +68,14 @@ COLUMNS: dict[str, list[tuple[str, str, Callable[[Any], str]]]] = {
         ("ratio_mean", "mean", _number(1)),
         ("score_ratio_median", "of scores, median", _number(1)),
     ],
+    "families": [
+        ("family", "family", str),
+        ("works", "keys are packed", str),
+        ("compressed", "layers compressed", str),
+        ("layers", "of", str),
+        ("key_error", "error of 8-bit keys", "{:.1e}".format),
+        ("why", "why", str),
+    ],
     "memory": [
         ("method", "cache", str),
         ("v_bits", "value bits", str),

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from svdq_bench.cli import harness, keys, memory, retrieval, sparsity
+from svdq_bench.cli import families, harness, keys, memory, retrieval, sparsity
 from svdq_bench.cli.errors import reports_errors
 from svdq_bench.cli.methods import make_methods, with_budgets
 from svdq_bench.cli.options import (
@@ -150,6 +150,7 @@ def perplexity(
 
 app.command()(keys.keys)
 app.command()(memory.memory)
+app.command()(families.families)
 app.command()(retrieval.retrieval)
 app.command()(sparsity.sparsity)
 app.command()(harness.harness)

@@ -8,6 +8,7 @@ import torch
 from transformers import Cache, PretrainedConfig
 
 from svdq.cache.build import Frequencies, make_layers
+from svdq.cache.layer import SVDqLayer
 from svdq.config.settings import Settings
 from svdq.hf.arguments import cache_argument
 from svdq.hf.attention import NAME
@@ -42,6 +43,8 @@ def _refusal(key: ConfigKey) -> str | None:
             settings = Settings.of(preset="exact")
             layers = make_layers(small, settings, Frequencies(small), None)
             model(torch.tensor([[1, 2]]), use_cache=True, **cache_argument(Cache(layers=layers)))
+        if not any(isinstance(layer, SVDqLayer) and layer.seq_length for layer in layers):
+            return "it does not put its keys into the cache that it is given"
     except NotAttended:
         return OUTSIDE
     except KeyError as error:  # a table of the family's own

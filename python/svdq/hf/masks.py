@@ -24,7 +24,9 @@ class CausalMask:
     attention_mask : [B, T] bool, True for real tokens, or None without padding.
     kv_length : keys that the mask covers, T.
     plain : whether the model asks for nothing but causality and padding.
-    dense : makes the mask of transformers' ``"sdpa"`` attention, [B, 1, L, T].
+    dense : makes the mask of transformers' ``"sdpa"`` attention, [B, 1, L, T], or None where its
+        kernels have another word for it.
+    complete : makes the same in any case; needed unless ``plain``.
     """
 
     ndim = 4  # as transformers asks of masks that are ready
@@ -35,18 +37,20 @@ class CausalMask:
         kv_length: int,
         plain: bool = True,
         dense: Callable[[], Tensor | None] | None = None,
+        complete: Callable[[], Tensor] | None = None,
     ) -> None:
         self.attention_mask, self.kv_length, self.plain = attention_mask, kv_length, plain
-        self._make_dense = dense
+        self._make_dense, self._make_complete = dense, complete
 
     def __getitem__(self, index: Any) -> CausalMask:
         """The mask of some queries; the keys must be all of them."""
         dense = None if self._make_dense is None else lambda: _part(self.dense, index)
-        return CausalMask(self.attention_mask, self.kv_length, self.plain, dense)
+        complete = None if self._make_complete is None else lambda: self._make_complete()[index]
+        return CausalMask(self.attention_mask, self.kv_length, self.plain, dense, complete)
 
     @functools.cached_property
     def dense(self) -> Tensor | None:
-        """[B, 1, L, T] bool, or None where SDPA's own causal mask will do."""
+        """[B, 1, L, T] bool, or None where SDPA's own causal mask, or none, will do."""
         return self._make_dense()
 
     @functools.cached_property
@@ -80,10 +84,10 @@ class CausalMask:
     @functools.cached_property
     def extra(self) -> Tensor | None:
         """The dense mask [B, 1, L, T] where it says more than causality and padding, else None."""
-        if self.plain or self.dense is None:
+        if self.plain:
             return None
-        pads = self.padding
-        return None if _is_causal(self.dense, pads or [0] * len(self.dense)) else self.dense
+        mask, pads = self._make_complete(), self.padding
+        return None if _is_causal(mask, pads or [0] * len(mask)) else mask
 
 
 def _part(dense: Tensor | None, index: Any) -> Tensor | None:
@@ -194,4 +198,7 @@ def svdq_mask(
         return dense()
     if isinstance(attention_mask, CausalMask):  # made before the model was called
         return attention_mask
-    return CausalMask(attention_mask, kv_length, mask_function is causal_mask_function, dense)
+    skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    complete = functools.partial(dense, **skips)
+    plain = mask_function is causal_mask_function
+    return CausalMask(attention_mask, kv_length, plain, dense, complete)

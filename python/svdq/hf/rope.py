@@ -59,9 +59,9 @@ def _inverse_frequencies(
     parameters = _parameters(config, layer_type)
     rope_type = parameters["rope_type"]
     if "mrope_section" in parameters or rope_type == "mrope":
-        raise _unsupported(config, "its rotary embedding has several sections (mrope)")
+        raise CannotUnrotate(config, "its rotary embedding has several sections (mrope)")
     if rope_type not in SUPPORTED_TYPES:
-        raise _unsupported(config, f"its rope type is {rope_type!r}, known are {SUPPORTED_TYPES}")
+        raise CannotUnrotate(config, f"its rope type is {rope_type!r}, known are {SUPPORTED_TYPES}")
     _check_pairs_are_halves(config)
     if rope_type == "default":
         return _default_frequencies(config, parameters)
@@ -92,7 +92,7 @@ def _parameters(config: PretrainedConfig, layer_type: str | None) -> dict:
     found.setdefault("rope_theta", getattr(config, "rope_theta", None))
     found.setdefault("partial_rotary_factor", getattr(config, "partial_rotary_factor", 1.0))
     if found["rope_theta"] is None:
-        raise _unsupported(config, "its configuration has no rope_theta")
+        raise CannotUnrotate(config, "its configuration has no rope_theta")
     return found
 
 
@@ -110,19 +110,27 @@ def _check_pairs_are_halves(config: PretrainedConfig) -> None:
         if name != cls.__module__:
             break
     else:
-        raise _unsupported(config, "the module of its model is not known")
-    module = importlib.import_module(name)
+        raise CannotUnrotate(config, "the module of its model is not known")
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError:  # models of another family; how they rotate is observed
+        return
     rotate_half = getattr(module, "rotate_half", None)
     if rotate_half is None and hasattr(module, "_apply_rotary_emb"):  # GPT-OSS
         cosine, sine = torch.zeros(2), torch.ones(2)  # of a quarter of a turn
         rotate_half = functools.partial(module._apply_rotary_emb, cos=cosine, sin=sine)
     if rotate_half is None:
-        raise _unsupported(config, f"{name} has no rotate_half to tell which channels form pairs")
+        raise CannotUnrotate(config, f"{name} has no rotate_half to tell which channels form pairs")
     if rotate_half(torch.arange(4.0)).tolist() != [-2.0, -3.0, 0.0, 1.0]:
-        raise _unsupported(config, "it rotates neighbouring channels (interleaved), not halves")
+        raise CannotUnrotate(config, "it rotates neighbouring channels (interleaved), not halves")
 
 
-def _unsupported(config: PretrainedConfig, reason: str) -> NotImplementedError:
-    return NotImplementedError(
-        f'rope="pre" cannot un-rotate the keys of {config.model_type!r}: {reason}. Use rope="post".'
-    )
+class CannotUnrotate(NotImplementedError):
+    """Keys that ``rope="pre"`` cannot un-rotate, and the reason."""
+
+    def __init__(self, config: PretrainedConfig, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            f'rope="pre" cannot un-rotate the keys of {config.model_type!r}: {reason}. Use '
+            'rope="post".'
+        )

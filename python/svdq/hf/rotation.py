@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 
 from svdq.hf.arguments import cache_argument
-from svdq.hf.rope import inverse_frequencies
+from svdq.hf.rope import CannotUnrotate, inverse_frequencies
 from svdq.hf.tiny_model import ConfigKey, aside, build, shrink
 
 POSITION = 57
@@ -60,8 +60,8 @@ def rotation_of(config: PretrainedConfig, index: int) -> Rotation:
         return Rotation(False)
     try:
         inv_freq = inverse_frequencies(config, index, POSITION)
-    except NotImplementedError as error:
-        return Rotation(True, str(error))
+    except CannotUnrotate as error:
+        return Rotation(True, error.reason)
     if inv_freq is None or (unrotated(there, inv_freq) - here).abs().max() > allowed:
         return Rotation(
             True,
