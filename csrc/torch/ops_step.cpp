@@ -117,7 +117,7 @@ void begin_on_host(const Checker& check, const Call& call, const Layout& layout,
   }
 }
 
-void check_gain(const Checker& check, const at::Tensor& gain, at::IntArrayRef shape) {
+void check_gain(const Checker& check, const at::Tensor& gain, const std::vector<int64_t>& shape) {
   check.on_device(gain, "gain");
   check.float_type(gain, "gain");
   check.shape(gain, "gain", shape);
