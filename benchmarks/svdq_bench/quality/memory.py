@@ -112,7 +112,7 @@ def _packed_layer_bytes(layer: SVDqLayer, num_tokens: int) -> int:
     v_page_bytes = packed.pool.v_pages.shape[1] * packed.pool.v_pages.itemsize
     total += pages * (packed.layout.k_page_bytes + v_page_bytes)
     total += pages * packed.pool.page_table.itemsize
-    shared = (*packed.codec.tensors().values(), packed.pool.cache_seqlens, packed.first_position)
+    shared = (*packed.own_tensors().values(), packed.pool.cache_seqlens, packed.first_position)
     shared = (*shared, packed.drift.fit_error, packed.drift.error)
     if packed.outliers is not None:
         # As many a token as this cache has.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 
+from svdq import Calibration
 from svdq.cache.cache import SVDqCache
 from svdq.config.presets import PRESETS, Schedule, resolve_keys
 from svdq.config.sparsity import DEFAULT_CHANNELS, Sparsity
@@ -77,6 +78,7 @@ class CacheSettings:
     ----------
     keys : what the user asked for, see :func:`key_argument`.
     allocate_across, query_weighted, profile, outlier_fraction : as for the cache.
+    calibration, prompt_ranges : likewise; then ``keys`` and what follows them are calibrated.
     v_bits, rope, clip, sink_tokens, residual_length : as for the cache.
     sparse_budget, sparse_scorer, sparse_channels : as for the cache; one budget for all layers.
     dense_layers : first layers of the model that have no budget.
@@ -94,6 +96,8 @@ class CacheSettings:
     query_weighted: bool | None = None
     profile: str | None = None
     outlier_fraction: float = 0.0
+    calibration: Calibration | None = None
+    prompt_ranges: bool = False
     sparse_budget: int | float | None = None
     sparse_scorer: str = "latent"
     sparse_channels: int = DEFAULT_CHANNELS
@@ -145,6 +149,8 @@ class CacheSettings:
             words.append("weighted" if self.query_weighted else "unweighted")
         if self.profile is not None:
             words.append("by profile")
+        if self.calibration is not None:
+            words.append("calibrated" + (", own ranges" if self.prompt_ranges else ""))
         if self.outlier_fraction:
             words.append(f"{100 * self.outlier_fraction:g} % outliers")
         if self.sparse_budget is not None:
@@ -157,6 +163,14 @@ class CacheSettings:
 
     def make_cache(self, config: PretrainedConfig) -> SVDqCache:
         """A new, empty cache."""
+        if self.calibration is not None:
+            return SVDqCache(
+                config,
+                calibration=self.calibration,
+                sink_tokens=self.sink_tokens,
+                residual_length=self.residual_length,
+                prompt_ranges=self.prompt_ranges,
+            )
         v_bits = self.v_bits if self.packs and not self.allocates_both else None
         return SVDqCache(
             config,

@@ -17,7 +17,7 @@ from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
-from svdq.cache import serialization
+from svdq.cache import calibrated, serialization
 from svdq.cache.layer import SVDqLayer
 from svdq.cache.memory import MemoryReport, memory_report
 from svdq.cache.reads import ReadReport, read_report
@@ -25,6 +25,7 @@ from svdq.cache.static_layer import StaticSVDqLayer
 from svdq.cache.tensor_walk import held_bytes
 from svdq.config.settings import Settings
 from svdq.fit.allocator import Allocator, Budget
+from svdq.fit.calibration import Calibration
 from svdq.fit.profile import Profile
 from svdq.hf.rope import inverse_frequencies
 from svdq.ops import NO_RULES, LogitRules
@@ -50,17 +51,21 @@ class SVDqCache(Cache):
     config : configuration of the model.
     profile : of the model, or its file (``svdq calibrate``): bits are allocated by it, so every
         prompt has pages of the same size and layers are packed as they are read.
+    calibration : of the model, or its file (``svdq calibrate --bases``): basis, mean, ranges and
+        widths for all prompts, so nothing is fitted to them. ``refit_drift`` fits a prompt all the
+        same, whose keys have that many times the error that the calibration saw.
     settings : keywords of :class:`svdq.Settings`: ``preset``, ``schedule``, ``k_bits``,
         ``kv_bits``, ``lambda_``, ``allocate_across``, ``query_weighted``, ``v_bits``,
         ``rope``, ``pre_channels``, ``clip``, ``outlier_fraction``, ``sink_tokens``,
         ``residual_length``, ``min_fit_tokens``, ``refit_drift``, ``sparse_budget``,
-        ``sparse_scorer``, ``sparse_channels``, ``max_cache_len``.
+        ``sparse_scorer``, ``sparse_channels``, ``max_cache_len``, ``prompt_ranges``. With a
+        calibration those of bits, ``rope`` and ``clip`` are the calibration's.
 
     Raises
     ------
     ValueError
-        For settings out of range or that contradict each other, or a model without full-attention
-        layers.
+        For settings out of range or that contradict each other, a model without full-attention
+        layers, or a calibration that is damaged or of another model.
     NotImplementedError
         For layer types that cannot be compressed, or keys that ``rope="pre"`` cannot un-rotate.
     """
@@ -70,16 +75,18 @@ class SVDqCache(Cache):
         config: PretrainedConfig,
         *,
         profile: Profile | str | os.PathLike | None = None,
+        calibration: Calibration | str | os.PathLike | None = None,
         **settings: Any,
     ) -> None:
-        self.settings = Settings.of(**settings)
+        self.calibration = calibrated.open_calibration(calibration, profile)
+        self.settings = Settings.of(**calibrated.cache_options(self.calibration, settings))
         config = config.get_text_config(decoder=True)
         self.settings.check_layers(config.num_hidden_layers)
         if getattr(config, "is_encoder_decoder", False):
             raise NotImplementedError("SVDqCache supports decoder-only models")
         self._frequencies: list[Tensor] = []
         self._allocator = None
-        if self.settings.allocates:
+        if self.settings.allocates and self.calibration is None:
             chosen = self.settings
             v_bits = chosen.v_bits if chosen.allocates_values else None
             budget = Budget(chosen.k_bits, v_bits, chosen.kv_bits)
@@ -87,6 +94,8 @@ class SVDqCache(Cache):
         super().__init__(layers=self._layers(config))
         if profile is not None:
             self._use_profile(profile)
+        if self.calibration is not None:
+            calibrated.calibrate_layers(self.calibration, config, self.svdq_layers)
 
     def _use_profile(self, profile: Profile | str | os.PathLike) -> None:
         settings = self.settings
@@ -263,6 +272,24 @@ class SVDqCache(Cache):
         with self._on_host():
             return [layer.tokens.drift() if layer.tokens else [] for layer in self.svdq_layers]
 
+    def domain_drift(self) -> list[float]:
+        """Error of each sequence's keys under the calibration over what the calibration saw.
+
+        The mean over layers; of one that has fitted the sequence since, before that. NaN where
+        nothing is packed.
+        """
+        if self.calibration is None:
+            raise ValueError("this cache has no calibration that a sequence could drift from")
+        with self._on_host():
+            known = [x.tokens.domain_drift() for x in self.svdq_layers if x.seq_length]
+        return calibrated.mean_drift(known)
+
+    def out_of_domain(self) -> list[bool]:
+        """Whether each sequence is unlike the texts of the calibration: its keys have a larger
+        error than any text that was held out from them, by a margin (docs/calibration.md)."""
+        drifts = self.domain_drift()
+        return [drift > self.calibration.drift_bound for drift in drifts]
+
     def memory_report(self) -> MemoryReport:
         """Bytes by part and of a full cache for the same tokens, and the true bits of a key."""
         with self._on_host():
@@ -280,7 +307,8 @@ class SVDqCache(Cache):
     def save(self, path: str | os.PathLike) -> None:
         """Write the cache to a safetensors file; :meth:`load` reads it."""
         with self._on_host():
-            serialization.save(self.layers, self.settings, path)
+            digest = None if self.calibration is None else self.calibration.digest
+            serialization.save(self.layers, self.settings, path, digest)
 
     @classmethod
     @normal_tensors
@@ -289,19 +317,24 @@ class SVDqCache(Cache):
         path: str | os.PathLike,
         config: PretrainedConfig,
         device: str | torch.device = "cpu",
+        *,
+        calibration: Calibration | str | os.PathLike | None = None,
     ) -> SVDqCache:
         """Read a cache that :meth:`save` wrote for a model with this configuration.
 
-        ``device`` is that of the model.
+        ``device`` is that of the model. A cache with a calibration needs the same one: its file
+        does not hold what all prompts share.
 
         Raises
         ------
         ValueError
-            If the file is no saved cache, of another format version, or of a model of another
-            shape.
+            If the file is no saved cache, of another format version, of a model of another shape,
+            or packed with another calibration.
         """
         saved = serialization.read(path, device)
-        cache = cls(config, **saved.settings)
+        calibration = calibrated.open_calibration(calibration, None)
+        saved.check_calibration(None if calibration is None else calibration.digest)
+        cache = cls(config, calibration=calibration, **saved.settings)
         saved.restore(cache.layers, _kv_shape(config))
         cache._settle()
         return cache

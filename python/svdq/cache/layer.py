@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from svdq.config.settings import Settings
+from svdq.fit.calibration import CalibratedLayer
 from svdq.fit.layer_fit import Allocate
 from svdq.hf.new_tokens import NewTokens
 from svdq.hf.positions import read_positions
@@ -40,6 +41,7 @@ class SVDqLayer(CacheLayerMixin):
     is_static = False
     is_croppable = True
     is_sliding = False
+    calibrated: CalibratedLayer | None = None  # set by a cache with a calibration
 
     def __init__(
         self,
@@ -77,6 +79,10 @@ class SVDqLayer(CacheLayerMixin):
             )
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size, self.num_kv_heads, self.head_dim = batch, heads, dim
+        calibrated = None
+        if self.calibrated is not None:
+            self.calibrated.check_shape(self.index, heads, dim)
+            calibrated = self.calibrated.on(self.device)
         self.padding = [0] * batch
         self.tokens = LayerStore(
             self.settings,
@@ -85,6 +91,7 @@ class SVDqLayer(CacheLayerMixin):
             self.device,
             frequencies=self.frequencies,
             allocate=self.allocate,
+            calibrated=calibrated,
             sparsity=self.sparsity,
         )
         self.is_initialized = True
@@ -208,9 +215,10 @@ class SVDqLayer(CacheLayerMixin):
         ``energy`` is that of the scaled queries, [H, D], and ``queries`` those at sample_positions,
         [Hq, N, D], which attended by ``rules``; needed where ``settings`` say so.
         """
-        if queries is None and self.settings.allocates_values:
+        measures = self.calibrated is None
+        if queries is None and self.settings.allocates_values and measures:
             raise ValueError(f"layer {self.index}: to allocate bits of values, queries are needed")
-        if energy is None and self.settings.needs_queries:
+        if energy is None and self.settings.needs_queries and measures:
             raise ValueError(
                 f"layer {self.index}: to allocate bits or to apply gain to keys, query_energy is "
                 "needed"

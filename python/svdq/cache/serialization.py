@@ -35,12 +35,23 @@ class SavedCache:
     path : the file, for messages.
     settings : keywords of the cache.
     states, tensors : lengths and tensors of every layer.
+    digest : of the calibration that keys were packed with, or None.
     """
 
     path: str | os.PathLike
     settings: dict[str, Any]
     states: list[State]
     tensors: list[dict[str, Tensor]]
+    digest: str | None = None
+
+    def check_calibration(self, digest: str | None) -> None:
+        """Refuse another calibration than that of the file, by its digest."""
+        if digest == self.digest:
+            return
+        if digest is None:
+            raise ValueError(f"{self.path} was packed with a calibration: give calibration= too")
+        packed = "without a calibration" if self.digest is None else "with another calibration"
+        raise ValueError(f"{self.path} was packed {packed}")
 
     def restore(self, layers: Sequence[Any], kv_shape: tuple[int, int]) -> None:
         """Put the saved tokens into the empty layers of a cache for this (KV heads, head_dim)."""
@@ -59,7 +70,9 @@ class SavedCache:
                 _load_sliding(layer, state, named)
 
 
-def save(layers: Sequence[Any], settings: Settings, path: str | os.PathLike) -> None:
+def save(
+    layers: Sequence[Any], settings: Settings, path: str | os.PathLike, digest: str | None = None
+) -> None:
     """Write a cache; see :meth:`svdq.SVDqCache.save`."""
     states, tensors = [], {}
     for i, layer in enumerate(layers):
@@ -77,6 +90,8 @@ def save(layers: Sequence[Any], settings: Settings, path: str | os.PathLike) -> 
         "settings": json.dumps(dataclasses.asdict(settings)),
         "layers": json.dumps(states),
     }
+    if digest is not None:
+        metadata["calibration"] = digest
     save_file(tensors, path, metadata)
 
 
@@ -98,7 +113,7 @@ def read(path: str | os.PathLike, device: str | torch.device) -> SavedCache:
         for key in file.keys():  # noqa: SIM118 (the file is no mapping)
             index, name = key.split(".", 1)
             tensors[int(index)][_today(name)] = file.get_tensor(key)
-    return SavedCache(path, settings, states, tensors)
+    return SavedCache(path, settings, states, tensors, metadata.get("calibration"))
 
 
 def _today(name: str) -> str:
@@ -129,7 +144,7 @@ def _save_svdq(layer: SVDqLayer) -> tuple[State, dict[str, Tensor]]:
     if tokens.fit.value_loss is not None:
         loss = tokens.fit.value_loss
         tensors |= {f"value_{name}": getattr(loss, name) for name in loss.NAMES}
-    if tokens.fit.gain is not None:
+    if tokens.fit.gain is not None and tokens.fit.calibrated is None:
         tensors["gain"] = tokens.fit.gain
     state["stores"] = []
     for n, store in enumerate(tokens.stores):
@@ -149,8 +164,9 @@ def _save_store(store: PackedStore) -> tuple[State, dict[str, Tensor]]:
         "slots": pool.slots,
         "fitted": store.fitted,
         "position": store.position,
+        "domain": store.domain,
     }
-    named = store.codec.tensors()
+    named = store.own_tensors()
     named |= {name: getattr(store.drift, name) for name in store.drift.NAMES}
     named |= {"k_pages": pool.k_pages[pages], "v_pages": pool.v_pages[pages]}
     if store.landmarks is not None:
@@ -202,9 +218,11 @@ def _load_store(layer: SVDqLayer, n: int, state: State, tensors: dict[str, Tenso
     inv_freq = None
     if "inv_freq" in named:
         inv_freq = _matching_frequencies(layer, named["inv_freq"])
-    coded = {name: named[name] for name in store.codec.tensors()}
+    shared = {} if store.calibrated is None else store.calibrated.codec.tensors()
+    coded = {name: named.get(name, shared.get(name)) for name in store.codec.tensors()}
     store.codec = KeyCodec(**coded, inv_freq=inv_freq)
     store.fitted, store.drift.known = state["fitted"], list(state["fitted"])
+    store.domain = state.get("domain", store.domain)
     store.set_first_position(state["position"])
     store.pool.k_pages, store.pool.v_pages = named["k_pages"], named["v_pages"]
     store.pool.slots = state["slots"]

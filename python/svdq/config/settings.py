@@ -91,6 +91,8 @@ class Settings:
         packed, memory for so many is allocated and decode steps run without the host, so that a
         model can be compiled (docs/kernels.md). None (the default): memory grows with the tokens.
         Not together with ``outlier_fraction``, ``refit_drift`` or ``sparse_budget``.
+    prompt_ranges : mean and ranges of keys are those of each prompt, in a basis that was
+        calibrated; for caches with a calibration alone, and not for hybrid keys.
 
     Raises
     ------
@@ -118,6 +120,7 @@ class Settings:
     sparse_scorer: str = "latent"
     sparse_channels: int = DEFAULT_CHANNELS
     max_cache_len: int | None = None
+    prompt_ranges: bool = False
 
     @classmethod
     def of(cls, **options: Any) -> Settings:
@@ -214,6 +217,11 @@ class Settings:
             )
         if self.query_weighted and not self.packs:
             raise ValueError("query_weighted needs keys that are packed")
+        if self.prompt_ranges and (not self.packs or PAGE_ROPES[self.rope] == "hybrid"):
+            raise ValueError(
+                "prompt_ranges needs keys that are packed with rope 'pre' or 'post', got "
+                f"{self.rope!r}"
+            )
         if self.sparse_budget is not None and not self.packs:
             raise ValueError("sparse_budget needs keys that are packed")
         if self.max_cache_len is None:

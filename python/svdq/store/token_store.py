@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from svdq.config.settings import Settings
+from svdq.fit.calibration import CalibratedLayer
 from svdq.fit.key_gain import amplified
 from svdq.fit.layer_fit import Allocate, LayerFit, SequenceFit
 from svdq.layout import PAGE_TOKENS, PageLayout
@@ -32,7 +33,7 @@ class TokenStore:
     settings : how to compress.
     shape : B, H, D.
     dtype, device : of the keys and values.
-    frequencies, allocate : as for :class:`svdq.fit.layer_fit.LayerFit`.
+    frequencies, allocate, calibrated : as for :class:`svdq.fit.layer_fit.LayerFit`.
     """
 
     def __init__(
@@ -44,10 +45,13 @@ class TokenStore:
         *,
         frequencies: Callable[[int], Tensor] | None = None,
         allocate: Allocate | None = None,
+        calibrated: CalibratedLayer | None = None,
     ) -> None:
         self.settings, self.shape = settings, shape
         self.dtype, self.device = dtype, device
-        self.fit = LayerFit(settings, shape, dtype, device, frequencies, allocate)
+        self.fit = LayerFit(
+            settings, shape, dtype, device, frequencies, allocate, calibrated=calibrated
+        )
         self.window = WindowStore(shape, dtype, device)
         self.position = [0] * shape[0]  # of every sequence's first token
         self.past: list[PackedStore] = []
@@ -55,11 +59,22 @@ class TokenStore:
         if self.fit.layout is not None:
             self.packed = self.new_store(self.fit.layout)
         self.fit_tokens = max(self.fit.min_tokens, self.steady_tokens)
+        fits = calibrated is None or settings.prompt_ranges
+        self.first_tokens = self.fit_tokens if fits else self.steady_tokens  # to begin with
 
     def new_store(self, layout: PageLayout) -> PackedStore:
         """An empty store of this layer's pages."""
-        fraction, landmarks = self.settings.outlier_fraction, self.settings.needs_landmarks
-        return PackedStore(layout, self.shape[0], self.dtype, self.device, fraction, landmarks)
+        settings = self.settings
+        return PackedStore(
+            layout,
+            self.shape[0],
+            self.dtype,
+            self.device,
+            settings.outlier_fraction,
+            settings.needs_landmarks,
+            calibrated=self.fit.calibrated,
+            prompt_ranges=settings.prompt_ranges,
+        )
 
     @property
     def steady_tokens(self) -> int:
@@ -148,13 +163,13 @@ class TokenStore:
         kept = [n - max(target - sinks, 0) for n, target in zip(counts, targets, strict=True)]
         self.window.reserve(max(*kept, self.steady_tokens if any(targets) else 0))
         for b, target in enumerate(targets):
-            k, v = own[b]
+            (k, v), gain = own[b], self.fit.lacking_gain
             if target:
                 gain = self._fit(b, k, in_window=False)
                 self.packed.pack(b, k[:, :target], v[:, :target], skip=sinks, gain=gain)
                 self.window.write(b, amplified(k[:, target:], gain), v[:, target:], sinks)
-                k, v = amplified(k[:, :sinks], gain), v[:, :sinks]
-            self.window.write(b, k, v, 0)
+                k, v = k[:, :sinks], v[:, :sinks]
+            self.window.write(b, amplified(k, gain), v, 0)
         self.window.set_count(kept)
 
     def _append(self, keys: Tensor, values: Tensor) -> None:
@@ -222,7 +237,8 @@ class TokenStore:
         """Slots of sequence b that should be packed once it has this many tokens."""
         packed = self.packed_slots(b)
         before = packed - self.packed.slots[b]
-        if not self.packed.fitted[b] and count - before < self.fit_tokens:
+        needed = self.fit_tokens if self.past else self.first_tokens
+        if not self.packed.fitted[b] and count - before < needed:
             return packed
         if self.past and not before:
             return packed  # begun anew: its sinks would not be in the first store
@@ -268,6 +284,10 @@ class TokenStore:
         skip = 0 if self.packed_slots(b) else self.settings.sink_tokens
         if packed.codec.inv_freq is None:
             packed.set_frequencies(self._inv_freq(keys.shape[1]))
+        if packed.calibrated is not None:
+            return self._begin(
+                b, keys[:, skip:], skip, None if in_window else self.fit.lacking_gain
+            )
         fit = self.fit.waiting.pop(b, None) or self._measure(b, keys, skip, packed.position[b])
         gain = None
         if fit.gain is not None:
@@ -277,6 +297,17 @@ class TokenStore:
                 gain = None
         options = {"clip": self.settings.clip, "bases": fit.bases, "gain": gain}
         packed.fit(b, keys[:, skip:], skip, **options)
+        return gain
+
+    def _begin(self, b: int, keys: Tensor, skip: int, gain: Tensor | None) -> Tensor | None:
+        """Begin sequence b with the calibration; nothing is fitted unless that was asked for."""
+        options = {"clip": self.settings.clip, "gain": gain}
+        if self.past:  # its keys have drifted away from the calibration
+            self.packed.fit(b, keys, skip, **options)
+        else:  # few keys neither tell a domain nor are enough for a basis
+            few = keys.shape[1] + skip < self.fit_tokens
+            bound = None if few else self.settings.refit_drift
+            self.packed.begin(b, keys, skip, bound=bound, **options)
         return gain
 
     def _pack_sequence(self, b: int) -> bool:
