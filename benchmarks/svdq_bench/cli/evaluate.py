@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from svdq_bench.cli import harness, keys, memory, retrieval, sparsity
+from svdq_bench.cli import calibration, harness, keys, memory, retrieval, sparsity
 from svdq_bench.cli.errors import reports_errors
 from svdq_bench.cli.methods import make_methods, with_budgets
 from svdq_bench.cli.options import (
@@ -148,6 +148,7 @@ def perplexity(
     report(rows, json_file, markdown, title, csv_file, html_file)
 
 
+app.command()(calibration.calibration)
 app.command()(keys.keys)
 app.command()(memory.memory)
 app.command()(retrieval.retrieval)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from svdq import Calibration
+from svdq_bench.quality.calibration import Windows
 from svdq_bench.quality.implementation import attention
 from svdq_bench.quality.methods import CacheSettings
 from svdq_bench.quality.metrics import Scores, compare_logits
@@ -21,6 +22,8 @@ from svdq_bench.quality.prefix import Prefix, fork, read_prefix
 # All-in bits are equal within this share, of the nearest widths that were found.
 EQUAL_BITS = 0.002
 MATCHING_STEPS = 7
+# A prompt is out of the domain if its drift is that much larger than of any text that was held out.
+DRIFT_MARGIN = 1.15
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,60 @@ def calibrated_settings(calibration: Calibration, **options) -> CacheSettings:
         calibration=calibration,
         **options,
     )
+
+
+def held_out_loss(
+    model: PreTrainedModel,
+    calibration: Calibration,
+    texts: Sequence[Windows],
+    predicted: int,
+    begin: Callable[[str], None] = lambda step: None,
+) -> list[dict]:
+    """What a calibration is expected to lose: KL and perplexity on text that was held out.
+
+    Parameters
+    ----------
+    predicted : last tokens of a held-out window, which are predicted.
+    begin : called with the name of each held-out window as it begins.
+
+    Returns
+    -------
+    A row for each text: mean KL, perplexity of both caches, drift.
+    """
+    method = CacheSettings(
+        "paper-1.25", v_bits="exact", residual_length=0, calibration=calibration
+    )  # what it asks for is the calibration's
+    rows = []
+    for text in texts:
+        scores, full_scores, columns = Scores(), Scores(), []
+        for window in text.held_out:
+            begin(f"{text.text}, held out")
+            window = window.to(model.device)
+            context, tokens = window.split([window.shape[1] - predicted, predicted], dim=1)
+            prefix = read_prefix(model, context)
+            full = predict(model, tokens, fork(prefix.cache), prefix.first)
+            cache = method.compress(prefix)
+            report, drift = cache.memory_report(), cache.domain_drift()[0]
+            columns.append({"k_bits": report.code_bits, "drift": drift})
+            columns[-1]["tokens"] = context.shape[1]
+            scores += _score(model, method, cache, prefix, tokens, full)
+            full_scores += compare_logits(full, full, tokens[0])
+        rows.append(
+            {
+                "benchmark": "held_out",
+                "text": text.text,
+                **mean_columns(columns),
+                "full_perplexity": full_scores.perplexity,
+                "perplexity": scores.perplexity,
+                "kl": scores.mean_kl,
+            }
+        )
+    return rows
+
+
+def drift_bound(rows: Sequence[dict]) -> float:
+    """The drift above which a prompt is out of the domain, from rows of :func:`held_out_loss`."""
+    return DRIFT_MARGIN * max(row["drift"] for row in rows)
 
 
 def evaluate_calibration(

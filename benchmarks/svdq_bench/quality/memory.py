@@ -32,13 +32,14 @@ def bf16_bytes(cache: SVDqCache) -> tuple[int, int]:
 
     Codes, scales and bases are the same in every model. Sinks, windows, exact values and layers
     that are not compressed have the model's dtype, so that a float32 model holds them at twice the
-    bytes: they are counted at 2 bytes a number, with the room to grow into.
+    bytes: they are counted at 2 bytes a number, with the room to grow into. What a calibration
+    shares between all prompts is left out.
 
     Returns
     -------
     full, held : bytes; ``full / held`` is how many times smaller the cache is.
     """
-    full, held = 0, cache.memory_report().total_bytes
+    full, held = 0, cache.memory_report().prompt_bytes
     for layer in cache.layers:
         if not isinstance(layer, SVDqLayer):
             full += _layer_bytes(layer, None, BF16_BYTES)

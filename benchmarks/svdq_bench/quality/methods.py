@@ -57,7 +57,8 @@ def key_argument(keys: str) -> dict:
     )
 
 
-def _parse_value_bits(bits: str | float) -> float | str:
+def parse_value_bits(bits: str | float) -> float | str:
+    """Bits of values in a user's words: a number, an average, or "exact"."""
     text = str(bits)
     if text == "exact":
         return text
@@ -105,7 +106,7 @@ class CacheSettings:
     one_by_one: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "v_bits", _parse_value_bits(self.v_bits))
+        object.__setattr__(self, "v_bits", parse_value_bits(self.v_bits))
         resolve_keys(**key_argument(self.keys))
         if not 0 <= self.sink_tokens <= PAGE_TOKENS:
             raise ValueError(f"sink_tokens must be 0 .. {PAGE_TOKENS}, got {self.sink_tokens}")
@@ -255,8 +256,8 @@ class CacheSettings:
     def memory_columns(self, cache: SVDqCache) -> dict[str, float]:
         """Bits as :meth:`bits`, bytes of the whole cache and their ratio to the full cache's.
 
-        ``times_smaller_bf16`` is that ratio if the model were a bfloat16 one, see
-        :func:`svdq_bench.quality.memory.bf16_bytes`.
+        ``times_smaller_bf16`` is that ratio if the model were a bfloat16 one and without what all
+        prompts share, see :func:`svdq_bench.quality.memory.bf16_bytes`.
         """
         report = cache.memory_report()
         full_bf16, held_bf16 = bf16_bytes(cache)
