@@ -82,6 +82,8 @@ def test_no_prompt_has_bytes_of_a_codec(name, batch):
     assert report.total_bytes == cache.allocated_bytes()
     assert report.prompt_bytes == report.total_bytes - shared_bytes(name)
     assert f"calibration{report.calibration:>19,} B" in str(report)
+    cache.reset()
+    assert cache.memory_report().total_bytes == cache.allocated_bytes() == shared_bytes(name)
 
 
 def test_own_ranges_are_counted():

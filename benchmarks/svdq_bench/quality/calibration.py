@@ -23,6 +23,8 @@ from svdq.fit.calibration import CODEC_SETTINGS, CalibratedLayer, Calibration, m
 from svdq.fit.layer_fit import LayerFit, SequenceFit
 from svdq.fit.ranges import coding_errors
 from svdq.layout import PageLayout
+from svdq.ops import KeyCodec
+from svdq.ops.tensors import normal_tensors
 from svdq.store.packed import PackedStore
 from svdq_bench.quality.prefix import Prefix, read_prefix
 
@@ -141,13 +143,21 @@ class _LayerKeys:
         codec = store.packed_keys().codec
         found = CalibratedLayer(
             layout,
-            type(codec)(**codec.tensors()),
+            KeyCodec(**codec.tensors()),
             error,
             gain,
             energy,
-            None if self.inv_freq is None else self.inv_freq.clone(),
+            self.inv_freq,
         )
-        return found.on(torch.device("cpu"))
+        return _kept(found)
+
+
+@normal_tensors
+def _kept(layer: CalibratedLayer) -> CalibratedLayer:
+    """The same on the CPU, in tensors that caches may use inside and outside of inference mode."""
+    own = {name: x.cpu().clone() for name, x in layer.tensors().items()}
+    codec = {name: own.pop(name) for name in layer.codec.tensors()}
+    return CalibratedLayer(layer.layout, KeyCodec(**codec), **own)
 
 
 @torch.inference_mode()

@@ -261,7 +261,7 @@ class SVDqCache(Cache):
         self._settle()
 
     def drift(self) -> list[list[float]]:
-        """Error of each layer's latest keys relative to that of the keys it was fitted on.
+        """Error of each layer's latest keys over that of the keys it was fitted or calibrated on.
 
         Returns
         -------

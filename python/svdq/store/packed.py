@@ -165,12 +165,15 @@ class PackedStore:
         With ``prompt_ranges`` mean and scales are fitted to these keys. With a ``bound`` the codec
         is, if their error is more than that many times what the calibration saw.
         """
-        calibrated, position = self.calibrated, self.position[b] + slot
-        where = {"inv_freq": self.codec.inv_freq, "position": position}
-        some, where["inv_freq"], where["position"] = thinned(keys, *where.values())
-        some = amplified(some, gain)
-        codec = replace(calibrated.codec.sequence(0), inv_freq=where["inv_freq"])
+        calibrated = self.calibrated
+        some, inv_freq, position = keys, self.codec.inv_freq, self.position[b] + slot
+        if clip:  # ranges are searched on a sample anyway
+            some, inv_freq, position = thinned(some, inv_freq, position)
+        codec = replace(calibrated.codec.sequence(0), inv_freq=inv_freq)
+        if self.prompt_ranges or bound is not None:
+            some = amplified(some, gain)
         if self.prompt_ranges:
+            where = {"inv_freq": inv_freq, "position": position}
             codec = fit_ranges(some, codec, self.layout, clip=clip, **where)
         for name, own in self.own_tensors().items():
             own[b] = getattr(codec, name)
@@ -178,7 +181,7 @@ class PackedStore:
         self.drift.expect(b, calibrated.error)
         if bound is None:
             return
-        error = coding_errors(some, codec, self.layout, where["position"]).mean(dim=1)
+        error = coding_errors(some, codec, self.layout, position).mean(dim=1)
         tiny = torch.finfo(torch.float32).tiny
         self.domain[b] = float((error / calibrated.error.clamp(min=tiny)).mean())
         if self.domain[b] > bound:
