@@ -70,6 +70,19 @@ def test_calibrated_and_fitted_bases_at_as_many_bits(folder):
     assert f"{row['kl']:.4f}" in result.output
 
 
+def test_perplexity_of_a_calibration(folder):
+    result = invoke(
+        "eval", "perplexity", "--calibration", folder / "bases", "--model", folder / "tiny",
+        "--text", folder / "one.txt", "--prefill-tokens", 400, "--predict-tokens", 20,
+        "--window-start", 0, "--sparse-budget", "1/2", "--json", folder / "perplexity.json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    full, dense, sparse = json.loads((folder / "perplexity.json").read_text())
+    assert dense["method"] == "svdq 2, pre-RoPE, clipped, calibrated"
+    assert full["kl"] == 0 < dense["kl"] < sparse["kl"]
+    assert dense["all_in_bits"] < 32 and dense["cache_parts"]["calibration"] > 0
+
+
 def test_first_token(folder):
     result = invoke(
         "bench", "first-token", folder / "bases", "--model", folder / "tiny", "--tokens", 200,

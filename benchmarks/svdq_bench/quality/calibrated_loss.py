@@ -63,7 +63,7 @@ def cut_contexts(
 
 
 def calibrated_settings(calibration: Calibration, **options) -> CacheSettings:
-    """Caches with a calibration, nothing exact but sinks; ``options`` as for CacheSettings."""
+    """Caches with a calibration; ``options`` as for CacheSettings."""
     keys = calibration.settings["k_bits"] or calibration.settings["kv_bits"]
     if keys is None:
         raise ValueError(
@@ -77,7 +77,6 @@ def calibrated_settings(calibration: Calibration, **options) -> CacheSettings:
         v_bits=4 if v_bits is None else v_bits,
         rope=calibration.settings["rope"],
         clip=calibration.settings["clip"],
-        residual_length=0,
         calibration=calibration,
         **options,
     )
@@ -157,7 +156,7 @@ def evaluate_calibration(
     -------
     A row for each of the contexts: means over their windows.
     """
-    shared = calibrated_settings(calibration)
+    shared = calibrated_settings(calibration, residual_length=0)
     return [_evaluate(model, shared, own, begin) for own in contexts]
 
 

@@ -171,6 +171,9 @@ class CacheSettings:
                 sink_tokens=self.sink_tokens,
                 residual_length=self.residual_length,
                 prompt_ranges=self.prompt_ranges,
+                sparse_budget=self._layer_budgets(config),
+                sparse_scorer=self.sparse_scorer,
+                sparse_channels=self.sparse_channels,
             )
         v_bits = self.v_bits if self.packs and not self.allocates_both else None
         return SVDqCache(
