@@ -74,11 +74,12 @@ class Settings:
         little to gain (docs/evaluation.md).
     sink_tokens : leading tokens held exact, at most 64.
     residual_length : recent tokens held exact; pages are packed whole, so up to 63 more are.
-    min_fit_tokens : tokens a sequence must have before a basis is fitted and anything packed; by
-        default four times head_dim.
+    min_fit_tokens : tokens a sequence must have before a basis (or, with ``prompt_ranges``, mean
+        and ranges) is fitted and anything packed; by default four times head_dim.
     refit_drift : once the error of a sequence's latest keys is this many times what it was when its
         basis was fitted, later pages get a new basis, fitted on ``min_fit_tokens`` tokens that stay
-        exact until then; None never does. See :meth:`svdq.SVDqCache.drift`.
+        exact until then; None never does. See :meth:`svdq.SVDqCache.drift`. With a calibration,
+        whose error is the measure, a sequence of ``min_fit_tokens`` may get one from its start.
     sparse_budget : packed tokens that a step of one token attends to in each KV head, in addition
         to sinks, outliers and window: a number, or a share below 1 of what is packed. None (the
         default) for all; or one of these for every layer of the model. Steps of more tokens
