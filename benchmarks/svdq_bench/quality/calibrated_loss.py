@@ -23,7 +23,7 @@ from svdq_bench.quality.prefix import Prefix, fork, read_prefix
 EQUAL_BITS = 0.002
 MATCHING_STEPS = 7
 # A prompt is out of the domain if its drift is that much larger than of any text that was held out.
-DRIFT_MARGIN = 1.15
+DRIFT_MARGIN = 1.05
 
 
 @dataclass(frozen=True)
