@@ -9,6 +9,7 @@ from svdq import ops
 from svdq.cache.cache import SVDqCache
 from svdq.config import presets
 from svdq.config.settings import Settings
+from svdq.fit.calibration import Calibration
 from svdq.fit.profile import Profile
 from svdq.fit.value_loss import sample_positions
 from svdq.hf.arguments import cache_argument
@@ -17,6 +18,7 @@ from svdq.layout import PageLayout
 
 __version__ = "0.1.0"
 __all__ = [
+    "Calibration",
     "PageLayout",
     "Profile",
     "SVDqCache",

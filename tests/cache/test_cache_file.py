@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from cache_support import CONFIGS, FINE, assert_same_state, make_model, make_tokens, snapshot
+from calibration_support import calibration
 from svdq import PageLayout, Profile, SVDqCache, cache_argument
 
 
@@ -186,7 +187,7 @@ def differences(a, b, name="cache", seen=None):
         for at in both:
             found += differences(getattr(a, at), getattr(b, at), f"{name}.{at}", seen)
         return found
-    return [] if a == b else [name]
+    return [] if a == b or a != a and b != b else [name]  # NaN is the same as NaN
 
 
 SETTINGS = {
@@ -202,14 +203,20 @@ SETTINGS = {
     "landmarks": {"sparse_budget": [0.5, None], "sparse_scorer": "landmarks"},
     "sparse": {"sparse_budget": 0.25, "sparse_channels": 8, "refit_drift": 2.0},
     "static": {"max_cache_len": 600},
+    "calibrated": {"calibration": "pre"},
+    "own ranges": {"calibration": "post", "prompt_ranges": True},
+    "out of domain": {"calibration": "hybrid", "refit_drift": 1.000001},
+    "calibrated static": {"calibration": "both", "max_cache_len": 600},
 }
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_attribute_is_carried(tmp_path, name):
-    model, cache = prefilled("llama", make_tokens(2, 400), SETTINGS[name])
+    settings = dict(SETTINGS[name])
+    shared = calibration(settings.pop("calibration")) if "calibration" in settings else None
+    model, cache = prefilled("llama", make_tokens(2, 400), {"calibration": shared, **settings})
     cache.save(tmp_path / "cache")
-    loaded = SVDqCache.load(tmp_path / "cache", model.config)
+    loaded = SVDqCache.load(tmp_path / "cache", model.config, calibration=shared)
     cache.memory_report(), loaded.memory_report()
     assert differences(cache, loaded) == []
 

@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from transformers import LlamaConfig
 
 from cache_support import GQA, SIZES, decoded
+from calibration_support import calibration
 from svdq import SVDqCache
 from svdq.hf.attention import svdq_attention
 
@@ -43,10 +44,27 @@ SETTINGS = {
     "static": {"schedule": [4, 2], "v_bits": "exact", "max_cache_len": MOST_TOKENS + 300,
                "min_fit_tokens": 80},
     "exact": {"preset": "exact"},
+    "calibrated": {},
+    "own ranges": {"prompt_ranges": True, "min_fit_tokens": 80},
+    "out of domain": {"refit_drift": 1.2, "min_fit_tokens": 80, "residual_length": 16},
+    "calibrated values": {"sink_tokens": 0, "residual_length": 0},
+    "calibrated static": {"max_cache_len": MOST_TOKENS + 300},
 }  # fmt: skip
+CALIBRATIONS = {  # by name, those of a few settings
+    "calibrated": "pre",
+    "own ranges": "post",
+    "out of domain": "hybrid",
+    "calibrated values": "both",
+    "calibrated static": "pre",
+}
 FAILURES = ["nan", "infinite", "large", "dtype", "shape", "stop", "query", "mask"]
 PADS = st.lists(st.integers(0, 250), min_size=MOST_ROWS, max_size=MOST_ROWS)
 LENGTHS = st.sampled_from([1, 1, 2, 7, 63, 64, 65, 100, 130, 200])
+
+
+def calibration_of(name):
+    """What a cache is calibrated by, or None."""
+    return calibration(CALIBRATIONS[name]) if name in CALIBRATIONS else None
 
 
 class Stop(Exception):
@@ -59,7 +77,10 @@ class Walk(RuleBasedStateMachine):
     @initialize(name=st.sampled_from(sorted(SETTINGS)), batch=st.integers(1, 3))
     def begin(self, name, batch):
         self.name, self.batch, self.seed = name, batch, 0
-        self.cache, self.other = (SVDqCache(CONFIG, **SETTINGS[name]) for _ in range(2))
+        self.calibration, self.is_static = calibration_of(name), "max_cache_len" in SETTINGS[name]
+        self.cache, self.other = (
+            SVDqCache(CONFIG, calibration=self.calibration, **SETTINGS[name]) for _ in range(2)
+        )
         self.values = [torch.zeros(HEADS, 0, DIM) for _ in range(batch)]  # of layer 0, by sequence
         self.padding = [0] * batch
 
@@ -116,7 +137,7 @@ class Walk(RuleBasedStateMachine):
     )
     def fail(self, length, layer, how):
         """A call that is refused or stops; afterwards nothing has happened."""
-        static = self.name == "static" and length <= 64
+        static = self.is_static and length <= 64
         if static and how in ("stop", "mask"):
             return  # static steps are not watched, and do not read masks
         drawn, mask, stop = self.draw(length), None, None
@@ -198,7 +219,9 @@ class Walk(RuleBasedStateMachine):
     def save_and_load(self):
         with tempfile.TemporaryDirectory() as folder:
             self.cache.save(Path(folder) / "cache")
-            self.cache = SVDqCache.load(Path(folder) / "cache", CONFIG)
+            self.cache = SVDqCache.load(
+                Path(folder) / "cache", CONFIG, calibration=self.calibration
+            )
 
     @rule()
     def copy(self):

@@ -15,6 +15,7 @@ from cache_support import (
     make_tokens,
     snapshot,
 )
+from calibration_support import calibration
 from svdq import SVDqCache, cache_argument
 from svdq.cache.cache import CROP_ZERO_REMOVES
 
@@ -30,6 +31,9 @@ SETTINGS = {
     "exact": {"preset": "exact"},
     "waiting": {"kv_bits": 2.5, "min_fit_tokens": 430},
     "static": {"max_cache_len": 1000},
+    "calibrated": {"calibration": "pre", "residual_length": 0},
+    "own ranges": {"calibration": "both", "prompt_ranges": True, "min_fit_tokens": 430},
+    "out of domain": {"calibration": "pre", "refit_drift": 1.000001, "min_fit_tokens": 430},
 }
 
 
@@ -60,6 +64,8 @@ def fail_in_attention(layer):
 
 
 def prefilled(family, settings, batch=2, prompt=PROMPT):
+    if "calibration" in settings:  # before the model is made, whose configuration it changes
+        settings = settings | {"calibration": calibration(settings["calibration"], family)}
     model = make_model(family)
     cache = SVDqCache(model.config, **settings)
     mask = torch.ones(batch, prompt, dtype=torch.long)

@@ -25,6 +25,7 @@ def in_old_names(path, settings=OLD_SETTINGS, tensors=OLD_TENSORS):
         named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     old = {settings.get(name, name): x for name, x in json.loads(metadata["settings"]).items()}
     old.pop("preset", None)
+    metadata.pop("checksum", None)
     metadata["settings"] = json.dumps(old)
     renamed = {}
     for name, x in named.items():

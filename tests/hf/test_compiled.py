@@ -5,6 +5,7 @@ import torch
 from transformers import CompileConfig
 
 from cache_support import make_model, make_tokens
+from calibration_support import calibration
 from svdq import SVDqCache, cache_argument
 
 SETTINGS = {
@@ -37,10 +38,11 @@ def compile_config(fullgraph=True):
     return config
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", [*SETTINGS, "calibrated"])
 def test_compiled_tokens_are_those_of_a_growing_cache(name):
     torch._dynamo.reset()
-    model, settings = make_model(), SETTINGS[name]
+    settings = SETTINGS.get(name) or {"calibration": calibration()}
+    model = make_model()
     expected, _ = generate(model, settings)
     static = {**settings, "max_cache_len": 320}
     eager, _ = generate(model, static)

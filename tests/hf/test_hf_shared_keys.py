@@ -6,7 +6,9 @@ import transformers
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from cache_support import FINE, SIZES, make_tokens
+from calibration_support import windows
 from svdq import SVDqCache, cache_argument
+from svdq_bench.quality.calibration import Windows, calibrate_bases
 
 SHARED = SIZES | {
     "num_hidden_layers": 4,
@@ -78,3 +80,14 @@ def test_generation(family):
 def test_static_caches_are_refused():
     with pytest.raises(NotImplementedError, match="max_cache_len .* whose layers share keys"):
         SVDqCache(CONFIGS["gemma3n"], max_cache_len=512)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_calibrated_bases(family):
+    texts = [Windows("a", windows(), [])]
+    found = calibrate_bases(model_of(family, "sdpa"), texts, {"k_bits": 2.0})
+    cache = SVDqCache(CONFIGS[family], calibration=found)
+    outputs = run(family, "svdq", cache)
+    assert all(x.isfinite().all() for x in outputs)
+    assert all(layer.tokens.packed.slots == [320, 320] for layer in cache.svdq_layers)
+    assert cache.memory_report().key_basis == 0

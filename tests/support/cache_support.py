@@ -135,7 +135,7 @@ def decoded(layer: SVDqLayer, b: int = 0) -> tuple[Tensor, Tensor]:
         parts.append([x[:, sinks:] for x in exact])
     keys, values = (torch.cat(x, 1) for x in zip(*parts, strict=True))
     if layer.tokens.fit.gain is not None:
-        keys = keys / layer.tokens.fit.gain[b].float()[:, None]
+        keys = keys / layer.tokens.fit.batch_gain(layer.batch_size)[b].float()[:, None]
     return keys, values
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from svdq_bench.cli import fit, generate, sparse, steps
+from svdq_bench.cli import first_token, fit, generate, sparse, steps
 from svdq_bench.cli.errors import reports_errors
 from svdq_bench.cli.options import (
     CACHE_PANEL,
@@ -163,5 +163,6 @@ def prefill(
 
 app.command()(sparse.sparse)
 app.command()(steps.steps)
+app.command("first-token")(first_token.first_token)
 app.command()(fit.fit)
 app.command()(generate.generate)

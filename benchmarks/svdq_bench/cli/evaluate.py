@@ -6,15 +6,16 @@ from typing import Annotated
 
 import typer
 
-from svdq_bench.cli import families, harness, keys, memory, retrieval, sparsity
+from svdq_bench.cli import calibration, families, harness, keys, memory, retrieval, sparsity
 from svdq_bench.cli.errors import reports_errors
-from svdq_bench.cli.methods import make_methods, with_budgets
+from svdq_bench.cli.methods import NO_SVDQ, calibrated_method, make_methods, with_budgets
 from svdq_bench.cli.options import (
     DEFAULT_CHANNELS,
     MODEL_PANEL,
     Across,
     AllocateAcross,
     Averages,
+    CalibrationFile,
     Clip,
     CodedWhere,
     CsvFile,
@@ -68,6 +69,7 @@ def perplexity(
     allocate_across: AllocateAcross = Across.model,
     weighted: Weighted = None,
     profile: ProfileFile = None,
+    calibration: CalibrationFile = None,
     outlier_fraction: OutlierFraction = 0.0,
     peer: Peers = [],  # noqa: B006  (typer reads it, nothing mutates it)
     clip: Clip = True,
@@ -114,6 +116,8 @@ def perplexity(
     from svdq_bench.quality.perplexity import Task, evaluate_perplexity
     from svdq_bench.speed.gpu import check_device, device_columns
 
+    if calibration is not None and not (preset or k_bits or kv_bits or price):
+        preset = [NO_SVDQ]
     methods = make_methods(
         preset,
         peer,
@@ -130,6 +134,8 @@ def perplexity(
         profile=profile,
         outlier_fraction=outlier_fraction,
     )
+    if calibration is not None:
+        methods.append(calibrated_method(calibration, sink_tokens, residual_length))
     methods = with_budgets(methods, sparse_budget, sparse_scorer, sparse_channels, dense_layers)
     task = Task(tuple(window_start), prefill_tokens, predict_tokens)
     text = texts.load_text(text_file)
@@ -148,6 +154,7 @@ def perplexity(
     report(rows, json_file, markdown, title, csv_file, html_file)
 
 
+app.command()(calibration.calibration)
 app.command()(keys.keys)
 app.command()(memory.memory)
 app.command()(families.families)

@@ -11,6 +11,7 @@ from svdq_bench.cli.options import Across, Rope, ScorerName
 
 if TYPE_CHECKING:
     from svdq_bench.quality.matching import Matched
+    from svdq_bench.quality.methods import CacheSettings
     from svdq_bench.quality.prefix import Method
 
 NO_SVDQ = "none"  # the preset of no svdq cache at all
@@ -93,6 +94,15 @@ def make_methods(
         )
     reference = settings[0] if settings else None
     return [*settings, *(parse_peer(peer, reference, sink_tokens) for peer in peers)]
+
+
+def calibrated_method(path: Path, sink_tokens: int, residual_length: int) -> CacheSettings:
+    """svdq with the calibration of ``--calibration``."""
+    from svdq import Calibration
+    from svdq_bench.quality.calibrated_loss import calibrated_settings
+
+    found = Calibration.load(path)
+    return calibrated_settings(found, sink_tokens=sink_tokens, residual_length=residual_length)
 
 
 def with_budgets(

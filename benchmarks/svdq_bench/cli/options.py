@@ -169,6 +169,16 @@ ProfileFile = Annotated[
         show_default=False,
     ),
 ]
+CalibrationFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        help="Another cache, with the bases, ranges and bits in this file, see svdq calibrate "
+        "--bases. Without other bits it is tested alone.",
+        rich_help_panel=CACHE_PANEL,
+        show_default=False,
+    ),
+]
 OutlierFraction = Annotated[
     float,
     typer.Option(

@@ -32,13 +32,14 @@ def bf16_bytes(cache: SVDqCache) -> tuple[int, int]:
 
     Codes, scales and bases are the same in every model. Sinks, windows, exact values and layers
     that are not compressed have the model's dtype, so that a float32 model holds them at twice the
-    bytes: they are counted at 2 bytes a number, with the room to grow into.
+    bytes: they are counted at 2 bytes a number, with the room to grow into. What a calibration
+    shares between all prompts is left out.
 
     Returns
     -------
     full, held : bytes; ``full / held`` is how many times smaller the cache is.
     """
-    full, held = 0, cache.memory_report().total_bytes
+    full, held = 0, cache.memory_report().prompt_bytes
     for layer in cache.layers:
         if not isinstance(layer, SVDqLayer):
             full += _layer_bytes(layer, None, BF16_BYTES)
@@ -112,7 +113,7 @@ def _packed_layer_bytes(layer: SVDqLayer, num_tokens: int) -> int:
     v_page_bytes = packed.pool.v_pages.shape[1] * packed.pool.v_pages.itemsize
     total += pages * (packed.layout.k_page_bytes + v_page_bytes)
     total += pages * packed.pool.page_table.itemsize
-    shared = (*packed.codec.tensors().values(), packed.pool.cache_seqlens, packed.first_position)
+    shared = (*packed.own_tensors().values(), packed.pool.cache_seqlens, packed.first_position)
     shared = (*shared, packed.drift.fit_error, packed.drift.error)
     if packed.outliers is not None:
         # As many a token as this cache has.

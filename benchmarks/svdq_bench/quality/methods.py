@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 
+from svdq import Calibration
 from svdq.cache.cache import SVDqCache
 from svdq.config.presets import PRESETS, Schedule, resolve_keys
 from svdq.config.sparsity import DEFAULT_CHANNELS, Sparsity
@@ -56,7 +57,8 @@ def key_argument(keys: str) -> dict:
     )
 
 
-def _parse_value_bits(bits: str | float) -> float | str:
+def parse_value_bits(bits: str | float) -> float | str:
+    """Bits of values in a user's words: a number, an average, or "exact"."""
     text = str(bits)
     if text == "exact":
         return text
@@ -77,6 +79,7 @@ class CacheSettings:
     ----------
     keys : what the user asked for, see :func:`key_argument`.
     allocate_across, query_weighted, profile, outlier_fraction : as for the cache.
+    calibration, prompt_ranges : likewise; then ``keys`` and what follows them are calibrated.
     v_bits, rope, clip, sink_tokens, residual_length : as for the cache.
     sparse_budget, sparse_scorer, sparse_channels : as for the cache; one budget for all layers.
     dense_layers : first layers of the model that have no budget.
@@ -94,6 +97,8 @@ class CacheSettings:
     query_weighted: bool | None = None
     profile: str | None = None
     outlier_fraction: float = 0.0
+    calibration: Calibration | None = None
+    prompt_ranges: bool = False
     sparse_budget: int | float | None = None
     sparse_scorer: str = "latent"
     sparse_channels: int = DEFAULT_CHANNELS
@@ -101,7 +106,7 @@ class CacheSettings:
     one_by_one: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "v_bits", _parse_value_bits(self.v_bits))
+        object.__setattr__(self, "v_bits", parse_value_bits(self.v_bits))
         resolve_keys(**key_argument(self.keys))
         if not 0 <= self.sink_tokens <= PAGE_TOKENS:
             raise ValueError(f"sink_tokens must be 0 .. {PAGE_TOKENS}, got {self.sink_tokens}")
@@ -145,6 +150,8 @@ class CacheSettings:
             words.append("weighted" if self.query_weighted else "unweighted")
         if self.profile is not None:
             words.append("by profile")
+        if self.calibration is not None:
+            words.append("calibrated" + (", own ranges" if self.prompt_ranges else ""))
         if self.outlier_fraction:
             words.append(f"{100 * self.outlier_fraction:g} % outliers")
         if self.sparse_budget is not None:
@@ -157,6 +164,17 @@ class CacheSettings:
 
     def make_cache(self, config: PretrainedConfig) -> SVDqCache:
         """A new, empty cache."""
+        if self.calibration is not None:
+            return SVDqCache(
+                config,
+                calibration=self.calibration,
+                sink_tokens=self.sink_tokens,
+                residual_length=self.residual_length,
+                prompt_ranges=self.prompt_ranges,
+                sparse_budget=self._layer_budgets(config),
+                sparse_scorer=self.sparse_scorer,
+                sparse_channels=self.sparse_channels,
+            )
         v_bits = self.v_bits if self.packs and not self.allocates_both else None
         return SVDqCache(
             config,
@@ -241,8 +259,8 @@ class CacheSettings:
     def memory_columns(self, cache: SVDqCache) -> dict[str, float]:
         """Bits as :meth:`bits`, bytes of the whole cache and their ratio to the full cache's.
 
-        ``times_smaller_bf16`` is that ratio if the model were a bfloat16 one, see
-        :func:`svdq_bench.quality.memory.bf16_bytes`.
+        ``times_smaller_bf16`` is that ratio if the model were a bfloat16 one and without what all
+        prompts share, see :func:`svdq_bench.quality.memory.bf16_bytes`.
         """
         report = cache.memory_report()
         full_bf16, held_bf16 = bf16_bytes(cache)

@@ -1,10 +1,12 @@
-"""Texts that every CPython installation has, of different domains, and the user's own."""
+"""Texts of different domains that every CPython installation has or that come with the command,
+and the user's own."""
 
 from __future__ import annotations
 
 import ast
 import sysconfig
 from collections.abc import Callable, Iterator
+from importlib import resources
 from pathlib import Path
 
 DEFAULT_TEXT = "topics"
@@ -41,8 +43,32 @@ def code() -> str:
     return "\n\n".join(parts)[:CODE_CHARACTERS]
 
 
+def fiction() -> str:
+    """A Scandal in Bohemia, nearly all of it, Arthur Conan Doyle, 1891.
+
+    In the public domain.
+    """
+    return _corpus("fiction")
+
+
+def history() -> str:
+    """The first chapters of History of the United States, Charles and Mary Beard, 1921.
+
+    In the public domain.
+    """
+    return _corpus("history")
+
+
 # Names that stand for a text where a file's path may.
-TEXTS: dict[str, Callable[[], str]] = {"topics": topics, "docstrings": docstrings, "code": code}
+TEXTS: dict[str, Callable[[], str]] = {
+    "topics": topics,
+    "docstrings": docstrings,
+    "code": code,
+    "fiction": fiction,
+    "history": history,
+}
+# What bases are calibrated on unless a user names other texts.
+MIXTURE = tuple(TEXTS)
 
 
 def load_text(source: str | Path | None = None) -> str:
@@ -76,6 +102,11 @@ def load_text(source: str | Path | None = None) -> str:
 def name_of(source: str | Path | None) -> str:
     """Name of a text in rows of results."""
     return DEFAULT_TEXT if source is None else Path(source).name
+
+
+def _corpus(name: str) -> str:
+    path = resources.files("svdq_bench.quality") / "corpora" / f"{name}.txt"
+    return path.read_text(encoding="utf-8")
 
 
 def _modules(pattern: str) -> Iterator[Path]:

@@ -2,42 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
-from transformers.utils import logging
 
-from svdq.cache import build, serialization
+from svdq.cache import build, calibrated, serialization
 from svdq.cache.family import check_family
 from svdq.cache.layer import SVDqLayer
-from svdq.cache.memory import MemoryReport, memory_report
-from svdq.cache.reads import ReadReport, read_report
+from svdq.cache.reports import ReportingCache
 from svdq.cache.static_layer import StaticSVDqLayer
 from svdq.cache.step import Step
-from svdq.cache.tensor_walk import held_bytes
 from svdq.config.settings import Settings
+from svdq.fit.calibration import Calibration
 from svdq.fit.profile import Profile
 from svdq.hf.long_context import keep_cache
 from svdq.ops import NO_RULES, LogitRules
 from svdq.ops.tensors import normal_tensors
 from svdq.store.static_step import MAX_QUERIES
 
-logger = logging.get_logger(__name__)
-
 # crop(0) removes nothing where the argument counts tokens to remove, everything where it is a
 # length to keep.
 CROP_ZERO_REMOVES = "tokens_to_remove" not in inspect.signature(Cache.crop).parameters
 
 
-class SVDqCache(Cache):
+class SVDqCache(ReportingCache):
     """A transformers cache whose full-attention layers hold SVDq-packed keys and quantized values.
 
     The model must run with ``attn_implementation="svdq"``. A prompt is attended exactly; then its
@@ -50,17 +45,21 @@ class SVDqCache(Cache):
     config : configuration of the model.
     profile : of the model, or its file (``svdq calibrate``): bits are allocated by it, so every
         prompt has pages of the same size and layers are packed as they are read.
+    calibration : of the model, or its file (``svdq calibrate --bases``): basis, mean, ranges and
+        widths for all prompts, so nothing is fitted to them. ``refit_drift`` fits a prompt all the
+        same, whose keys have that many times the error that the calibration saw.
     settings : keywords of :class:`svdq.Settings`: ``preset``, ``schedule``, ``k_bits``,
         ``kv_bits``, ``lambda_``, ``allocate_across``, ``query_weighted``, ``v_bits``,
         ``rope``, ``pre_channels``, ``clip``, ``outlier_fraction``, ``sink_tokens``,
         ``residual_length``, ``min_fit_tokens``, ``refit_drift``, ``sparse_budget``,
-        ``sparse_scorer``, ``sparse_channels``, ``max_cache_len``.
+        ``sparse_scorer``, ``sparse_channels``, ``max_cache_len``, ``prompt_ranges``. With a
+        calibration those of bits, ``rope`` and ``clip`` are the calibration's.
 
     Raises
     ------
     ValueError
-        For settings out of range or that contradict each other, or a model without full-attention
-        layers.
+        For settings out of range or that contradict each other, a model without full-attention
+        layers, or a calibration that is damaged or of another model.
     NotImplementedError
         For layer types that cannot be compressed, or keys that ``rope="pre"`` cannot un-rotate.
     """
@@ -70,15 +69,17 @@ class SVDqCache(Cache):
         config: PretrainedConfig,
         *,
         profile: Profile | str | os.PathLike | None = None,
+        calibration: Calibration | str | os.PathLike | None = None,
         **settings: Any,
     ) -> None:
-        self.settings = Settings.of(**settings)
+        self.calibration = calibrated.open_calibration(calibration, profile)
+        self.settings = Settings.of(**calibrated.cache_options(self.calibration, settings))
         config = config.get_text_config(decoder=True)
         self.settings.check_layers(config.num_hidden_layers)
         if getattr(config, "is_encoder_decoder", False):
             raise NotImplementedError("SVDqCache supports decoder-only models")
         self._frequencies = build.Frequencies(config)
-        self._allocator = build.make_allocator(self.settings)
+        self._allocator = build.make_allocator(self.settings) if self.calibration is None else None
         super().__init__(
             layers=build.make_layers(config, self.settings, self._frequencies, self._allocator)
         )
@@ -91,6 +92,8 @@ class SVDqCache(Cache):
                 layer.settle = self._settle
         if profile is not None:
             self._use_profile(profile)
+        if self.calibration is not None:
+            calibrated.calibrate_layers(self.calibration, config, self.svdq_layers)
 
     def _use_profile(self, profile: Profile | str | os.PathLike) -> None:
         settings = self.settings
@@ -101,41 +104,6 @@ class SVDqCache(Cache):
         layers = [layer.index for layer in self.svdq_layers]
         profile.check(layers, settings.rope, settings.pre_channels, settings.query_weighted)
         self._allocator.known = profile.widths(settings, self._allocator.budget)
-
-    def _settle(self) -> None:
-        """Make the layers static once all of them have packed every sequence of the same tokens."""
-        layers = self.svdq_layers
-        if self.settings.max_cache_len is None or all(layer.is_static for layer in layers):
-            return
-        known = {layer.seq_length for layer in layers if not layer.is_static}
-        if len(known) > 1 or known == {0}:
-            return
-        if all(layer.is_static or layer.can_start for layer in layers):
-            for layer in layers:
-                if not layer.is_static:
-                    layer.start()
-        elif layers[-1].seq_length:
-            logger.warning_once(
-                "SVDqCache: steps run uncompiled until all sequences have the tokens that a basis "
-                "is fitted on (min_fit_tokens)"
-            )
-
-    @contextlib.contextmanager
-    def _on_host(self) -> Iterator[None]:
-        """Let the host know the lengths of all layers meanwhile."""
-        self._stop()
-        yield
-        self._settle()
-
-    def _stop(self) -> None:
-        for layer in self.svdq_layers:
-            if layer.is_static:
-                layer.stop()
-
-    @property
-    def svdq_layers(self) -> list[SVDqLayer]:
-        """The layers that compress."""
-        return [layer for layer in self.layers if isinstance(layer, SVDqLayer)]
 
     @property
     def is_croppable(self) -> bool:
@@ -286,39 +254,14 @@ class SVDqCache(Cache):
             raise
         self._settle()
 
-    def drift(self) -> list[list[float]]:
-        """Error of each layer's latest keys relative to that of the keys it was fitted on.
-
-        Returns
-        -------
-        drift : per compressing layer and sequence, the mean squared error of keys packed lately
-            over that of the keys of the fit, mean over heads: 1 where nothing changed. NaN without
-            a basis.
-        """
-        with self._on_host():
-            return [layer.tokens.drift() if layer.tokens else [] for layer in self.svdq_layers]
-
-    def memory_report(self) -> MemoryReport:
-        """Bytes by part and of a full cache for the same tokens, and the true bits of a key."""
-        with self._on_host():
-            return memory_report(self.layers, self._frequencies.known, self._allocator)
-
-    def read_report(self) -> ReadReport:
-        """Bytes of keys that the last step of one token read, by part."""
-        with self._on_host():
-            return read_report(self.svdq_layers)
-
-    def allocated_bytes(self) -> int:
-        """Bytes of the storages of all tensors that the cache holds."""
-        return held_bytes(self)
-
     def save(self, path: str | os.PathLike) -> None:
         """Write the cache to a safetensors file; :meth:`load` reads it."""
         if not any(layer.pending for layer in self.svdq_layers):  # else saving is refused
             self._step.take_back()
         self._step.check()
         with self._on_host():
-            serialization.save(self.layers, self.settings, path, self._allocator)
+            digest = None if self.calibration is None else self.calibration.digest
+            serialization.save(self.layers, self.settings, path, self._allocator, digest)
 
     @classmethod
     @normal_tensors
@@ -327,20 +270,25 @@ class SVDqCache(Cache):
         path: str | os.PathLike,
         config: PretrainedConfig,
         device: str | torch.device = "cpu",
+        *,
+        calibration: Calibration | str | os.PathLike | None = None,
     ) -> SVDqCache:
         """Read a cache that :meth:`save` wrote for a model with this configuration.
 
-        ``device`` is that of the model.
+        ``device`` is that of the model. A cache with a calibration needs the same one: its file
+        does not hold what all prompts share.
 
         Raises
         ------
         ValueError
-            If the file is no saved cache, damaged, of another format version, or of a model of
-            another shape.
+            If the file is no saved cache, damaged, of another format version, of a model of another
+            shape, or packed with another calibration.
         """
+        calibration = calibrated.open_calibration(calibration, None)
         with serialization.naming(path):
             saved = serialization.read(path, device)
-            cache = cls(config, **saved.settings)
+            saved.check_calibration(None if calibration is None else calibration.digest)
+            cache = cls(config, calibration=calibration, **saved.settings)
             text = config.get_text_config(decoder=True)
             shapes = [build.kv_shape(text, i) for i in range(len(cache.layers))]
             saved.restore(cache.layers, shapes)

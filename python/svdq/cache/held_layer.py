@@ -10,6 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from svdq.cache.step import Step, Undo
 from svdq.config.settings import Settings
+from svdq.fit.calibration import CalibratedLayer
 from svdq.fit.layer_fit import Allocate
 from svdq.store.layer_store import LayerStore
 
@@ -31,6 +32,7 @@ class HeldLayer(CacheLayerMixin):
     step : set by the cache; knows the layers that the model's current call has reached.
     num_layers : set by the cache; of the model that it was made for.
     lends : set by the cache; whether later layers of the model attend to this one's tokens.
+    calibrated : set by a cache with a calibration; what was calibrated for this layer.
     """
 
     is_compileable = False
@@ -53,6 +55,7 @@ class HeldLayer(CacheLayerMixin):
         self.step: Step | None = None
         self.num_layers: int | None = None
         self.lends = False
+        self.calibrated: CalibratedLayer | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -67,6 +70,10 @@ class HeldLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         """Take shapes and dtype from the first keys, ``[B, H, T, D]``."""
         batch, heads, _, dim = key_states.shape
+        calibrated = None
+        if self.calibrated is not None:
+            self.calibrated.check_shape(self.index, heads, dim)
+            calibrated = self.calibrated.on(key_states.device)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size, self.num_kv_heads, self.head_dim = batch, heads, dim
         self.padding = [0] * batch
@@ -77,6 +84,7 @@ class HeldLayer(CacheLayerMixin):
             self.device,
             frequencies=self.frequencies,
             allocate=self.allocate,
+            calibrated=calibrated,
             sparsity=self.sparsity,
         )
         self.is_initialized = True

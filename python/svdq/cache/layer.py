@@ -191,9 +191,10 @@ class SVDqLayer(HeldLayer):
         ``energy`` is that of the scaled queries, [H, D], and ``queries`` those at sample_positions,
         [Hq, N, D], which attended by ``rules``; needed where ``settings`` say so.
         """
-        if queries is None and self.settings.allocates_values:
+        measures = self.calibrated is None
+        if queries is None and self.settings.allocates_values and measures:
             raise ValueError(f"layer {self.index}: to allocate bits of values, queries are needed")
-        if energy is None and self.settings.needs_queries:
+        if energy is None and self.settings.needs_queries and measures:
             raise ValueError(
                 f"layer {self.index}: to allocate bits or to apply gain to keys, query_energy is "
                 "needed"

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from svdq.cache.layer import SVDqLayer
-from svdq.cache.tensor_walk import nbytes, reachable_tensors
+from svdq.cache.tensor_walk import held_bytes, nbytes, reachable_tensors
 from svdq.fit.allocator import Allocator
 from svdq.layout import PAGE_TOKENS
 from svdq.store.layer_store import LayerStore
@@ -33,6 +33,7 @@ class MemoryReport:
     value_loss : what coding values costs, by which their bits are allocated.
     lengths : lengths and positions of the sequences, inverse frequencies.
     waiting : bases and spectra of sequences whose bits are not allocated yet.
+    calibration : what was calibrated for all prompts, once however many caches share it.
     other_layers : layers that are not compressed (sliding windows).
     slack : allocated to grow into, not in use.
     tokens : tokens of all sequences, padding not counted.
@@ -58,6 +59,7 @@ class MemoryReport:
     value_loss: int = 0
     lengths: int = 0
     waiting: int = 0
+    calibration: int = 0
     other_layers: int = 0
     slack: int = 0
     tokens: int = 0
@@ -70,6 +72,11 @@ class MemoryReport:
         """Bytes by part."""
         names = [field.name for field in fields(self)]
         return {name: getattr(self, name) for name in names[: names.index("slack") + 1]}
+
+    @property
+    def prompt_bytes(self) -> int:
+        """Everything allocated for these prompts: without what all prompts share."""
+        return self.total_bytes - self.calibration
 
     @property
     def total_bytes(self) -> int:
@@ -131,6 +138,7 @@ def memory_report(
     """Report of a cache's layers and of what they share, from shapes and layouts alone."""
     report = MemoryReport(lengths=sum(map(nbytes, frequencies)))
     report.waiting = sum(map(nbytes, reachable_tensors(allocator)))
+    report.calibration = held_bytes([getattr(layer, "calibrated", None) for layer in layers])
     compressed = []
     for layer in layers:
         if not isinstance(layer, SVDqLayer):
@@ -164,7 +172,8 @@ def _add_layer(report: MemoryReport, tokens: LayerStore) -> None:
     report.full_bytes += 2 * count * token_bytes
     if tokens.fit.energy is not None:
         report.key_gain += nbytes(tokens.fit.energy.total) + nbytes(tokens.fit.energy.count)
-    report.key_gain += nbytes(tokens.fit.gain)
+    if tokens.fit.calibrated is None:
+        report.key_gain += nbytes(tokens.fit.gain)
     if tokens.fit.value_loss is not None:
         held = [getattr(tokens.fit.value_loss, name) for name in tokens.fit.value_loss.NAMES]
         report.value_loss += sum(map(nbytes, held))
@@ -174,16 +183,17 @@ def _add_layer(report: MemoryReport, tokens: LayerStore) -> None:
 
 
 def _add_packed(report: MemoryReport, packed: PackedStore) -> None:
-    layout, pool, codec, drift = packed.layout, packed.pool, packed.codec, packed.drift
+    layout, pool, drift = packed.layout, packed.pool, packed.drift
+    own = packed.own_tensors()
     used = pool.num_used
     v_page_bytes = pool.v_pages.shape[1] * pool.v_pages.itemsize
     report.key_codes += used * layout.k_page_bytes
     report.value_codes += used * layout.v_code_bytes
     report.value_scales += used * (v_page_bytes - layout.v_code_bytes)
     report.slack += (pool.size - used) * (layout.k_page_bytes + v_page_bytes)
-    report.key_scale += nbytes(codec.scale)
-    report.key_basis += nbytes(codec.basis)
-    report.key_mean += nbytes(codec.mean) + nbytes(codec.post_mean)
+    report.key_scale += nbytes(own.get("scale"))
+    report.key_basis += nbytes(own.get("basis"))
+    report.key_mean += nbytes(own.get("mean")) + nbytes(own.get("post_mean"))
     report.page_tables += nbytes(pool.page_table)
     report.lengths += nbytes(pool.cache_seqlens) + nbytes(packed.first_position)
     report.lengths += nbytes(drift.fit_error) + nbytes(drift.error)

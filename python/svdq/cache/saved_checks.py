@@ -33,6 +33,13 @@ def check_flags(name: str, flags: Any, length: int) -> None:
         raise ValueError(f"{name} must be {length} booleans, got {flags!r}")
 
 
+def check_numbers(name: str, numbers: Any, length: int) -> None:
+    """A list of so many numbers, NaN among them."""
+    fits = isinstance(numbers, list) and all(type(x) in (int, float) for x in numbers)
+    if not fits or len(numbers) != length:
+        raise ValueError(f"{name} must be {length} numbers, got {numbers!r}")
+
+
 def check_like(name: str, tensor: Tensor, like: Tensor, free: Sequence[int] = ()) -> None:
     """A tensor has the shape, except in ``free`` dimensions, and the dtype of another."""
     sizes = [list(x.shape) for x in (tensor, like)]
@@ -83,9 +90,8 @@ def check_store(store: PackedStore, state: State, named: dict[str, Tensor]) -> N
         check_integers("pages", own, 0, pages - 1, pages_of(slots))
         if slots and not fitted or len(set(own)) != len(own):
             raise ValueError(f"a sequence of {slots} packed slots has pages {own}, fitted {fitted}")
-    for name, own in store.codec.tensors().items():
-        check_like(name, named[name], own)
-        check_finite(name, named[name])
+    _check_codec(store, named)
+    check_numbers("domain", state.get("domain", store.domain), batch)
     for name in store.drift.NAMES:
         check_like(name, named[name], getattr(store.drift, name))
     for name in () if store.landmarks is None else store.landmarks.NAMES:
@@ -97,6 +103,17 @@ def check_store(store: PackedStore, state: State, named: dict[str, Tensor]) -> N
         check_like(name, named[f"outlier_{name}"], getattr(store.outliers, name), free)
     if store.outliers is not None:
         _check_outliers(state, named["outlier_slots"], named["outlier_keys"])
+
+
+def _check_codec(store: PackedStore, named: dict[str, Tensor]) -> None:
+    """Sequences have codecs of their own, or what they have besides one that they share."""
+    codec, batch = store.codec.tensors(), len(store.slots)
+    found = codec.keys() & named.keys()
+    if found not in (codec.keys(), store.own_tensors().keys()):
+        raise ValueError(f"a codec of {sorted(codec)} cannot have {sorted(found)} alone")
+    for name in found:
+        check_like(name, named[name], codec[name].expand(batch, *codec[name].shape[1:]))
+        check_finite(name, named[name])
 
 
 def _check_outliers(state: State, slots: Tensor, keys: Tensor) -> None:

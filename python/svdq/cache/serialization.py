@@ -47,6 +47,7 @@ class SavedCache:
     settings : keywords of the cache.
     states, tensors : lengths and tensors of every layer.
     allocator : what is known of widths, or None; see :meth:`svdq.fit.allocator.Allocator.state`.
+    digest : of the calibration that keys were packed with, or None.
     """
 
     path: str | os.PathLike
@@ -54,6 +55,16 @@ class SavedCache:
     states: list[State]
     tensors: list[dict[str, Tensor]]
     allocator: State | None = None
+    digest: str | None = None
+
+    def check_calibration(self, digest: str | None) -> None:
+        """Refuse another calibration than that of the file, by its digest."""
+        if digest == self.digest:
+            return
+        if digest is None:
+            raise ValueError(f"{self.path} was packed with a calibration: give calibration= too")
+        packed = "without a calibration" if self.digest is None else "with another calibration"
+        raise ValueError(f"{self.path} was packed {packed}")
 
     def restore(self, layers: Sequence[Any], kv_shapes: Sequence[tuple[int, int]]) -> None:
         """Put the saved tokens into the empty layers of a cache for these (KV heads, head_dim)."""
@@ -82,6 +93,7 @@ def save(
     settings: Settings,
     path: str | os.PathLike,
     allocator: Allocator | None = None,
+    digest: str | None = None,
 ) -> None:
     """Write a cache; see :meth:`svdq.SVDqCache.save`."""
     states, tensors = [], {}
@@ -101,6 +113,8 @@ def save(
         "layers": json.dumps(states),
         "allocator": json.dumps(None if allocator is None else allocator.state()),
     }
+    if digest is not None:
+        metadata["calibration"] = digest
     save_file(tensors, path, metadata | {"checksum": _checksum(metadata, tensors)})
 
 
@@ -144,7 +158,7 @@ def read(path: str | os.PathLike, device: str | torch.device) -> SavedCache:
         # A copy: tensors of a file are parts of one mapped storage.
         tensors[int(index)][_today(name)] = tensor.to(device, copy=True)
     allocator = json.loads(metadata.get("allocator", "null"))
-    return SavedCache(path, settings, states, tensors, allocator)
+    return SavedCache(path, settings, states, tensors, allocator, metadata.get("calibration"))
 
 
 def _checksum(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
@@ -186,7 +200,7 @@ def _save_svdq(layer: SVDqLayer) -> tuple[State, dict[str, Tensor]]:
     if tokens.fit.value_loss is not None:
         loss = tokens.fit.value_loss
         tensors |= {f"value_{name}": getattr(loss, name) for name in loss.NAMES}
-    if tokens.fit.gain is not None:
+    if tokens.fit.gain is not None and tokens.fit.calibrated is None:
         tensors["gain"] = tokens.fit.gain
     state["stores"] = []
     for n, store in enumerate(tokens.stores):
@@ -206,8 +220,9 @@ def _save_store(store: PackedStore) -> tuple[State, dict[str, Tensor]]:
         "slots": pool.slots,
         "fitted": store.fitted,
         "position": store.position,
+        "domain": store.domain,
     }
-    named = store.codec.tensors()
+    named = store.own_tensors()
     named |= {name: getattr(store.drift, name) for name in store.drift.NAMES}
     named |= {"k_pages": pool.k_pages[pages], "v_pages": pool.v_pages[pages]}
     if store.landmarks is not None:
@@ -241,7 +256,7 @@ def _load_svdq(layer: SVDqLayer, state: State, tensors: dict[str, Tensor]) -> No
         for name in tokens.fit.value_loss.NAMES:
             check_like(name, tensors[f"value_{name}"], getattr(tokens.fit.value_loss, name))
             setattr(tokens.fit.value_loss, name, tensors[f"value_{name}"])
-    if tokens.fit.gain is not None:
+    if tokens.fit.gain is not None and tokens.fit.calibrated is None:
         check_like("gain", tensors["gain"], tokens.fit.gain)
         tokens.fit.gain = tensors["gain"]
     stores = [_load_store(layer, n, own, tensors) for n, own in enumerate(state["stores"])]
@@ -270,9 +285,11 @@ def _load_store(layer: SVDqLayer, n: int, state: State, tensors: dict[str, Tenso
         inv_freq = _matching_frequencies(layer, named["inv_freq"])
     elif any(state["fitted"]) and layer.frequencies is not None and layout.rope != "post":
         raise ValueError(f"layer {layer.index}: the frequencies of its keys are missing")
-    coded = {name: named[name] for name in store.codec.tensors()}
+    shared = {} if store.calibrated is None else store.calibrated.codec.tensors()
+    coded = {name: named.get(name, shared.get(name)) for name in store.codec.tensors()}
     store.codec = KeyCodec(**coded, inv_freq=inv_freq)
     store.fitted, store.drift.known = state["fitted"], list(state["fitted"])
+    store.domain = state.get("domain", store.domain)
     store.set_first_position(state["position"])
     store.pool.k_pages, store.pool.v_pages = named["k_pages"], named["v_pages"]
     store.pool.slots = state["slots"]

@@ -74,11 +74,12 @@ class Settings:
         little to gain (docs/evaluation.md).
     sink_tokens : leading tokens held exact, at most 64.
     residual_length : recent tokens held exact; pages are packed whole, so up to 63 more are.
-    min_fit_tokens : tokens a sequence must have before a basis is fitted and anything packed; by
-        default four times head_dim.
+    min_fit_tokens : tokens a sequence must have before a basis (or, with ``prompt_ranges``, mean
+        and ranges) is fitted and anything packed; by default four times head_dim.
     refit_drift : once the error of a sequence's latest keys is this many times what it was when its
         basis was fitted, later pages get a new basis, fitted on ``min_fit_tokens`` tokens that stay
-        exact until then; None never does. See :meth:`svdq.SVDqCache.drift`.
+        exact until then; None never does. See :meth:`svdq.SVDqCache.drift`. With a calibration,
+        whose error is the measure, a sequence of ``min_fit_tokens`` may get one from its start.
     sparse_budget : packed tokens that a step of one token attends to in each KV head, in addition
         to sinks, outliers and window: a number, or a share below 1 of what is packed. None (the
         default) for all; or one of these for every layer of the model. Steps of more tokens
@@ -91,6 +92,8 @@ class Settings:
         packed, memory for so many is allocated and decode steps run without the host, so that a
         model can be compiled (docs/kernels.md). None (the default): memory grows with the tokens.
         Not together with ``outlier_fraction``, ``refit_drift`` or ``sparse_budget``.
+    prompt_ranges : mean and ranges of keys are those of each prompt, in a basis that was
+        calibrated; for caches with a calibration alone, and not for hybrid keys.
 
     Raises
     ------
@@ -118,6 +121,7 @@ class Settings:
     sparse_scorer: str = "latent"
     sparse_channels: int = DEFAULT_CHANNELS
     max_cache_len: int | None = None
+    prompt_ranges: bool = False
 
     @classmethod
     def of(cls, **options: Any) -> Settings:
@@ -214,6 +218,11 @@ class Settings:
             )
         if self.query_weighted and not self.packs:
             raise ValueError("query_weighted needs keys that are packed")
+        if self.prompt_ranges and (not self.packs or PAGE_ROPES[self.rope] == "hybrid"):
+            raise ValueError(
+                "prompt_ranges needs keys that are packed with rope 'pre' or 'post', got "
+                f"{self.rope!r}"
+            )
         if self.sparse_budget is not None and not self.packs:
             raise ValueError("sparse_budget needs keys that are packed")
         if self.max_cache_len is None:

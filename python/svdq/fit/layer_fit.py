@@ -12,6 +12,7 @@ from svdq.config.settings import Settings
 from svdq.fit.allocation import overhead_bits
 from svdq.fit.allocator import Answer, Demand, Widths
 from svdq.fit.bases import Bases, fit_bases, thinned
+from svdq.fit.calibration import CalibratedLayer
 from svdq.fit.key_gain import QueryEnergy, key_gain
 from svdq.fit.pre_channels import PreChannels
 from svdq.fit.value_loss import ValueLoss
@@ -48,14 +49,15 @@ class LayerFit:
         layers whose keys are packed as they come.
     allocate : called as ``allocate(demand, answer)`` for the layer's widths, see
         :meth:`svdq.fit.allocator.Allocator.ask`; None where a schedule says them.
+    calibrated : codec, widths and gain for all sequences, on ``device``; then nothing is measured.
 
     Attributes
     ----------
-    layout : layout of the pages where a schedule says it, else None.
+    layout : layout of the pages where a schedule or a calibration says it, else None.
     energy : of the queries, where they matter.
     value_loss : what coding the values costs, where their bits are allocated.
-    gain : [B, H, D] bfloat16 that the stored keys of each sequence are multiplied by; None where
-        the settings ask for none.
+    gain : [B, H, D] bfloat16 that the stored keys of each sequence are multiplied by, [1, H, D] of
+        a calibration; None where the settings ask for none.
     waiting : fits of sequences that wait for their widths.
     """
 
@@ -68,6 +70,8 @@ class LayerFit:
         device: torch.device,
         frequencies: Callable[[int], Tensor] | None,
         allocate: Allocate | None,
+        *,
+        calibrated: CalibratedLayer | None = None,
     ) -> None:
         batch, heads, dim = shape
         self.settings, self.dtype, self.device = settings, dtype, device
@@ -79,6 +83,10 @@ class LayerFit:
         self.gain: Tensor | None = None
         self.waiting: dict[int, SequenceFit] = {}
         self._pre_layout: PageLayout | None = None  # a hybrid layout; only its pre-RoPE part counts
+        self.calibrated = calibrated
+        if calibrated is not None:
+            self.layout, self.gain = calibrated.page_layout(settings, dtype), calibrated.gain
+            return
         if settings.packs:
             self._make_layout()
         if settings.needs_queries:
@@ -106,6 +114,19 @@ class LayerFit:
         """Tokens that a sequence needs before it is fitted."""
         asked = self.settings.min_fit_tokens
         return 4 * self.dim if asked is None else asked
+
+    @property
+    def lacking_gain(self) -> Tensor | None:
+        """Factor [H, 1, D] of a calibration that new keys have yet to be multiplied by."""
+        if self.calibrated is None or self.gain is None:
+            return None
+        return self.gain[0, :, None].to(self.dtype)
+
+    def batch_gain(self, batch: int) -> Tensor | None:
+        """The gain with a row for each sequence, as :func:`svdq.ops.decode_step_` takes it."""
+        if self.gain is None or len(self.gain) == batch:
+            return self.gain
+        return self.gain.expand(batch, -1, -1).contiguous()
 
     def inv_freq(self, last_position: int) -> Tensor | None:
         """The layer's inverse frequencies, for positions up to this one."""
@@ -184,5 +205,5 @@ class LayerFit:
         for measured in (self.energy, self.value_loss):
             if measured is not None:
                 measured.select(indices)
-        if self.gain is not None:
+        if self.gain is not None and self.calibrated is None:
             self.gain = self.gain[indices]

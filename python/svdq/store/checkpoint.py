@@ -44,6 +44,8 @@ def _full_checkpoint(tokens: TokenStore) -> Callable[[], None]:
     """The same by a copy of everything but the pages."""
     fit = tokens.fit
     shared = [tokens.settings, fit.settings, fit.layout, fit.frequencies, fit.allocate]
+    if fit.calibrated is not None:  # caches share it, and nothing writes to it
+        shared += [fit.calibrated, *fit.calibrated.tensors().values()]
     pages = []
     for store in tokens.stores:
         shared += [store.layout, store.codec.inv_freq]

@@ -18,6 +18,7 @@ class Drift:
     fit_error, error : [B, H] float32, mean squared error of a key when the basis was fitted, and of
         the latest pages. NaN without a basis.
     known : whether ``fit_error`` of each sequence is known.
+    expected : whether that is an error that a calibration saw and the sequence has none yet.
     """
 
     NAMES = ("fit_error", "error")
@@ -28,10 +29,19 @@ class Drift:
         self.fit_error = torch.full(shape, torch.nan, dtype=torch.float32, device=device)
         self.error = self.fit_error.clone()
         self.known = [False] * batch_size
+        self.expected = [False] * batch_size
+
+    def expect(self, b: int, error: Tensor) -> None:
+        """Compare sequence b with the errors [H] that a calibration saw."""
+        self.fit_error[b] = error
+        self.known[b] = self.expected[b] = True
 
     def note(self, b: int, error: Tensor) -> None:
         """Take the mean squared errors [H] of keys that sequence b has packed."""
-        if self.known[b]:
+        if self.expected[b]:
+            self.error[b] = error
+            self.expected[b] = False
+        elif self.known[b]:
             self.error[b] = MEMORY * self.error[b] + (1 - MEMORY) * error
         else:
             self.fit_error[b] = self.error[b] = error
@@ -44,14 +54,14 @@ class Drift:
 
     def forget(self, b: int) -> None:
         """Forget sequence b, which has lost its basis."""
-        self.known[b] = False
+        self.known[b] = self.expected[b] = False
         self.fit_error[b] = self.error[b] = torch.nan
 
     def copy_sequence(self, b: int, source: Drift) -> None:
         """Go on with sequence b of another store."""
         for name in self.NAMES:
             getattr(self, name)[b] = getattr(source, name)[b]
-        self.known[b] = source.known[b]
+        self.known[b], self.expected[b] = source.known[b], source.expected[b]
 
     @normal_tensors
     def select(self, indices: list[int]) -> None:
@@ -59,3 +69,4 @@ class Drift:
         for name in self.NAMES:
             setattr(self, name, getattr(self, name)[indices])
         self.known = [self.known[i] for i in indices]
+        self.expected = [self.expected[i] for i in indices]

@@ -11,6 +11,7 @@ from torch import Tensor
 from svdq import ops
 from svdq.config.settings import Settings
 from svdq.config.sparsity import Sparsity
+from svdq.fit.calibration import CalibratedLayer
 from svdq.fit.layer_fit import Allocate
 from svdq.fit.value_loss import sample_positions
 from svdq.layout import PAGE_TOKENS
@@ -32,7 +33,8 @@ class LayerStore(TokenStore):
 
     Parameters
     ----------
-    settings, shape, dtype, device, frequencies, allocate : as for :class:`TokenStore`.
+    settings, shape, dtype, device, frequencies, allocate, calibrated : as for
+        :class:`TokenStore`.
     sparsity : how steps of one token choose the packed tokens that they attend to; None for all.
 
     Attributes
@@ -50,9 +52,18 @@ class LayerStore(TokenStore):
         *,
         frequencies: Callable[[int], Tensor] | None = None,
         allocate: Allocate | None = None,
+        calibrated: CalibratedLayer | None = None,
         sparsity: Sparsity | None = None,
     ) -> None:
-        super().__init__(settings, shape, dtype, device, frequencies=frequencies, allocate=allocate)
+        super().__init__(
+            settings,
+            shape,
+            dtype,
+            device,
+            frequencies=frequencies,
+            allocate=allocate,
+            calibrated=calibrated,
+        )
         self.sparsity = sparsity
         self.attended: list[int] | None = None
 
@@ -162,6 +173,16 @@ class LayerStore(TokenStore):
             self.attended = attended
 
         return restore
+
+    def domain_drift(self) -> list[float]:
+        """Error of each sequence's keys under the calibration over what that saw.
+
+        Of its first keys where that was measured (``refit_drift``), else of the latest that are
+        packed under the calibration; NaN where none are. For layers with a calibration alone.
+        """
+        first = self.stores[0]
+        pairs = zip(first.domain, first.drift.ratio().tolist(), strict=True)
+        return [ratio if math.isnan(known) else known for known, ratio in pairs]
 
     def crop(self, length: int) -> None:
         """Remove the last tokens of every sequence; one left with sinks alone loses its basis."""

@@ -100,7 +100,7 @@ class StaticStep:
             sm_scale,
             residual_length=tokens.settings.residual_length,
             faults=self.faults,
-            gain=tokens.fit.gain,
+            gain=tokens.fit.batch_gain(query.shape[0]),
             rules=rules,
         )
         self.length.add_(query.shape[2])

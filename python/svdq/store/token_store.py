@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 from torch import Tensor
 
-from svdq.config.settings import Settings
 from svdq.fit.key_gain import amplified
-from svdq.fit.layer_fit import Allocate, LayerFit, SequenceFit
+from svdq.fit.layer_fit import SequenceFit
 from svdq.layout import PAGE_TOKENS, PageLayout
 from svdq.ops.tensors import int32_tensor
-from svdq.store.packed import PackedStore
-from svdq.store.window import GRANULE, WindowStore
+from svdq.store.held_tokens import HeldTokens
 
 
-class TokenStore:
+class TokenStore(HeldTokens):
     """Keys and values of one layer: the window and, once a basis is fitted, packed pages.
 
     A sequence of n tokens has its sinks and its last ``residual_length`` to ``residual_length +
@@ -26,120 +21,14 @@ class TokenStore:
     Where widths are allocated, the pages are known once a spectrum was; ``packed`` is None until
     then. Where keys drift from those that a basis was fitted on, a new store with a basis of its
     own is opened behind it, and ``past`` holds the ones before. Window and pages hold keys times
-    their gain, see svdq/fit/key_gain.py.
-
-    Parameters
-    ----------
-    settings : how to compress.
-    shape : B, H, D.
-    dtype, device : of the keys and values.
-    frequencies, allocate : as for :class:`svdq.fit.layer_fit.LayerFit`.
+    their gain, see svdq/fit/key_gain.py. Parameters are those of :class:`HeldTokens`.
     """
-
-    def __init__(
-        self,
-        settings: Settings,
-        shape: tuple[int, int, int],
-        dtype: torch.dtype,
-        device: torch.device,
-        *,
-        frequencies: Callable[[int], Tensor] | None = None,
-        allocate: Allocate | None = None,
-    ) -> None:
-        self.settings, self.shape = settings, shape
-        self.dtype, self.device = dtype, device
-        self.fit = LayerFit(settings, shape, dtype, device, frequencies, allocate)
-        self.window = WindowStore(shape, dtype, device)
-        self.position = [0] * shape[0]  # of every sequence's first token
-        self.past: list[PackedStore] = []
-        self.packed: PackedStore | None = None
-        if self.fit.layout is not None:
-            self.packed = self.new_store(self.fit.layout)
-        self.fit_tokens = max(self.fit.min_tokens, self.steady_tokens)
-
-    def new_store(self, layout: PageLayout) -> PackedStore:
-        """An empty store of this layer's pages."""
-        fraction, landmarks = self.settings.outlier_fraction, self.settings.needs_landmarks
-        return PackedStore(layout, self.shape[0], self.dtype, self.device, fraction, landmarks)
-
-    @property
-    def steady_tokens(self) -> int:
-        """Largest window of a packed sequence that grows token by token."""
-        return self.settings.sink_tokens + self.settings.residual_length + PAGE_TOKENS
-
-    @property
-    def stores(self) -> list[PackedStore]:
-        """Packed tokens in their order."""
-        return self.past if self.packed is None else [*self.past, self.packed]
-
-    @property
-    def any_packed(self) -> bool:
-        """True if some sequence has packed tokens."""
-        return any(any(store.slots) for store in self.stores)
-
-    @property
-    def static_possible(self) -> bool:
-        """True if every sequence is packed, so that no step has to fit a basis."""
-        packed = self.packed
-        return packed is not None and all(packed.fitted) and all(packed.slots)
-
-    @property
-    def begun(self) -> bool:
-        """True if some sequence has a token."""
-        return any(self.count(b) for b in range(self.shape[0]))
 
     def packs(self, b: int, count: int) -> bool:
         """Whether sequence b packs something once it has this many tokens."""
         if self.packed is None:
             return self.settings.packs and count >= self.fit_tokens
         return self._target(b, count) > self.packed_slots(b)
-
-    def packed_slots(self, b: int) -> int:
-        """Packed tokens of sequence b, sinks among them."""
-        return sum(store.slots[b] for store in self.stores)
-
-    def count(self, b: int) -> int:
-        """Tokens of sequence b, without padding."""
-        return self.window.count[b] + self._slots_after_sinks(b)
-
-    def drift(self) -> list[float]:
-        """Error of each sequence's latest tokens over the error when its basis was fitted.
-
-        NaN for a sequence that has no basis.
-        """
-        batch = self.shape[0]
-        return [torch.nan] * batch if self.packed is None else self.packed.drift.ratio().tolist()
-
-    def crop(self, length: int) -> None:
-        """Remove the last tokens of every sequence; one left with sinks alone loses its basis."""
-        sinks, counts = self.settings.sink_tokens, list(self.window.count)
-        for b in range(len(counts)):
-            left = max(self.count(b) - length, 0)
-            if left < self.packed_slots(b):
-                # Sinks alone stay where they are if later stores rely on them.
-                self._truncate(b, left if left > sinks or self.past else 0)
-            counts[b] = left - self._slots_after_sinks(b)
-        while self.past and not any(self.packed.slots):
-            self.packed = self.past.pop()
-        self.window.set_count(counts)
-        self._shrink()
-
-    def select(self, indices: list[int]) -> None:
-        """Make sequence i a copy of the old sequence ``indices[i]``."""
-        self.window.select(indices)
-        self.position = [self.position[i] for i in indices]
-        self.fit.select(indices)
-        for store in self.stores:
-            store.select(indices)
-        self.shape = (len(indices), *self.shape[1:])
-
-    def compact(self) -> None:
-        """Give back what sequences that are gone have left behind."""
-        for store in self.stores:
-            store.pool.compact()
-        self._shrink()
-
-    # Moves
 
     def _store_first(self, keys: Tensor, values: Tensor, padding: list[int]) -> None:
         """Store the first tokens, [B, H, T, D], and pack those that the window does not keep."""
@@ -157,13 +46,13 @@ class TokenStore:
         kept = [n - max(target - sinks, 0) for n, target in zip(counts, targets, strict=True)]
         self.window.reserve(max(*kept, self.steady_tokens if any(targets) else 0))
         for b, target in enumerate(targets):
-            k, v = own[b]
+            (k, v), gain = own[b], self.fit.lacking_gain
             if target:
                 gain = self._fit(b, k, in_window=False)
                 self.packed.pack(b, k[:, :target], v[:, :target], skip=sinks, gain=gain)
                 self.window.write(b, amplified(k[:, target:], gain), v[:, target:], sinks)
-                k, v = amplified(k[:, :sinks], gain), v[:, :sinks]
-            self.window.write(b, k, v, 0)
+                k, v = k[:, :sinks], v[:, :sinks]
+            self.window.write(b, amplified(k, gain), v, 0)
         self.window.set_count(kept)
 
     def _append(self, keys: Tensor, values: Tensor, padding: list[int]) -> None:
@@ -219,22 +108,12 @@ class TokenStore:
         if any(packed):
             self.window.lens.copy_(int32_tensor(self.window.count, self.device))
 
-    def _slots_after_sinks(self, b: int) -> int:
-        """Packed slots of sequence b that are not in the window as well."""
-        return max(self.packed_slots(b) - self.settings.sink_tokens, 0)
-
-    def _truncate(self, b: int, slots: int) -> None:
-        """Keep this many packed slots of sequence b."""
-        for store in self.stores:
-            if slots < store.slots[b]:
-                store.truncate(b, slots)
-            slots -= store.slots[b]
-
     def _target(self, b: int, count: int) -> int:
         """Slots of sequence b that should be packed once it has this many tokens."""
         packed = self.packed_slots(b)
         before = packed - self.packed.slots[b]
-        if not self.packed.fitted[b] and count - before < self.fit_tokens:
+        needed = self.fit_tokens if self.past else self.first_tokens
+        if not self.packed.fitted[b] and count - before < needed:
             return packed
         if self.past and not before:
             return packed  # begun anew: its sinks would not be in the first store
@@ -280,6 +159,10 @@ class TokenStore:
         skip = 0 if self.packed_slots(b) else self.settings.sink_tokens
         if packed.codec.inv_freq is None:
             packed.set_frequencies(self._inv_freq(keys.shape[1]))
+        if packed.calibrated is not None:
+            return self._begin(
+                b, keys[:, skip:], skip, None if in_window else self.fit.lacking_gain
+            )
         fit = self.fit.waiting.pop(b, None) or self._measure(b, keys, skip, packed.position[b])
         gain = None
         if fit.gain is not None:
@@ -289,6 +172,17 @@ class TokenStore:
                 gain = None
         options = {"clip": self.settings.clip, "bases": fit.bases, "gain": gain}
         packed.fit(b, keys[:, skip:], skip, **options)
+        return gain
+
+    def _begin(self, b: int, keys: Tensor, skip: int, gain: Tensor | None) -> Tensor | None:
+        """Begin sequence b with the calibration; nothing is fitted unless that was asked for."""
+        options = {"clip": self.settings.clip, "gain": gain}
+        if self.past:  # its keys have drifted away from the calibration
+            self.packed.fit(b, keys, skip, **options)
+        else:  # few keys neither tell a domain nor are enough for a basis
+            few = keys.shape[1] + skip < self.fit_tokens
+            bound = None if few else self.settings.refit_drift
+            self.packed.begin(b, keys, skip, bound=bound, **options)
         return gain
 
     def _pack_sequence(self, b: int) -> bool:
@@ -322,9 +216,3 @@ class TokenStore:
         keep = [i for i, drift in enumerate(self.drift()) if not drift > bound / 2]
         self.packed = old.successor(keep)
         self.past.append(old)
-
-    def _shrink(self) -> None:
-        """Give the part of the window back that only a longer past needed."""
-        needed = max(*self.window.count, self.steady_tokens if self.any_packed else 0)
-        if self.window.capacity > needed + needed // 4 + GRANULE:
-            self.window.resize(needed)
