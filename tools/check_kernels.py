@@ -9,7 +9,8 @@ from collections import defaultdict
 from kernel_report import BLOCK_SHARED, read_build, read_launches, read_logs, short
 
 # Bytes of stack that a kernel may use, and the reason.
-STACK = {"rotations": (32, "sincosf reduces angles above 105615 by a table on the stack")}
+SINCOS = (32, "sincosf reduces angles above 105615 by a table on the stack")
+STACK = {"rotations": SINCOS, "prepare": SINCOS, "begin_step": SINCOS}
 MAX_ARGUMENT_BYTES = 4096
 
 

@@ -11,12 +11,12 @@
 #include "csrc/emulator/launch.h"
 
 #include "csrc/core/layout.h"
-#include "csrc/gpu/attend.h"
 #include "csrc/gpu/covariance.h"
 #include "csrc/gpu/gather.h"
 #include "csrc/gpu/pack.h"
 #include "csrc/gpu/quantizer.h"
 #include "csrc/gpu/select.h"
+#include "csrc/gpu/step.h"
 
 namespace svdq {
 namespace {
@@ -85,10 +85,8 @@ std::vector<int64_t> layout_ints(RopeMode rope, int dim, int v_bits) {
 
 constexpr const char* kModes[] = {"pre", "post", "hybrid"};
 
-// `gathered`: over pages of kTokens / 32 tokens.
-void attend(const gpu::DeviceLimits& limits, RopeMode rope, int dim, int v_bits, int64_t q_len,
-            bool gathered) {
-  const Layout layout(layout_ints(rope, dim, v_bits));
+AttendParams attend_params(const Layout& layout, RopeMode rope, int dim, int64_t q_len,
+                           int64_t tokens) {
   AttendParams p{};
   p.keys.layout = layout.view();
   p.keys.codec.rope.rotary_pairs = rope == RopeMode::kPost ? 0 : dim / 2;
@@ -96,17 +94,33 @@ void attend(const gpu::DeviceLimits& limits, RopeMode rope, int dim, int v_bits,
   p.queries.num_heads = kHeads * kGroup;
   p.queries.length = q_len;
   p.queries.dtype = p.window.dtype = p.v_dtype = DataType::kBFloat16;
-  p.keys.table_stride = kTokens / (gathered ? 32 : 1) / kPageTokens;
-  static const int32_t slots[1] = {};
-  p.token_slots = gathered ? slots : nullptr;
-  p.keys.num_pages = p.keys.table_stride;
+  p.keys.table_stride = p.keys.num_pages = tokens / kPageTokens;
   p.window.rows = 128;
   p.window.head_stride = int64_t{p.window.rows} * dim;
   p.window.batch_stride = kHeads * p.window.head_stride;
+  return p;
+}
+
+// `gathered`: over pages of kTokens / 32 tokens.
+void attend(const gpu::DeviceLimits& limits, RopeMode rope, int dim, int v_bits, int64_t q_len,
+            bool gathered) {
+  const Layout layout(layout_ints(rope, dim, v_bits));
+  AttendParams p = attend_params(layout, rope, dim, q_len, gathered ? kTokens / 32 : kTokens);
+  static const int32_t slots[1] = {};
+  p.token_slots = gathered ? slots : nullptr;
   Printer printer(limits,
                   join("attend, ", kModes[static_cast<int>(rope)], "-RoPE, head_dim ", dim, ", ",
                        v_bits, "-bit values, q_len ", q_len, gathered ? ", gathered" : ""));
   gpu::attend(p, printer);
+}
+
+void decode_step(const gpu::DeviceLimits& limits, RopeMode rope, int dim, int v_bits) {
+  const Layout layout(layout_ints(rope, dim, v_bits));
+  DecodeStepParams p{{}, attend_params(layout, rope, dim, 1, kTokens)};
+  p.step.new_keys.num_tokens = p.step.new_values.num_tokens = 1;
+  Printer printer(limits, join("decode step, ", kModes[static_cast<int>(rope)], "-RoPE, head_dim ",
+                               dim, ", ", v_bits, "-bit values"));
+  gpu::decode_step(p, printer);
 }
 
 void select(const gpu::DeviceLimits& limits, RopeMode rope, int dim, int v_bits, int group,
@@ -182,6 +196,7 @@ int main() {
         for (RopeMode rope : {RopeMode::kPost, RopeMode::kPre, RopeMode::kHybrid}) {
           for (int64_t q_len : {1, 16}) attend(limits, rope, dim, v_bits, q_len, false);
           attend(limits, rope, dim, v_bits, 1, true);
+          decode_step(limits, rope, dim, v_bits);
           for (int group : {1, 2, 4, 8}) {
             for (int channels : {8, 32}) select(limits, rope, dim, v_bits, group, channels);
           }
