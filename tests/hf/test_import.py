@@ -40,8 +40,8 @@ def test_import_registers_the_attention():
 
 def test_the_public_names():
     assert set(svdq.__all__) == {
-        "PageLayout", "Profile", "SVDqCache", "Settings", "__version__", "cache_argument", "ops",
-        "presets", "sample_positions",
+        "Calibration", "PageLayout", "Profile", "SVDqCache", "Settings", "__version__",
+        "cache_argument", "ops", "presets", "sample_positions",
     }  # fmt: skip
     assert all(hasattr(svdq, name) for name in svdq.__all__)
 
