@@ -54,7 +54,8 @@ def decode_step_(
         For arguments that do not fit each other and, on a CPU, for keys or values that are not
         finite (values that are packed: above 65504 in magnitude), and where the window or the page
         table of a sequence is full. Nothing is written then. On a CUDA device ``faults`` is set
-        instead, that sequence stays as it was and its output is NaN.
+        instead, that sequence keeps the tokens that it had, of which those that were due may be
+        packed by then, and its output is NaN.
     """
     return call(
         "decode_step_",
